@@ -1,0 +1,10 @@
+"""surgeon: a structural graph-surgery compiler for PyTorch.
+
+Record a model, find the channels, filters, neurons and heads that must leave together, remove them physically, prove it.
+"""
+
+from surgeon.pipeline import Surgery, inspect, shrink
+from surgeon.plan import Plan
+from surgeon.verify import Proof, verify
+
+__all__ = ["Plan", "Proof", "Surgery", "inspect", "shrink", "verify"]

@@ -1,0 +1,134 @@
+"""Predict, exactly and before anything is changed, the shapes, MACs and params of the model that a choice leaves.
+
+A *choice* is a mask over ids: which classes leave (see `solve`). One MAC is one multiply-accumulate of a convolution, matrix
+product or attention product, for the example inputs as given, batch included; `torch.utils.flop_counter` counts two per MAC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.nn import Parameter
+
+from surgeon.graph import Graph
+from surgeon.labels import Axes, Track
+from surgeon.propagate import Propagation
+from surgeon.rules.registry import op_name
+from surgeon.solve import Solution
+
+Choice = Track
+
+
+class Shapes:
+    """Shapes of values and slots under a choice; evaluating one is cheap, so that budgets can be searched."""
+
+    def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
+        self.graph, self.propagation, self.solution = graph, propagation, solution
+        self._atoms: dict[int, list[Track]] = {}
+        self._widths: dict[tuple[int, int], int] = {}
+        self._choice: Choice | None = None
+        self._products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
+
+    def leaves(self, track: Track, choice: Choice) -> Track:
+        """Which entries of a track leave."""
+        atoms = self._atoms.get(id(track))
+        if atoms is None:
+            atoms = self._atoms[id(track)] = self.solution.atoms(track)
+        gone = np.zeros(track.shape, dtype=bool)
+        for part in atoms:
+            gone |= choice[part] & (part >= 0)
+        return gone
+
+    def width(self, track: Track, dim: int, choice: Choice) -> int:
+        """How many entries stay along `dim` (in the rows that stay)."""
+        if choice is not self._choice:
+            self._choice = choice
+            self._widths.clear()
+        key = (id(track), dim)
+        if key not in self._widths:
+            self._widths[key] = int((~self.leaves(track, choice)).sum(axis=dim).max())
+        return self._widths[key]
+
+    def shape(self, node: fx.Node, choice: Choice, output: int = 0) -> tuple[int, ...]:
+        """Shape of (one output of) a node in the small model."""
+        spec, axes = node.meta["spec"], self.propagation.axes.get(node, {})
+        if isinstance(spec, tuple):
+            spec = spec[output]
+            axes = axes[output] if isinstance(axes, tuple) else axes
+        return self._small(spec.shape, axes, choice)
+
+    def _small(self, shape: tuple[int, ...], axes: Axes, choice: Choice) -> tuple[int, ...]:
+        return tuple(self.width(axes[d], d, choice) if d in axes else n for d, n in enumerate(shape))
+
+    def kept(self, choice: Choice) -> dict[str, dict[int, list[int]]]:
+        """Kept indices of every slot that loses some: {tensor name: {dim: indices}}."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for (name, dim), ids in self.propagation.slots.items():
+            gone = self.leaves(ids, choice)
+            if gone.any():
+                found.setdefault(name, {})[dim] = np.flatnonzero(~gone).tolist()
+        return found
+
+    def params(self, choice: Choice) -> int:
+        """Number of elements of all parameters (not buffers); tied weights count once."""
+        total = 0
+        for name in self.parameters:
+            shape = list(self.graph.tensors[name].shape)
+            for dim in range(len(shape)):
+                ids = self.propagation.slots.get((name, dim))
+                if ids is not None:
+                    shape[dim] = self.width(ids, 0, choice)
+            total += math.prod(shape)
+        return total
+
+    @property
+    def parameters(self) -> list[str]:
+        return [name for name in self.graph.owned if isinstance(self.graph.tensors[name], Parameter)]
+
+    def macs(self, choice: Choice) -> int:
+        """MACs of one run on the example inputs."""
+        return sum(MACS[op_name(n)](*self._operands(n, choice)) for n in self._products)
+
+    def _operands(self, node: fx.Node, choice: Choice) -> tuple[Any, ...]:
+        shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
+        return (self.shape(node, choice), *shapes)
+
+
+def nothing(solution: Solution) -> Choice:
+    """The choice that keeps everything."""
+    return np.zeros(len(solution.root), dtype=bool)
+
+
+def _convolution(out: Any, x: Any, weight: Any, *rest: Any) -> int:
+    transposed = rest[4]
+    places = math.prod(x[2:]) * x[0] if transposed else math.prod(out[2:]) * out[0]
+    return places * math.prod(weight)
+
+
+def _attention(out: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
+    batch, heads, queries, dim = q
+    return batch * heads * queries * k[2] * (dim + v[3])
+
+
+MACS: Mapping[str, Any] = {
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "mm": lambda out, a, b, *_: math.prod(out) * a[1],
+    "addmm": lambda out, bias, a, b, *_: math.prod(out) * a[1],
+    "bmm": lambda out, a, b, *_: math.prod(out) * a[2],
+    "baddbmm": lambda out, bias, a, b, *_: math.prod(out) * a[2],
+    "addbmm": lambda out, bias, a, b, *_: math.prod(a) * b[2],
+    "mv": lambda out, a, b, *_: math.prod(a),
+    "addmv": lambda out, bias, a, b, *_: math.prod(a),
+    "dot": lambda out, a, b, *_: math.prod(a),
+    "linear": lambda out, x, weight, *_: math.prod(out) * weight[1],
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+}

@@ -1,0 +1,67 @@
+"""One family of errors. Each says where it happened, why, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SurgeonError(Exception):
+    """Base of every error that surgeon raises on purpose.
+
+    Args:
+        what: one sentence that says what went wrong.
+        where: the op, module path, tensor or file concerned, with the source line where one is known.
+        why: the cause, as far as surgeon knows it.
+        fix: what the user can do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+        lines = [what]
+        lines += [f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("do", fix)) if text]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
+
+
+def _rebuild(kind: type[SurgeonError], what: str, where: str, why: str, fix: str) -> SurgeonError:
+    return kind(what, where=where, why=why, fix=fix)
+
+
+class InputError(SurgeonError, ValueError):
+    """An argument is missing, out of range or contradicts another one."""
+
+
+class CaptureError(SurgeonError):
+    """The model could not be run and recorded on the example inputs."""
+
+
+class BudgetError(SurgeonError, ValueError):
+    """The asked ratio or budget cannot be reached on this model."""
+
+
+class PlanError(SurgeonError, ValueError):
+    """A plan is damaged, edited, or belongs to another architecture."""
+
+
+class MendError(SurgeonError):
+    """The model's own code holds a size that surgeon could not change."""
+
+
+class ProofError(SurgeonError):
+    """The small model does not compute what the plan says it should."""
+
+
+class FuseError(SurgeonError):
+    """A fusion was asked for that would not be exact."""
+
+
+class ExportError(SurgeonError):
+    """The model could not be exported, or the exported file computes something else."""
+
+
+class BenchError(SurgeonError):
+    """A latency could not be measured."""
+
+
+class MissingExtraError(SurgeonError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""

@@ -1,0 +1,134 @@
+"""The graph: what one run of a model did, as plain data.
+
+A `Graph` wraps a pure `torch.fx.Graph` of ATen ops (no op writes to its inputs) together with the tensors that the
+model owns and the order in which its ops were called. Every node carries its output `Spec`, the path of the module that
+ran it and the user's source line. Nothing here depends on how the graph came to be (see `capture`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import linecache
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of one tensor value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One ATen op as the model called it, in-place form and all: what a second run of the model is compared with.
+
+    `nodes` are the graph nodes of its tensor outputs (None where the output is not a tensor or was never used).
+    """
+
+    op: Any
+    node: fx.Node
+    module: str
+    source: tuple[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A recorded run.
+
+    Attributes:
+        fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`, `const`.
+        tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
+        owned: the names in `tensors` that belong to the model and may be sliced.
+        aliases: other names of the same tensors (tied weights), alias -> name.
+        hash: the `architecture` of the model.
+        calls: the ops in the order in which they ran.
+        outputs: (path, node) of each output tensor, e.g. ("logits", node).
+        inputs: (path, node) of each input tensor.
+        assumed: what was assumed about the example inputs, "" if they were given.
+    """
+
+    fx: fx.Graph
+    tensors: Mapping[str, Tensor]
+    owned: frozenset[str]
+    aliases: Mapping[str, str]
+    hash: str
+    calls: tuple[Call, ...]
+    outputs: tuple[tuple[str, fx.Node], ...]
+    inputs: tuple[tuple[str, fx.Node], ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    assumed: str = ""
+
+
+def spec(node: fx.Node) -> Spec:
+    """The spec of a node with one tensor output (the first one of several)."""
+    found = node.meta["spec"]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def where(node: fx.Node) -> str:
+    """`op` in `module path` at `file:line: code`, for messages."""
+    name = str(node.target).removesuffix(".default") if node.op == "call_function" else f"{node.op} {node.target}"
+    module = node.meta.get("module", "")
+    text = f"{name} in module '{module}'" if module else name
+    line = source_line(node.meta.get("source"))
+    return f"{text} at {line}" if line else text
+
+
+def source_line(source: tuple[str, int] | None) -> str:
+    """`file:line: code` of a (file, line) pair, with a short file name."""
+    if source is None:
+        return ""
+    path, line = source
+    code = linecache.getline(path, line).strip()
+    short = os.sep.join(path.split(os.sep)[-2:])
+    return f"{short}:{line}" + (f": {code}" if code else "")
+
+
+def architecture(model: nn.Module) -> str:
+    """A digest of the names, shapes and sharing of a model's parameters and buffers; not of their values."""
+    first: dict[int, str] = {}
+    lines = [type(model).__qualname__]
+    stores = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
+    for store in stores:
+        for name, tensor in store:
+            owner = first.setdefault(id(tensor), name)
+            lines.append(f"{name}:{tuple(tensor.shape)}" if owner == name else f"{name}={owner}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a nest of dicts, lists, tuples, dataclasses and plain objects, with their paths."""
+    yield from _leaves(value, path, set())
+
+
+def _leaves(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path or "output", value
+        return
+    if value is None or isinstance(value, str | bytes | int | float | complex | bool) or id(value) in seen:
+        return
+    seen = seen | {id(value)}
+    items: Iterator[tuple[Any, Any]]
+    if isinstance(value, Mapping):
+        items = iter(value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, list | tuple):
+        items = iter(enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        items = iter(vars(value).items())
+    else:
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key), seen)

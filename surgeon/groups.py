@@ -1,0 +1,315 @@
+"""find_groups(propagation, solution) -> groups: which units there are, and in which steps they may leave.
+
+A *unit* is an atom that touches slots and is not frozen. Units that touch the same slots form a group. Where a balance asks
+that several rows keep equally many (columns of heads, halves of a chunk), the group has a *lane* for each of them, and one
+step removes one unit from every lane; otherwise there is a single lane and a step is a unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+
+import networkx as nx
+import numpy as np
+import sympy
+from torch import fx
+
+from surgeon.labels import Track
+from surgeon.propagate import Propagation
+from surgeon.solve import Solution
+
+Slot = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The indices of one slot that belong to a group: `index[i]` leaves with unit `unit[i]` (a number in 0 .. units - 1)."""
+
+    tensor: str
+    dim: int
+    index: Track
+    unit: Track
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that touch the same slots.
+
+    Attributes:
+        name: the first tensor that it touches, and which part of a grid it is.
+        lanes: [lanes, steps] atoms; step j removes one unit of every lane (which one is a matter of scores).
+        members: the slots and their indices, by unit; units are numbered lane by lane.
+        kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per group).
+        grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
+    """
+
+    name: str
+    lanes: Track
+    members: tuple[Member, ...]
+    kind: str = "channels"
+    grid: int = -1
+
+    @property
+    def steps(self) -> int:
+        """How many times something could be removed; at least one step always stays."""
+        return int(self.lanes.shape[1])
+
+    @property
+    def units(self) -> int:
+        return int(self.lanes.size)
+
+    @property
+    def width(self) -> int:
+        """Channels of the first slot that belong to the group: what `round_to` rounds."""
+        return len(self.members[0].index)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple((m.tensor, m.dim) for m in self.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenGroup:
+    """Indices of slots that may not leave, and why."""
+
+    slots: tuple[Slot, ...]
+    count: int
+    reason: str
+    node: fx.Node | None
+
+
+def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Group], list[FrozenGroup]]:
+    """All groups in the order of the first slot that each touches, and what is frozen."""
+    slots = list(propagation.slots)
+    touches = _touches(propagation, solution, slots)
+    lanes_of = _lanes(solution)
+    atoms, slot_of, index_of = touches
+    loose = ~solution.frozen[atoms]
+    atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
+    families = _families(atoms, slot_of, lanes_of, len(slots))
+    groups_of = np.full(len(solution.root), -1, dtype=np.int64)
+    unit_of = np.full(len(solution.root), -1, dtype=np.int64)
+    for number, lanes in enumerate(families):
+        groups_of[lanes.ravel()] = number
+        unit_of[lanes.ravel()] = np.arange(lanes.size)
+    members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
+    kinds, grids = _kinds(solution, groups_of, len(families))
+    found = []
+    for number, lanes in enumerate(families):
+        if members[number]:
+            first = members[number][0]
+            name = f"{first.tensor}[{first.dim}]" + ("" if kinds[number] == "channels" else f" {kinds[number]}")
+            found.append(Group(name, lanes, tuple(members[number]), kinds[number], grids[number]))
+    order = {slot: i for i, slot in enumerate(slots)}
+    found.sort(key=lambda g: order[g.slots[0]])
+    return found, _frozen(propagation, solution)
+
+
+def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) -> tuple[Track, Track, Track]:
+    """Parallel arrays (atom, slot number, index): every index of every slot with each atom that takes it along."""
+    sizes = [len(propagation.slots[s]) for s in slots]
+    ids = np.concatenate([propagation.slots[s] for s in slots]) if slots else np.zeros(0, dtype=np.int64)
+    number = np.repeat(np.arange(len(slots)), sizes)
+    index = np.concatenate([np.arange(n) for n in sizes]) if slots else ids
+    found = []
+    for atoms in solution.atoms(ids):
+        valid = atoms >= 0
+        found.append((atoms[valid], number[valid], index[valid]))
+    if not found:
+        return ids, ids, ids
+    atom, number, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((index, number))
+    return atom[order], number[order], index[order]
+
+
+@dataclasses.dataclass
+class _Lanes:
+    """label[atom]: its lane (0: none); bundles: per family of lanes, label -> how many of it one step must remove."""
+
+    label: Track
+    bundles: dict[int, dict[int, int]]
+
+
+@dataclasses.dataclass
+class _Incidence:
+    """Of one balance: how often each atom stands in each row, for the atoms that do not stand equally often in all."""
+
+    atom: Track
+    row: Track
+    count: Track
+    rows: int
+
+
+def _lanes(solution: Solution) -> _Lanes:
+    """From balances to lanes: atoms with the same incidence in all balanced rows share a lane."""
+    label = np.zeros(len(solution.root), dtype=np.uint64)
+    random = np.random.default_rng(0)
+    found: list[_Incidence] = []
+    for matrix, _ in solution.balances:
+        height = len(matrix)
+        rows = np.broadcast_to(np.arange(height)[:, None], matrix.shape)
+        for atoms in solution.atoms(matrix):
+            loose = (atoms >= 0) & ~solution.frozen[atoms]
+            pairs, count = np.unique(atoms[loose] * height + rows[loose], return_counts=True)
+            atom, row = pairs // height, pairs % height
+            if not atom.size:
+                continue
+            starts = np.flatnonzero(np.r_[True, np.diff(atom) != 0])
+            sizes = np.diff(np.r_[starts, atom.size])
+            low, high = np.minimum.reduceat(count, starts), np.maximum.reduceat(count, starts)
+            uneven = np.repeat((sizes != height) | (low != high), sizes)
+            atom, row, count = atom[uneven], row[uneven], count[uneven]
+            if atom.size:
+                weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
+                np.add.at(label, atom, weights[row] * count.astype(np.uint64))
+                found.append(_Incidence(atom, row, count, height))
+    return _Lanes(label, _bundles(label, found))
+
+
+def _bundles(label: Track, found: list[_Incidence]) -> dict[int, dict[int, int]]:
+    """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if there is none."""
+    families = nx.Graph()
+    equations: dict[int, list[tuple[Track, Track, Track, int]]] = defaultdict(list)
+    for item in found:
+        labels = label[item.atom]
+        kinds, first = np.unique(labels, return_index=True)
+        nx.add_path(families, kinds.tolist())
+        shown = np.isin(item.atom, item.atom[first])  # one atom stands for its lane
+        equations[int(kinds[0])].append((labels[shown], item.row[shown], item.count[shown], item.rows))
+    bundles: dict[int, dict[int, int]] = {}
+    population = dict(zip(*[x.tolist() for x in np.unique(label, return_counts=True)], strict=True))
+    for family in nx.connected_components(families):
+        lanes = sorted(family)
+        rows = [e for lane in lanes for e in equations.get(lane, [])]
+        bundle = _solve_bundle(lanes, rows, population)
+        for lane in lanes:
+            bundles[lane] = bundle
+    return bundles
+
+
+def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int]) -> dict[int, int]:
+    """Smallest positive counts per lane such that all rows of every balance lose equally many.
+
+    Lanes of a single odd unit that make this impossible keep all of theirs (count 0).
+    """
+    place = {lane: i for i, lane in enumerate(lanes)}
+    blocks = []
+    for labels, row, count, height in rows:
+        block = np.zeros((height, len(lanes)), dtype=np.int64)
+        np.add.at(block, (row, [place[int(x)] for x in labels]), count)
+        blocks.append(block[1:] - block[:1])
+    matrix = np.unique(np.concatenate(blocks), axis=0)
+    kept = list(range(len(lanes)))
+    while kept:
+        part = matrix[:, kept]
+        if not part.any(axis=0).all():  # a lane that no equation binds: it is free by itself
+            return {}
+        if not (part.sum(axis=1)).any():
+            return {lanes[i]: 1 for i in kept}
+        space = sympy.Matrix(part[part.any(axis=1)].tolist()).nullspace()
+        if len(space) == 1:
+            vector = [sympy.Rational(x) for x in space[0]]
+            vector = [-x for x in vector] if vector[0] < 0 else vector
+            if all(x > 0 for x in vector):
+                scale = sympy.ilcm(*[x.q for x in vector])
+                return {lanes[i]: int(x * scale) for i, x in zip(kept, vector, strict=True)}
+        kept.remove(min(kept, key=lambda i: (population[lanes[i]], i)))
+    return {}
+
+
+def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int) -> list[Track]:
+    """[lanes, steps] atoms per group, in order of first appearance."""
+    if not atoms.size:
+        return []
+    weights = np.random.default_rng(1).integers(1, 1 << 62, size=slots, dtype=np.uint64)
+    pairs = np.unique(atoms * slots + slot_of)
+    unique, start = np.unique(pairs // slots, return_index=True)
+    signature = np.add.reduceat(weights[pairs % slots], start)
+    _, first_seen = np.unique(atoms, return_index=True)
+    order = np.argsort(first_seen)
+    unique, signature = unique[order], signature[order]
+    label = lanes.label[unique]
+    families: list[tuple[int, Track]] = []
+    plain = label == 0
+    for key in dict.fromkeys(signature[plain].tolist()):
+        where = np.flatnonzero(plain & (signature == key))
+        families.append((int(where[0]), unique[where][None]))
+    seen: set[int] = set()
+    for key in dict.fromkeys(label[~plain].tolist()):
+        bundle = lanes.bundles.get(key, {})
+        if key in seen or not bundle:
+            continue
+        seen |= set(bundle)
+        units = {lane: unique[label == lane] for lane in bundle}
+        steps = min(len(units[lane]) // count for lane, count in bundle.items())
+        if steps:
+            parts = [units[lane][i::count][:steps] for lane, count in bundle.items() for i in range(count)]
+            families.append((int(np.flatnonzero(label == key)[0]), np.stack(parts)))
+    return [family for _, family in sorted(families, key=lambda f: f[0])]
+
+
+def _members(
+    groups_of: Track, unit_of: Track, atoms: Track, slot_of: Track, index_of: Track, slots: list[Slot], count: int
+) -> list[list[Member]]:
+    group = groups_of[atoms]
+    members: list[list[Member]] = [[] for _ in range(count)]
+    valid = group >= 0
+    group, atoms, slot_of, index_of = group[valid], atoms[valid], slot_of[valid], index_of[valid]
+    order = np.lexsort((index_of, slot_of, group))
+    group, atoms, slot_of, index_of = group[order], atoms[order], slot_of[order], index_of[order]
+    cuts = np.flatnonzero((np.diff(group) != 0) | (np.diff(slot_of) != 0)) + 1
+    for part in np.split(np.arange(len(group)), cuts) if len(group) else []:
+        tensor, dim = slots[slot_of[part[0]]]
+        members[group[part[0]]].append(Member(tensor, dim, index_of[part], unit_of[atoms[part]]))
+    return members
+
+
+def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str], list[int]]:
+    """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
+    kinds, grids = ["channels"] * count, list(range(count))
+    composite = np.flatnonzero((solution.row >= 0) & ~solution.outer)
+    pairs: set[tuple[int, int]] = set()
+    for rows in solution.atoms(solution.row[composite]):
+        for columns in solution.atoms(solution.column[composite]):
+            valid = (rows >= 0) & (columns >= 0)
+            r, c = groups_of[rows[valid]], groups_of[columns[valid]]
+            both = (r >= 0) & (c >= 0) & (r != c)
+            pairs |= set(zip(r[both].tolist(), c[both].tolist(), strict=True))
+
+    def find(x: int) -> int:
+        while grids[x] != x:
+            x = grids[x]
+        return x
+
+    for r, c in sorted(pairs):
+        kinds[r] = "rows"
+    for r, c in sorted(pairs):
+        if kinds[c] != "rows":
+            kinds[c] = "columns"
+        a, b = find(r), find(c)
+        grids[max(a, b)] = min(a, b)
+    return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]
+
+
+def _frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:
+    """Slots with frozen indices, those of one class set together, with a reason."""
+    found: dict[tuple[str, int, int], FrozenGroup] = {}
+    by_key: dict[tuple[int, bytes], list[Slot]] = defaultdict(list)
+    ids_of: dict[tuple[int, bytes], Track] = {}
+    for slot, ids in propagation.slots.items():
+        roots = solution.root[ids]
+        stuck = roots[solution.frozen[roots]]
+        if stuck.size:
+            key = (stuck.size, stuck.tobytes())
+            by_key[key].append(slot)
+            ids_of[key] = stuck
+    for number, (key, slots) in enumerate(by_key.items()):
+        reason, node = solution.why(ids_of[key])
+        found[reason, key[0], number] = FrozenGroup(tuple(slots), key[0], reason, node)
+    return list(found.values())
+
+
+def named(groups: Iterable[Group]) -> dict[str, Group]:
+    return {group.name: group for group in groups}

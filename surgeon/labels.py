@@ -1,0 +1,254 @@
+"""Channel ids: integers on the entries of values, and a ledger of what must leave together.
+
+A value carries `Axes`: for each of its dims that can shrink, a *track*, an integer array that is broadcastable to the
+value's shape, full along that dim, and gives the id of every entry. A dim without a track is fixed. A track may also vary
+along other dims, its *rows*: in a value of heads x head_dim the track of the second dim may give each head its own ids, and
+then every row must lose equally many entries so that what stays is rectangular.
+
+The `Ledger` collects facts and never compares ids while it does; `solve` draws all conclusions at once (see `groups`):
+
+- joins:    a and b leave together.
+- freezes:  a may not leave, with the reason.
+- parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened outer product).
+- balances: a matrix of ids of which every row keeps equally many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from torch import fx
+
+Track = np.ndarray
+Axes = dict[int, Track]
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    left: Track
+    right: Track
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+    ids: Track
+    reason: str
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """cell[i] leaves iff row[i] or column[i] leaves. `split`: made by cutting a dim, so row and column are alternatives."""
+
+    cell: Track
+    row: Track
+    column: Track
+    split: bool
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    matrix: Track
+    node: fx.Node | None
+
+
+class Ledger:
+    """Gives out ids and writes down facts about them. `node` is the op whose rule is speaking."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.joins: list[Join] = []
+        self.freezes: list[Freeze] = []
+        self.parts: list[Part] = []
+        self.balances: list[Balance] = []
+        self.node: fx.Node | None = None
+        self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
+        self._cells: dict[bytes, Track] = {}
+
+    def new(self, shape: int | tuple[int, ...]) -> Track:
+        """Fresh ids in an array of the given shape."""
+        size = int(np.prod(shape))
+        ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.count += size
+        return ids
+
+    def join(self, left: Track, right: Track) -> None:
+        """Entries that meet (after broadcasting) leave together."""
+        if left is right:
+            return
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left.ravel(), right.ravel()
+        if left.size > 1 << 16:  # large arrays repeat few pairs
+            pairs = np.unique(np.stack([left, right]), axis=1)
+            left, right = pairs[0], pairs[1]
+        self.joins.append(Join(left, right, self.node))
+
+    def freeze(self, ids: Track, reason: str) -> None:
+        """These ids may not leave."""
+        self.freezes.append(Freeze(ids.ravel(), reason, self.node))
+
+    def freeze_all(self, axes: Axes, reason: str) -> None:
+        for track in axes.values():
+            self.freeze(track, reason)
+
+    def balance(self, track: Track, dim: int) -> None:
+        """Every row of `track` along `dim` keeps equally many entries."""
+        matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
+        matrix = np.unique(matrix, axis=0)
+        if len(matrix) > 1:
+            self.balances.append(Balance(matrix, self.node))
+
+    def collapse(self, track: Track, dim: int) -> Track:
+        """Join the entries along `dim`, so that the track no longer varies along it."""
+        if track.shape[dim] == 1:
+            return track
+        first = np.take(track, [0], axis=dim)
+        self.join(track, first)
+        return first
+
+    def compose(self, outer: Track, inner: Track) -> Track:
+        """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
+        outer, inner = (a.ravel() for a in np.broadcast_arrays(outer, inner))
+        key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
+        known = self._cells.get(key)
+        if known is None:
+            pairs, first, index = np.unique(np.stack([outer, inner]), axis=1, return_index=True, return_inverse=True)
+            order = np.argsort(np.argsort(first))  # ids in order of appearance
+            cells = self.new(pairs.shape[1])
+            known = cells[order][index.ravel()]
+            self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
+            self._cells[key] = known
+        return known
+
+    def split(self, track: Track, dims: Sequence[int]) -> Axes:
+        """Tracks of the dims that one dim was cut into; `track` varies along several of `dims`, given from outer to inner.
+
+        One dim: the track itself. Several: the innermost gets columns, the outer ones rows, recursively.
+        """
+        dims = [d for d in dims if track.shape[d] > 1 and _varies(track, d)]
+        if not dims:
+            return {}
+        if len(dims) == 1:
+            (dim,) = dims
+            if any(track.shape[d] > 1 for d in range(track.ndim) if d != dim):
+                self.balance(track, dim)
+            return {dim: track}
+        key = (track.tobytes(), (*track.shape, *dims))
+        known = self._splits.get(key)
+        if known is not None:
+            return dict(known)
+        last = dims[-1]
+        flat = np.moveaxis(track, last, -1)
+        rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
+        row_ids = self.new(len(rows))
+        row = np.moveaxis(row_ids[row_index.ravel()].reshape(*flat.shape[:-1], 1), -1, last)
+        cells, cell_index = np.unique(track, return_inverse=True)
+        column_ids = self.new(len(cells))
+        column = column_ids[cell_index.ravel()].reshape(track.shape)
+        full_row = np.broadcast_to(row, track.shape)
+        self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
+        self.balance(column, last)
+        axes = self.split(row, dims[:-1])
+        axes[last] = column
+        self._splits[key] = dict(axes)
+        self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
+        return axes
+
+    def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
+        """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them are fixed.
+
+        A track that varies along a dim inside its own is made constant along it: the order of what stays would
+        otherwise differ from the order of the merged dim.
+        """
+        merged: Track | None = None
+        for position, dim in enumerate(dims):
+            track = axes.get(dim)
+            if track is None:
+                continue
+            for inner in dims[position + 1 :]:
+                track = self.collapse(track, inner)
+            if merged is None:
+                merged = track
+            else:
+                full = np.broadcast_shapes(merged.shape, track.shape)
+                merged = self.compose(np.broadcast_to(merged, full), np.broadcast_to(track, full)).reshape(full)
+        if merged is None:
+            return None
+        full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))
+        return np.broadcast_to(merged, full)
+
+
+def _varies(track: Track, dim: int) -> bool:
+    first = np.take(track, [0], axis=dim)
+    return bool((track != first).any())
+
+
+def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
+    """Pairs (old dims, new dims) of a reshape with equal products, dims of size 1 left out; None if there are zero sizes."""
+    left = [d for d, n in enumerate(old) if n != 1]
+    right = [d for d, n in enumerate(new) if n != 1]
+    if any(n == 0 for n in (*old, *new)):
+        return None
+    pairs, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        ins, outs = [left[i]], [right[j]]
+        a, b = old[left[i]], new[right[j]]
+        while a != b:
+            if a < b:
+                i += 1
+                ins.append(left[i])
+                a *= old[left[i]]
+            else:
+                j += 1
+                outs.append(right[j])
+                b *= new[right[j]]
+        pairs.append((ins, outs))
+        i, j = i + 1, j + 1
+    return pairs
+
+
+def reshape(ledger: Ledger, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> Axes:
+    """Tracks after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest passes."""
+    pairs = segments(old, new)
+    if pairs is None:
+        ledger.freeze_all(axes, "a reshape of an empty tensor")
+        return {}
+    out: Axes = {}
+    for ins, outs in pairs:
+        here = [d for d in ins if d in axes]
+        if not here:
+            continue
+        if len(ins) == 1:
+            track: Track | None = axes[ins[0]]
+        else:
+            track = ledger.merge(axes, ins, old)
+        assert track is not None
+        moved = _regroup(track, pairs, old, new)
+        if len(outs) == 1:
+            out[outs[0]] = moved
+        else:
+            out.update(ledger.split(moved, outs))
+    return out
+
+
+def _regroup(track: Track, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]) -> Track:
+    """The same reshape on one compressed track: segments along which it varies are made full, the others stay 1."""
+    full, shape = list(track.shape), [1] * len(new)
+    for ins, outs in pairs:
+        if any(track.shape[d] != 1 for d in ins):
+            for d in ins:
+                full[d] = old[d]
+            for d in outs:
+                shape[d] = new[d]
+    moved = np.broadcast_to(track, full).reshape(shape)
+    for _, outs in pairs:  # compress dims that only repeat
+        if len(outs) > 1:
+            for d in outs:
+                if moved.shape[d] > 1 and not _varies(moved, d):
+                    moved = np.take(moved, [0], axis=d)
+    return moved

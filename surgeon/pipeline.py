@@ -1,0 +1,260 @@
+"""The table of contents: the stages in order.
+
+capture -> propagate -> solve -> groups -> (criteria, choose) -> plan -> rewrite, mend -> verify
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgeon import criteria
+from surgeon.capture import capture
+from surgeon.choose import Link, Request, choose
+from surgeon.cost import Choice, Shapes, nothing
+from surgeon.criteria import Criterion
+from surgeon.errors import BudgetError, InputError
+from surgeon.graph import Graph
+from surgeon.groups import FrozenGroup, Group, find_groups
+from surgeon.labels import Track
+from surgeon.mend import find_edits
+from surgeon.plan import Plan
+from surgeon.propagate import Propagation, propagate
+from surgeon.rewrite import shrink_module
+from surgeon.solve import Solution, solve
+from surgeon.verify import Proof, verify
+
+
+class Surgery:
+    """What surgeon knows of a model: printable, and the place to make plans. Made by `inspect`.
+
+    Attributes:
+        model: the model, untouched.
+        graph: its recorded run.
+        groups: units that may leave, by group.
+        frozen: what may not, with reasons.
+        macs, params: of the model as it is; MACs for the example inputs, batch included.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.model, self.graph = model, graph
+        self.propagation: Propagation = propagate(graph)
+        self.solution: Solution = solve(self.propagation.ledger)
+        groups, frozen = find_groups(self.propagation, self.solution)
+        self.groups: list[Group] = groups
+        self.frozen: list[FrozenGroup] = frozen
+        self.shapes = Shapes(graph, self.propagation, self.solution)
+
+    @cached_property
+    def macs(self) -> int:
+        return self.shapes.macs(nothing(self.solution))
+
+    @cached_property
+    def params(self) -> int:
+        return self.shapes.params(nothing(self.solution))
+
+    def plan(
+        self,
+        ratio: float | None = None,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+        criterion: str | Criterion = "l1",
+        scope: str = "uniform",
+        round_to: int = 1,
+        ignore: Iterable[nn.Module | str] = (),
+        seed: int = 0,
+    ) -> Plan:
+        """Choose what leaves; nothing is changed yet.
+
+        Args:
+            ratio: share of the channels of every group to remove, in [0, 1). Params and MACs go roughly with (1 - ratio)^2,
+                because a layer loses inputs and outputs: 0.5 leaves about a quarter.
+            macs, params: instead of ratio, what may stay: a share of the original (up to 1) or an absolute number.
+            criterion: "l1", "l2", "bn_scale", "random" or a callable (group, tensors) -> one score per unit, low leaves first.
+            scope: "uniform" (the same share of every group) or "global" (the lowest scores of all groups).
+            round_to: kept widths are multiples of this, where a group has that many channels.
+            ignore: modules, or names of modules or tensors, whose outputs stay.
+            seed: for criterion "random".
+
+        Raises:
+            InputError: an argument is out of range, unknown, or contradicts another.
+            BudgetError: nothing may leave, or the budget lies below what must stay.
+        """
+        request = Request(ratio, macs, params, scope, round_to)
+        which = criteria.criterion(criterion, seed)
+        self._check_weights()
+        groups = self._without(ignore)
+        return self._planned(request, lambda group: criteria.scores(which, group, self.graph.tensors), groups, criterion)
+
+    def _planned(self, request: Request, scores: Any, groups: list[Group], criterion: Any) -> Plan:
+        links: list[Link] = []
+        choice = choose(groups, scores, self.shapes, request, links)
+        said = {k: v for k, v in vars(request).items() if v is not None}
+        said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+        return self._as_plan(choice, said)
+
+    def _as_plan(self, choice: Choice, request: dict[str, Any]) -> Plan:
+        return Plan(
+            kept=self.shapes.kept(choice),
+            hash=self.graph.hash,
+            macs=self.shapes.macs(choice),
+            params=self.shapes.params(choice),
+            macs_before=self.macs,
+            params_before=self.params,
+            request=request,
+            _finish=lambda plan, model: self._finish(plan, model, choice),
+        )
+
+    def _finish(self, plan: Plan, model: nn.Module | None, choice: Choice) -> tuple[nn.Module, Plan]:
+        """Apply a plan whose edits are not known yet, and find them on the way."""
+        small = shrink_module(self.model if model is None else model, plan.kept)
+        edits = find_edits(small, self.graph, self.shapes, choice)
+        object.__setattr__(plan, "edits", edits)  # the one late field of a frozen plan
+        return small, plan
+
+    def _check_weights(self) -> None:
+        for name, tensor in self.graph.tensors.items():
+            if name in self.graph.owned and tensor.is_floating_point() and not tensor.is_meta and name.endswith("weight"):
+                if not bool(torch.isfinite(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
+                    raise InputError(
+                        "the model's weights hold NaN or inf",
+                        where=name,
+                        why="no score and no proof can be computed from them",
+                        fix="load sound weights, or repair them (see torch.nan_to_num)",
+                    )
+
+    def _without(self, ignore: Iterable[nn.Module | str]) -> list[Group]:
+        """The groups less the units that the outputs of ignored modules hold."""
+        if isinstance(ignore, str | nn.Module):
+            ignore = (ignore,)
+        held = np.zeros(len(self.solution.root), dtype=bool)
+        for item in ignore:
+            for track in self._outputs_of(item):
+                for atoms in self.solution.atoms(track):
+                    held[atoms[atoms >= 0]] = True
+        if not held.any():
+            return self.groups
+        kept = []
+        for group in self.groups:
+            free = ~held[group.lanes].any(axis=0)
+            if free.all():
+                kept.append(group)
+            elif len(group.lanes) == 1 and free.sum() > 0:
+                kept.append(_restricted(group, free))
+        return kept
+
+    def _outputs_of(self, item: nn.Module | str) -> list[Track]:
+        if isinstance(item, nn.Module):
+            path = next((p for p, m in self.model.named_modules() if m is item), None)
+            if path is None:
+                raise InputError(f"ignore holds a {type(item).__name__} that is not part of the model")
+        else:
+            path = item
+        if path in self.graph.tensors:
+            return [ids for (name, _), ids in self.propagation.slots.items() if name == path]
+
+        def inside(module: str) -> bool:
+            return path == "" or module == path or module.startswith(f"{path}.")
+
+        tracks = []
+        found = False
+        for node in self.graph.fx.nodes:
+            if node.op == "call_function" and inside(node.meta["module"]):
+                found = True
+                if any(user.op == "output" or not inside(user.meta.get("module", "")) for user in node.users):
+                    axes = self.propagation.axes[node]
+                    tracks += [t for part in (axes if isinstance(axes, tuple) else (axes,)) for t in part.values()]
+        if not found:
+            raise InputError(
+                f"ignore names {item if isinstance(item, str) else path!r}, which is no module that ran and no tensor",
+                fix="use names as in model.named_modules() or model.named_parameters()",
+            )
+        return tracks
+
+    def __str__(self) -> str:
+        from surgeon.report import describe
+
+        return describe(self)
+
+
+def _restricted(group: Group, free: Track) -> Group:
+    """The group with only some of its units (single lane)."""
+    import dataclasses
+
+    number = np.full(group.units, -1, dtype=np.int64)
+    number[free] = np.arange(int(free.sum()))
+    members = []
+    for member in group.members:
+        stays = number[member.unit] >= 0
+        if stays.any():
+            members.append(dataclasses.replace(member, index=member.index[stays], unit=number[member.unit[stays]]))
+    return dataclasses.replace(group, lanes=group.lanes[:, free], members=tuple(members))
+
+
+def inspect(model: nn.Module, example_inputs: Any = None) -> Surgery:
+    """Run the model once and find out what can leave.
+
+    Args:
+        model: any module; it comes back as it was, its training mode included.
+        example_inputs: a tensor, a tuple (positional) or a dict (keywords). Left out: found from the model; what was assumed
+            is in `surgery.graph.assumed` and in its print-out.
+
+    Raises:
+        CaptureError: the model does not run, or does something that cannot be recorded.
+    """
+    graph = capture(model, example_inputs)
+    return Surgery(model, graph)
+
+
+def shrink(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    example_inputs: Any = None,
+    macs: float | None = None,
+    params: float | None = None,
+    criterion: str | Criterion = "l1",
+    scope: str = "uniform",
+    round_to: int = 1,
+    ignore: Sequence[nn.Module | str] = (),
+    seed: int = 0,
+    verify: bool = True,
+) -> nn.Module:
+    """A smaller, proven copy of a model, of the same class; the original is untouched.
+
+    `surgeon.shrink(model, 0.5)` removes half of the channels of every group. See `Surgery.plan` for the arguments.
+
+    Args:
+        verify: prove the surgery in float64 (about two forward passes). On unless switched off.
+
+    Raises:
+        InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan` and `Plan.apply`.
+        ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
+    """
+    request = Request(ratio, macs, params, scope, round_to)
+    criteria.criterion(criterion, seed)  # refuse bad arguments before the model runs
+    surgery = inspect(model, example_inputs)
+    if surgery.graph.assumed:
+        warnings.warn(surgery.graph.assumed, stacklevel=2)
+    plan = surgery.plan(
+        request.ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to, ignore=ignore, seed=seed
+    )
+    small = plan.apply(model)
+    if verify:
+        prove(model, small, plan, surgery.graph)
+    return small
+
+
+def prove(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph) -> Proof:
+    """`verify` with the graph at hand."""
+    return verify(model, small, plan, graph=graph)
+
+
+__all__ = ["BudgetError", "Surgery", "Tensor", "inspect", "shrink"]

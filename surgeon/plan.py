@@ -1,0 +1,171 @@
+"""Plan: which indices of which slots stay, and which sizes in the model's code change; plain data that can be replayed.
+
+A plan belongs to an architecture (`Plan.hash` covers the names and shapes of its tensors), not to weights: it applies to a fresh
+copy, to other weights of the same model, or to the weights before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgeon.capture import named_tensors
+from surgeon.errors import PlanError
+from surgeon.graph import architecture
+from surgeon.rewrite import Edit, shrink_module
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays.
+
+    Attributes:
+        kept: {tensor name: {dim: kept indices, ascending}}; tensors and dims that keep everything are left out.
+        hash: the architecture that the plan fits.
+        macs, params: predicted for the small model, and `*_before` of the original; MACs for the example inputs.
+        edits: changed sizes in the model's code; None until they are found, by the first `apply` or `save`.
+        request: what was asked for, for the reader.
+    """
+
+    kept: Mapping[str, Mapping[int, list[int]]]
+    hash: str
+    macs: int
+    params: int
+    macs_before: int
+    params_before: int
+    edits: tuple[Edit, ...] | None = None
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A new, smaller module of the same class; `model` is not touched.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+            MendError: the model's code holds a size that cannot be changed.
+        """
+        check_fit(self, model)
+        if self.edits is None and self._finish is not None:
+            return self._finish(self, model)[0]
+        return shrink_module(model, self.kept, self.edits or ())
+
+    def finished(self) -> Plan:
+        """The plan with its edits known."""
+        if self.edits is not None or self._finish is None:
+            return self
+        return self._finish(self, None)[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, atomically.
+
+        Raises:
+            PlanError: the path cannot be written.
+        """
+        plan = self.finished()
+        body = {
+            "kept": {name: {str(d): list(map(int, i)) for d, i in dims.items()} for name, dims in plan.kept.items()},
+            "hash": plan.hash,
+            "macs": plan.macs,
+            "params": plan.params,
+            "macs_before": plan.macs_before,
+            "params_before": plan.params_before,
+            "edits": [dataclasses.asdict(edit) for edit in plan.edits or ()],
+            "request": dict(plan.request),
+        }
+        text = json.dumps({"format": "surgeon-plan", "version": _VERSION, "checksum": _checksum(body), **body}, indent=1)
+        write_atomically(Path(path), text.encode())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is missing, truncated, edited or not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                "cannot read the plan", where=str(path), why=str(error), fix="pass a file written by plan.save(...)"
+            ) from error
+        if not isinstance(data, dict) or data.get("format") != "surgeon-plan":
+            raise PlanError("this file is not a surgeon plan", where=str(path), fix="pass a file written by plan.save(...)")
+        if data.get("version") != _VERSION:
+            raise PlanError(f"plan version {data.get('version')} is not supported (this is {_VERSION})", where=str(path))
+        body = {key: value for key, value in data.items() if key not in ("format", "version", "checksum")}
+        if data.get("checksum") != _checksum(body):
+            raise PlanError(
+                "the plan was changed after it was written", where=str(path), why="its checksum does not match",
+                fix="make the plan anew with surgery.plan(...)",
+            )  # fmt: skip
+        kept = {name: {int(d): i for d, i in dims.items()} for name, dims in body.pop("kept").items()}
+        edits = tuple(Edit(**edit) for edit in body.pop("edits"))
+        return Plan(kept=kept, edits=edits, **body)
+
+    def __str__(self) -> str:
+        share = self.params / max(self.params_before, 1)
+        macs = self.macs / max(self.macs_before, 1)
+        return (
+            f"Plan: {self.params_before:,} -> {self.params:,} params ({share:.1%}), "
+            f"{self.macs_before:,} -> {self.macs:,} MACs ({macs:.1%}), {len(self.kept)} tensors cut"
+        )
+
+
+Finish = Callable[[Plan, nn.Module | None], tuple[nn.Module, Plan]]
+
+
+def check_fit(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model that the plan was not made for.
+
+    Raises:
+        PlanError: the architecture differs; the first tensor that does is named where it can be.
+    """
+    if architecture(model) == plan.hash:
+        return
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
+    why = "the names or shapes of its tensors differ"
+    for name, dims in plan.kept.items():
+        shape = shapes.get(name)
+        if shape is None or any(d >= len(shape) or (kept and max(kept) >= shape[d]) for d, kept in dims.items()):
+            why = f"tensor '{name}' is {'missing' if shape is None else f'of shape {shape}'}"
+            break
+    raise PlanError(
+        "the plan was made for another architecture",
+        where=type(model).__name__,
+        why=why,
+        fix="apply the plan to a copy of the model that it was made for, before it was shrunk",
+    )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part.
+
+    Raises:
+        PlanError: the path cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise PlanError("cannot write the file", where=str(path), why=str(error), fix="choose a path that can be written") from error

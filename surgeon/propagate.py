@@ -1,0 +1,79 @@
+"""propagate(graph) -> Propagation: give every slot its ids and let each op say which belong together.
+
+Walks the graph once in order; all knowledge of ops is in `rules`. The model's outputs are frozen here, and so are tensors
+that are not the model's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgeon.graph import Graph, spec
+from surgeon.labels import Axes, Ledger, Track
+from surgeon.rules import Site, rule_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """What is known after the walk.
+
+    Attributes:
+        ledger: every fact about ids.
+        slots: (tensor name, dim) -> the ids of its indices, 1-d.
+        axes: node -> its tracks (a tuple of them where the op has several outputs).
+    """
+
+    ledger: Ledger
+    slots: Mapping[tuple[str, int], Track]
+    axes: Mapping[fx.Node, Any]
+
+
+def propagate(graph: Graph) -> Propagation:
+    """Run every op's rule once. Linear in the number of ops."""
+    ledger = Ledger()
+    slots: dict[tuple[str, int], Track] = {}
+    axes: dict[fx.Node, Any] = {}
+    made: dict[str, Axes] = {}
+    for node in graph.fx.nodes:
+        ledger.node = node
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in made:
+                made[name] = _slot_axes(graph, name, node, ledger, slots)
+            axes[node] = made[name]
+        elif node.op == "placeholder":
+            axes[node] = {}
+        elif node.op == "call_function":
+            axes[node] = rule_of(node)(Site(node, axes, ledger))
+    for path, node in graph.outputs:
+        ledger.node = node
+        ledger.freeze_all(axes[node], f"is the model's output '{path}'")
+    ledger.node = None
+    return Propagation(ledger, slots, axes)
+
+
+def _slot_axes(graph: Graph, name: str, node: fx.Node, ledger: Ledger, slots: dict[tuple[str, int], Track]) -> Axes:
+    shape = spec(node).shape
+    if name not in graph.owned:
+        tensor = graph.tensors[name]
+        if not tensor.is_meta and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+            return _fresh(ledger, shape)  # one repeated constant
+        return {}
+    axes = _fresh(ledger, shape)
+    for dim, track in axes.items():
+        slots[name, dim] = track.ravel()
+    return axes
+
+
+def _fresh(ledger: Ledger, shape: tuple[int, ...]) -> Axes:
+    ndim = len(shape)
+    return {
+        dim: np.ascontiguousarray(ledger.new(size).reshape([-1 if d == dim else 1 for d in range(ndim)]))
+        for dim, size in enumerate(shape)
+        if size > 1
+    }

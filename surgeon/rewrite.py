@@ -1,0 +1,325 @@
+"""shrink_module(model, kept, edits) -> a physically smaller module of the same class.
+
+The small model is a deep copy in which every tensor is replaced, while it is copied, by its slice; no full tensor is ever
+copied, tied tensors stay tied, and the original is only read. Then the numbers that torch's own layers keep beside their
+tensors are set from the tensors' new shapes, and the `Edit`s of the plan are made.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgeon.capture import named_tensors
+from surgeon.errors import MendError, PlanError
+
+Kept = Mapping[str, Mapping[int, list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One number in a module that changes.
+
+    Attributes:
+        module: path of the module.
+        kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0") or "literal"
+            (`name` is "function:occurrence:position" of a call in the module's forward).
+        old, new: the number before and after.
+    """
+
+    module: str
+    kind: str
+    name: str
+    old: int
+    new: int
+
+
+def shrink_module(model: nn.Module, kept: Kept, edits: Iterable[Edit] = ()) -> nn.Module:
+    """Copy `model` with every tensor in `kept` sliced.
+
+    Args:
+        kept: {tensor name: {dim: indices}}.
+        edits: numbers to change in the copy.
+
+    Raises:
+        PlanError: a name or index does not fit the model.
+        MendError: an edit does not fit the model's code.
+    """
+    small = _copy(model, kept)
+    for path, module in small.named_modules():
+        refresh(module, path)
+    for edit in edits:
+        apply_edit(small, edit)
+    return small
+
+
+def _copy(model: nn.Module, kept: Kept) -> nn.Module:
+    memo: dict[int, Any] = {}
+    cuts: dict[int, dict[int, list[int]]] = {}
+    names = set()
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in named_tensors(model):
+        names.add(name)
+        tensors[id(tensor)] = tensor
+        for dim, index in kept.get(name, {}).items():
+            known = cuts.setdefault(id(tensor), {}).setdefault(dim, index)
+            if known is not index and list(known) != list(index):
+                raise PlanError("tied tensors are cut in different ways", where=name, fix="make the plan anew")
+    missing = set(kept) - names
+    if missing:
+        raise PlanError(f"the model has no tensor '{min(missing)}'", fix="apply the plan to the model that it was made for")
+    for key, tensor in tensors.items():
+        memo[key] = sliced(tensor, cuts.get(key, {}))
+    return copy.deepcopy(model, memo)
+
+
+def sliced(tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
+    """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient follows."""
+    data = tensor.detach()
+    for dim, index in cut.items():
+        if dim >= data.dim() or not index or min(index) < 0 or max(index) >= data.shape[dim] or len(set(index)) < len(index):
+            raise PlanError(f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}", fix="make the plan anew")
+        data = data.index_select(dim, torch.tensor(index, device=data.device))
+    if not cut:
+        data = data.clone()
+    if not isinstance(tensor, nn.Parameter):
+        return data
+    new = type(tensor)(data, requires_grad=tensor.requires_grad) if type(tensor) is nn.Parameter else _as_parameter(tensor, data)
+    new.__dict__.update({k: v for k, v in tensor.__dict__.items() if not isinstance(v, weakref.ref)})
+    if tensor.grad is not None:
+        new.grad = sliced(tensor.grad, cut)
+    return new
+
+
+def _as_parameter(tensor: nn.Parameter, data: Tensor) -> nn.Parameter:
+    new = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    new.__class__ = type(tensor)
+    return new
+
+
+# -- numbers beside the tensors -------------------------------------------------------------------------------------
+
+
+def _linear(m: Any) -> dict[str, Any]:
+    return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
+
+
+def _convolution(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _transposed(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"in_channels": first, "out_channels": second * m.groups}
+
+
+def _batch_norm(m: Any) -> dict[str, Any]:
+    known = m.weight if m.weight is not None else m.running_mean
+    return {} if known is None else {"num_features": known.shape[0]}
+
+
+def _group_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
+
+
+def _layer_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
+def _embedding(m: Any) -> dict[str, Any]:
+    return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
+
+
+def _multihead(m: Any) -> dict[str, Any]:
+    sizes = {"embed_dim": m.out_proj.weight.shape[0]}
+    if m.in_proj_weight is not None:
+        sizes |= {"kdim": sizes["embed_dim"], "vdim": sizes["embed_dim"]}
+    else:
+        sizes |= {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
+    return sizes
+
+
+_LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
+    ((nn.Linear,), _linear),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    ((nn.MultiheadAttention,), _multihead),
+    ((nn.PReLU,), lambda m: {"num_parameters": m.weight.shape[0]}),
+)
+
+
+def refresh(module: nn.Module, path: str = "") -> None:
+    """Set the numbers that one of torch's own layers keeps beside its tensors from their shapes."""
+    for kinds, sizes in _LAYERS:
+        if isinstance(module, kinds):
+            try:
+                for name, value in sizes(module).items():
+                    if getattr(module, name, None) != value:
+                        setattr(module, name, value)
+            except AttributeError as error:
+                raise MendError(
+                    f"a {type(module).__name__} lacks an attribute that this layer has", where=path, why=str(error)
+                ) from error
+            return
+
+
+# -- edits ----------------------------------------------------------------------------------------------------------
+
+
+def apply_edit(model: nn.Module, edit: Edit) -> None:
+    """Make one edit in `model`.
+
+    Raises:
+        MendError: the place does not hold the old number.
+    """
+    module = model.get_submodule(edit.module)
+    if edit.kind == "attribute":
+        found = get_path(module, edit.name)
+        if found != edit.old and found != edit.new:
+            raise _misfit(edit, f"it holds {found!r}")
+        set_path(module, edit.name, edit.new)
+        refresh(module, edit.module)
+    else:
+        replace_submodule(model, edit.module, rewrite_literal(module, edit))
+
+
+def _misfit(edit: Edit, why: str) -> MendError:
+    return MendError(
+        f"cannot change {edit.name} from {edit.old} to {edit.new}", where=f"module '{edit.module}'", why=why,
+        fix="make the plan anew for this version of the model's code",
+    )  # fmt: skip
+
+
+def get_path(owner: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(owner, list | tuple):
+            owner = owner[int(part)]
+        elif isinstance(owner, dict):
+            owner = owner.get(part)
+        else:
+            owner = getattr(owner, part, None)
+    return owner
+
+
+def set_path(owner: Any, path: str, value: Any) -> None:
+    """Set the number at `path`; tuples on the way are replaced by new ones."""
+    *front, last = path.split(".")
+    if not front:
+        setattr(owner, last, value)
+        return
+    holder = get_path(owner, ".".join(front))
+    if isinstance(holder, tuple):
+        new = [*holder]
+        new[int(last)] = value
+        set_path(owner, ".".join(front), type(holder)(new) if type(holder) is tuple else type(holder)(*new))
+    elif isinstance(holder, list):
+        holder[int(last)] = value
+    elif isinstance(holder, dict):
+        holder[last] = value
+    else:
+        setattr(holder, last, value)
+
+
+def replace_submodule(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, nn.Sequential | nn.ModuleList) and name.isdigit():
+        owner[int(name)] = new
+    else:
+        setattr(owner, name, new)
+
+
+class _OneModule(fx.Tracer):
+    """Traces a single module: its children stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace_one(module: nn.Module) -> fx.GraphModule:
+    """The module's own forward as an fx GraphModule with its children untouched.
+
+    Raises:
+        Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
+    """
+    if isinstance(module, fx.GraphModule):
+        return module
+    traced = fx.GraphModule(module, _OneModule().trace(module), type(module).__name__)
+    traced.train(module.training)
+    return traced
+
+
+def literals(traced: fx.GraphModule) -> list[tuple[str, int]]:
+    """Every whole number in the arguments of the calls of a traced forward: (name of the place, number)."""
+    found: list[tuple[str, int]] = []
+    seen: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        occurrence = seen[name] = seen.get(name, -1) + 1
+        for place, value in _numbers((node.args, node.kwargs), ""):
+            found.append((f"{name}:{occurrence}:{place}", value))
+    return found
+
+
+def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
+    if isinstance(item, bool):
+        return
+    if isinstance(item, int):
+        yield path.lstrip("."), item
+    elif isinstance(item, slice):
+        yield from _numbers((item.start, item.stop, item.step), path)
+    elif isinstance(item, list | tuple):
+        for i, x in enumerate(item):
+            yield from _numbers(x, f"{path}.{i}")
+    elif isinstance(item, dict):
+        for key, x in item.items():
+            yield from _numbers(x, f"{path}.{key}")
+
+
+def rewrite_literal(module: nn.Module, edit: Edit) -> fx.GraphModule:
+    """The module with one number in one call of its forward replaced."""
+    name, occurrence, place = edit.name.split(":")
+    try:
+        traced = trace_one(module)
+    except Exception as error:
+        raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
+    count = -1
+    for node in traced.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            count += called == name
+            if called == name and count == int(occurrence):
+                keys = place.split(".")
+                args, kwargs = _replaced((node.args, node.kwargs), keys, edit)
+                node.args, node.kwargs = args, kwargs
+                traced.recompile()
+                return traced
+    raise _misfit(edit, "the call is not there")
+
+
+def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:
+    if not keys:
+        if item != edit.old and item != edit.new:
+            raise _misfit(edit, f"it holds {item!r}")
+        return edit.new
+    head, rest = keys[0], keys[1:]
+    if isinstance(item, slice):
+        parts = _replaced((item.start, item.stop, item.step), keys, edit)
+        return slice(*parts)
+    if isinstance(item, dict):
+        return {k: _replaced(v, rest, edit) if k == head else v for k, v in item.items()}
+    new = [_replaced(x, rest, edit) if i == int(head) else x for i, x in enumerate(item)]
+    return tuple(new) if isinstance(item, tuple) else new

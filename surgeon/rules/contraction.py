@@ -1,0 +1,179 @@
+"""Contractions: products summed over a shared dim. Written as letters, like einsum.
+
+Each operand and the output name their dims by letters; the tracks of one letter are joined over all operands that have it.
+A letter that is missing from the output is summed over: its ids end there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from surgeon.labels import Axes, reshape
+from surgeon.rules.registry import Family, Site, broadcast, meet, rule
+
+Operand = tuple[Axes, tuple[int, ...], str]
+
+
+def contract(site: Site, operands: list[Operand], out: str) -> Axes:
+    """Join per letter and return the tracks of the output's letters."""
+    ledger = site.ledger
+    letters = sorted({letter for _, _, names in operands for letter in names})
+    place = {letter: i for i, letter in enumerate(letters)}
+    joined: dict[str, np.ndarray] = {}
+    for letter in letters:
+        tracks, fixed = [], False
+        for axes, shape, names in operands:
+            if letter not in names:
+                continue
+            dim = names.index(letter)
+            if dim in axes:
+                tracks.append(_spread(axes[dim], names, place))
+            elif shape[dim] != 1:
+                fixed = True
+        if tracks and fixed:
+            for track in tracks:
+                ledger.freeze(track, "is multiplied with a tensor whose size here is fixed")
+        elif tracks:
+            joined[letter] = meet(ledger, tracks)
+    result: Axes = {}
+    for letter, track in joined.items():
+        if letter not in out:
+            continue
+        for ended in set(letters) - set(out):
+            track = ledger.collapse(track, place[ended])
+        kept = [place[name] for name in sorted(out)]
+        flat = track.reshape([track.shape[i] for i in kept])
+        order = [sorted(out).index(name) for name in out]
+        result[out.index(letter)] = flat.transpose(order)
+    return result
+
+
+def _spread(track: np.ndarray, names: str, place: dict[str, int]) -> np.ndarray:
+    """A track over an operand's dims as a track over all letters."""
+    order = sorted(range(len(names)), key=lambda i: place[names[i]])
+    shape = [1] * len(place)
+    for dim, name in enumerate(names):
+        shape[place[name]] = track.shape[dim]
+    return track.transpose(order).reshape(shape)
+
+
+def _operand(site: Site, arg: Any, names: str) -> Operand:
+    return site.axes(arg), site.shape(arg), names
+
+
+def _plain(site: Site, left: Any, right: Any, spec: str) -> Axes:
+    ins, out = spec.split("->")
+    a, b = ins.split(",")
+    return contract(site, [_operand(site, left, a), _operand(site, right, b)], out)
+
+
+_SPECS = {"mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k->", "outer": "i,j->ij"}
+
+
+@rule(Family.CONTRACTION, *_SPECS)
+def product(site: Site) -> Axes:
+    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    return _plain(site, site.node.args[0], site.node.args[1], _SPECS[name])
+
+
+@rule(Family.CONTRACTION, "addmm", "baddbmm", "addbmm", "addmv")
+def product_plus(site: Site) -> Axes:
+    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addbmm": "bik,bkj->ij", "addmv": "ik,k->i"}[name]
+    bias, left, right = site.node.args[:3]
+    out = _plain(site, left, right, spec)
+    return broadcast(site, [(out, site.out), (site.axes(bias), site.shape(bias))], site.out)
+
+
+@rule(Family.CONTRACTION, "linear")
+def linear(site: Site) -> Axes:
+    x, weight, bias = site.arg(0), site.arg(1), site.arg(2, "bias")
+    rows = "abcdefgh"[: len(site.out) - 1]
+    out = contract(site, [_operand(site, x, rows + "k"), _operand(site, weight, "zk")], rows + "z")
+    if bias is None:
+        return out
+    return broadcast(site, [(out, site.out), (site.axes(bias), site.shape(bias))], site.out)
+
+
+@rule(Family.CONTRACTION, "convolution", "_convolution")
+def convolution(site: Site) -> Axes:
+    """Input [N, C, ...], weight [O, C/g, ...] (transposed: [C, O/g, ...]). Groups cut C and O into a grid with equal rows."""
+    x, weight, bias = site.node.args[:3]
+    transposed, groups = bool(site.arg(6)), int(site.arg(8))
+    shape, ndim = site.shape(x), len(site.shape(x))
+    w_shape = site.shape(weight)
+    x_axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of a convolution")
+    w_axes = site.freeze(site.axes(weight), range(2, ndim), "is a kernel dim of a convolution")
+    spatial = "pqr"[: ndim - 2]
+    channels, filters = shape[1], site.out[1]
+    out_shape = (shape[0], groups, filters // groups, *(1,) * (ndim - 2))
+    in_shape = (shape[0], groups, channels // groups, *shape[2:])
+    # the kernel's dims end here and vary with nothing
+    kernel = tuple(range(2, ndim))
+    w_axes = {d: t.reshape(t.shape[:2]) for d, t in w_axes.items()}
+    if transposed:
+        w_split = (groups, channels // groups, filters // groups)
+        w_names = "gco"
+    else:
+        w_split = (groups, filters // groups, channels // groups)
+        w_names = "goc"
+    w_axes = reshape(site.ledger, w_axes, w_shape[:2], w_split)
+    x_axes = reshape(site.ledger, x_axes, shape, in_shape)
+    x_axes = {d: _flatten_dims(site, t, kernel, 1) for d, t in x_axes.items()}
+    out = contract(
+        site,
+        [(x_axes, (*in_shape[:3], *(1,) * (ndim - 2)), "ngc" + spatial), (w_axes, w_split, w_names)],
+        "ngo" + spatial,
+    )
+    merged = reshape(site.ledger, out, out_shape, (shape[0], filters, *(1,) * (ndim - 2)))
+    if bias is None:
+        return merged
+    vector = {1: t.reshape(1, -1, *(1,) * (ndim - 2)) for t in site.axes(bias).values()}
+    wide = (1, filters, *(1,) * (ndim - 2))
+    return broadcast(site, [(merged, (shape[0], filters, *(1,) * (ndim - 2))), (vector, wide)], (shape[0], *wide[1:]))
+
+
+def _flatten_dims(site: Site, track: np.ndarray, dims: tuple[int, ...], offset: int) -> np.ndarray:
+    for dim in dims:
+        track = site.ledger.collapse(track, dim + offset)
+    return track
+
+
+@rule(
+    Family.CONTRACTION,
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def attention(site: Site) -> Any:
+    """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]; heads and dims are tied."""
+    q, k, v = site.node.args[:3]
+    name = site.node.target._schema.name  # type: ignore[union-attr]  # an OpOverload by registration
+    mask = site.node.kwargs.get("attn_mask")
+    if mask is None and "efficient" in name:
+        mask = site.arg(3)
+    scores = contract(site, [_operand(site, q, "bhnd"), _operand(site, k, "bhmd")], "bhnm")
+    shape = (*site.shape(q)[:3], site.shape(k)[2])
+    if mask is not None:
+        scores = broadcast(site, [(scores, shape), (site.axes(mask), site.shape(mask))], shape)
+    q_axes, v_axes = site.axes(q), site.axes(v)
+    out = contract(site, [(scores, shape, "bhnm"), _operand(site, v, "bhmd")], "bhnd")
+    if 3 in q_axes and 3 in v_axes and site.shape(q)[3] == site.shape(v)[3]:
+        rows = np.broadcast_shapes(q_axes[3].shape, v_axes[3].shape)
+        both = np.stack([np.broadcast_to(q_axes[3], rows), np.broadcast_to(v_axes[3], rows)])
+        site.ledger.balance(both, 4)  # the fused kernels take one head dim
+    return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
+
+
+@rule(Family.CONTRACTION, "embedding")
+def embedding(site: Site) -> Axes:
+    """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
+    weight, index = site.node.args[:2]
+    axes = site.freeze(site.axes(weight), [0], "is looked up by index")
+    site.ledger.freeze_all(site.axes(index), "is used as an index")
+    ndim = len(site.out)
+    return {ndim - 1: t.reshape((1,) * (ndim - 1) + (-1,)) for t in axes.values()}

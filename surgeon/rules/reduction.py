@@ -1,0 +1,143 @@
+"""Reductions and normalisations: a dim of one operand ends, or its entries are normalised by each other.
+
+Ids pass along the dims that stay. `renormalises` says which ops compute something else when fewer entries are there (a mean,
+a softmax, a layer norm): the proof computes those over the entries that stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from surgeon.labels import Axes, reshape
+from surgeon.rules.elementwise import per_channel
+from surgeon.rules.registry import Family, Site, broadcast, rule
+
+
+def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> Axes:
+    """Tracks after the dims ended; a track that varied along one of them is made constant there."""
+    gone = {int(d) % ndim for d in dims} if ndim else set()
+    result: Axes = {}
+    for dim, track in axes.items():
+        if dim in gone:
+            continue
+        for ended in gone:
+            track = site.ledger.collapse(track, ended)
+        if not keepdim:
+            track = track.reshape([n for d, n in enumerate(track.shape) if d not in gone])
+        result[dim if keepdim else dim - sum(g < dim for g in gone)] = track
+    return result
+
+
+@rule(
+    Family.REDUCTION, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+    "logsumexp", "any", "all", "prod", "nansum",
+)  # fmt: skip
+def reduction(site: Site) -> Any:
+    x = site.node.args[0]
+    ndim = len(site.shape(x))
+    names = [a.name for a in site.node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload by registration
+    bound = {**dict(zip(names, site.node.args, strict=False)), **site.node.kwargs}
+    dims = bound.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims:
+        dims = range(ndim)
+    axes = reduce_dims(site, site.axes(x), dims, ndim, bool(bound.get("keepdim", False)))
+    spec = site.node.meta["spec"]
+    return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
+
+
+@rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
+def selection(site: Site) -> Any:
+    """Pick one entry along a dim and tell its index: that dim may not lose entries."""
+    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
+    second = site.arg(1, "dim")
+    spec = site.node.meta["spec"]
+    if isinstance(second, fx.Node):  # max.other
+        operands = [(site.axes(a), site.shape(a)) for a in (x, second)]
+        return broadcast(site, operands, site.out)
+    if second is None:
+        site.ledger.freeze_all(site.axes(x), "an index is computed over it")
+        return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
+    axes = site.freeze(site.axes(x), [second % ndim], "an index is computed over it")
+    axes = reduce_dims(site, axes, [second], ndim, bool(site.arg(2, "keepdim", False)))
+    return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
+
+
+@rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(site: Site) -> Axes:
+    x = site.node.args[0]
+    dim = int(site.arg(1)) % max(1, len(site.out))
+    axes = dict(site.axes(x))
+    return {d: (t if d == dim else site.ledger.collapse(t, dim)) for d, t in axes.items()}
+
+
+@rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "topk", "flip_sort")
+def ordered(site: Site) -> Any:
+    """Entries along the dim depend on their order: that dim stays whole."""
+    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
+    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    dim = site.arg(2, "dim", -1) if name == "topk" else site.arg(1, "dim", -1)
+    axes = site.freeze(site.axes(x), [int(dim) % max(ndim, 1)], f"{name} runs along it")
+    spec = site.node.meta["spec"]
+    return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
+
+
+@rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(site: Site) -> Any:
+    """x [..., normalized_shape] normalised over the last dims, scaled by weight and bias of that shape."""
+    x, shape = site.node.args[:2]
+    last = len(shape)
+    operands = [(site.axes(x), site.shape(x))]
+    operands += [(site.axes(v), site.shape(v)) for v in site.node.args[2:4] if isinstance(v, fx.Node)]
+    out = broadcast(site, operands, site.out)
+    ndim = len(site.out)
+    gone = range(ndim - last, ndim)
+    passing = {d: t for d, t in out.items() if d < ndim - last}
+    stats = reduce_dims(site, passing, gone, ndim, keepdim=True)
+    spec = site.node.meta["spec"]
+    return tuple(out if i == 0 else stats for i, _ in enumerate(spec)) if isinstance(spec, tuple) else out
+
+
+@rule(Family.REDUCTION, "native_group_norm", "group_norm")
+def group_norm(site: Site) -> Any:
+    """x [N, C, ...] normalised over each of g groups of C/g channels: groups are rows, every row keeps equally many."""
+    x, weight, bias = site.node.args[:3]
+    groups = int(site.arg(6))
+    shape = site.shape(x)
+    axes = site.freeze(site.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
+    grid = (shape[0], groups, shape[1] // groups, *shape[2:])
+    cut = reshape(site.ledger, axes, shape, grid)
+    axes = reshape(site.ledger, cut, grid, shape)
+    operands = [(axes, shape)]
+    for vector in (weight, bias):
+        if isinstance(vector, fx.Node):
+            wide, track = per_channel(site.shape(vector), site.axes(vector), len(shape))
+            operands.append((track, wide))
+    out = broadcast(site, operands, shape)
+    return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
+
+
+_POOLS = {
+    "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "max_pool1d": 1, "max_pool2d": 2, "avg_pool1d": 1,
+    "avg_pool2d": 2, "avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "adaptive_avg_pool1d": 1,
+    "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1, "upsample_nearest2d": 2,
+    "upsample_nearest3d": 3, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1,
+    "upsample_trilinear3d": 3, "_upsample_nearest_exact2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
+    "reflection_pad1d": 1, "reflection_pad2d": 2, "replication_pad1d": 1, "replication_pad2d": 2, "replication_pad3d": 3,
+    "mkldnn_max_pool2d": 2, "grid_sampler_2d": 2,
+}  # fmt: skip
+
+
+@rule(Family.REDUCTION, *_POOLS)
+def pooling(site: Site) -> Any:
+    """Windows over the last spatial dims; batch and channels pass."""
+    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
+    spatial = range(ndim - _POOLS[name], ndim)
+    axes = site.freeze(site.axes(x), spatial, f"is a spatial dim of {name}")
+    for dim in spatial:
+        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+    spec = site.node.meta["spec"]
+    return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes

@@ -1,0 +1,189 @@
+"""solve(ledger) -> Solution: draw all conclusions from the facts about ids, once, in bulk.
+
+Joined ids form a *class*, named by its smallest id. A class is *composite* if its ids are cells of a grid: it leaves if and
+only if its row class or its column class leaves. All other classes are *atoms*, the things that can be chosen.
+
+Conclusions, repeated until nothing changes:
+
+- one class, two grids: a cell with two (row, column) pairs means that the rows are one and the columns are one
+  (cutting a dim in two ways ties the coarser rows' parts together: sound, though it gives up some freedom);
+- a frozen column makes a cell the same as its row, a frozen row the same as its column;
+- a frozen cell freezes its row and its column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from torch import fx
+
+from surgeon.labels import Freeze, Ledger, Track
+
+_DEPTH = 8  # grids within grids; deeper ones are frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Classes of ids.
+
+    Attributes:
+        root: id -> its class.
+        frozen: id -> whether its class may not leave (read at class ids).
+        row, column: class -> row and column class of a composite, -1 for an atom.
+        outer: class -> whether the grid is a flattened outer product, whose factors are independent channels.
+        freezes: the freezes of the ledger, for `why`.
+        balances: (matrix of ids, node): every row keeps equally many.
+    """
+
+    root: Track
+    frozen: Track
+    row: Track
+    column: Track
+    outer: Track
+    freezes: tuple[Freeze, ...]
+    balances: tuple[tuple[Track, fx.Node | None], ...]
+
+    def why(self, ids: Track) -> tuple[str, fx.Node | None]:
+        """(reason, node) of the first freeze that holds one of the ids, directly or through a grid."""
+        wanted = np.zeros(len(self.root), dtype=bool)
+        wanted[self.root[ids]] = True
+        for atoms in self.atoms(ids):
+            wanted[atoms[atoms >= 0]] = True
+        for freeze in self.freezes:
+            if wanted[self.root[freeze.ids]].any():
+                return freeze.reason, freeze.node
+        return "must keep as many as a part that is frozen", None
+
+    def atoms(self, ids: Track) -> list[Track]:
+        """Arrays like `ids` of the atoms whose leaving takes each entry along; -1 where there are fewer."""
+        todo, found = [self.root[ids]], []
+        for _ in range(_DEPTH):
+            if not todo:
+                return found
+            following = []
+            for classes in todo:
+                valid = classes >= 0
+                composite = valid & (self.row[classes] >= 0)
+                if not composite.any():
+                    found.append(classes)
+                    continue
+                following.append(np.where(composite, self.row[classes], -1))
+                following.append(np.where(composite, self.column[classes], -1))
+                rest = np.where(composite, -1, classes)
+                if (rest >= 0).any():
+                    found.append(rest)
+            todo = following
+        return found + todo
+
+    def leaves(self, ids: Track, removed: Track) -> Track:
+        """Which entries leave when the classes marked in `removed` (a mask over ids) do."""
+        gone = np.zeros(ids.shape, dtype=bool)
+        for atoms in self.atoms(ids):
+            gone |= removed[atoms] & (atoms >= 0)
+        return gone
+
+
+def solve(ledger: Ledger) -> Solution:
+    """See the module's text. The cost is linear in the number of facts, up to a few passes."""
+    n = ledger.count
+    root = np.arange(n, dtype=np.int64)
+    frozen = np.zeros(n, dtype=bool)
+    if ledger.joins:
+        left = np.concatenate([j.left for j in ledger.joins])
+        right = np.concatenate([j.right for j in ledger.joins])
+        root = unite(root, left, right)
+    if ledger.freezes:
+        frozen[root[np.concatenate([f.ids for f in ledger.freezes])]] = True
+    cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
+    row = np.concatenate([p.row for p in ledger.parts]) if ledger.parts else cell
+    column = np.concatenate([p.column for p in ledger.parts]) if ledger.parts else cell
+    split = np.concatenate([np.full(p.cell.size, p.split) for p in ledger.parts]) if ledger.parts else cell.astype(bool)
+    balances = [(b.matrix, b.node) for b in ledger.balances]
+    while True:
+        root, frozen, changed = _close_parts(root, frozen, cell, row, column)
+        changed |= _freeze_unbalanced(root, frozen, balances)
+        if not changed:
+            break
+    return _assemble(ledger, root, frozen, (cell, row, column, split), balances)
+
+
+def unite(root: Track, left: Track, right: Track) -> Track:
+    """Connected components after adding the edges left-right; `root` maps every id to the smallest of its component."""
+    root = root.copy()
+    while True:
+        a, b = root[left], root[right]
+        differ = a != b
+        if not differ.any():
+            return root
+        low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
+        left, right = left[differ], right[differ]
+        np.minimum.at(root, high, low)
+        while True:
+            jumped = root[root]
+            if np.array_equal(jumped, root):
+                break
+            root = jumped
+
+
+def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Track) -> tuple[Track, Track, bool]:
+    """Apply the three conclusions about grids until they hold."""
+    changed = False
+    while cell.size:
+        c, r, k = root[cell], root[row], root[column]
+        left, right = [], []
+        fr, fk = frozen[r], frozen[k]
+        real = np.flatnonzero(~fr & ~fk & (c != r) & (c != k))
+        order = real[np.argsort(c[real], kind="stable")]
+        same = c[order][1:] == c[order][:-1]
+        for side in (r, k):  # one class, two grids
+            left.append(side[order][:-1][same])
+            right.append(side[order][1:][same])
+        left += [c[fk], c[fr]]
+        right += [r[fk], k[fr]]
+        # a cell that is its own row (column) leaves with every column (row), unless that one is frozen and never does
+        own_row, own_column = (c == r) & ~fk, (c == k) & ~fr
+        left += [c[own_row], c[own_column]]
+        right += [k[own_row], r[own_column]]
+        united = unite(root, np.concatenate(left), np.concatenate(right))
+        marked = np.zeros_like(frozen)
+        marked[united[np.flatnonzero(frozen)]] = True
+        c, r, k = united[cell], united[row], united[column]
+        stuck = marked[c]
+        marked[r[stuck]] = True
+        marked[k[stuck]] = True
+        both = marked[r] & marked[k]
+        marked[c[both]] = True
+        if np.array_equal(united, root) and np.array_equal(marked[united], frozen[root]):
+            return united, marked, changed
+        root, frozen, changed = united, marked, True
+    marked = np.zeros_like(frozen)
+    marked[root[np.flatnonzero(frozen)]] = True
+    return root, marked, changed
+
+
+def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, fx.Node | None]]) -> bool:
+    """A row that cannot lose anything freezes the rows that must keep as many as it does."""
+    changed = False
+    for matrix, _ in balances:
+        classes = root[matrix]
+        loose = ~frozen[classes]
+        if loose.any() and not loose.any(axis=1).all():
+            frozen[classes[loose]] = True
+            changed = True
+    return changed
+
+
+def _assemble(
+    ledger: Ledger, root: Track, frozen: Track, parts: tuple[Track, ...], balances: list[tuple[Track, fx.Node | None]]
+) -> Solution:
+    cell, row, column, split = parts
+    of_row, of_column = np.full(len(root), -1, dtype=np.int64), np.full(len(root), -1, dtype=np.int64)
+    outer = np.zeros(len(root), dtype=bool)
+    if cell.size:
+        c, r, k = root[cell], root[row], root[column]
+        proper = (c != r) & (c != k)
+        of_row[c[proper]], of_column[c[proper]] = r[proper], k[proper]
+        outer[c[proper]] = True
+        outer[c[proper & split]] = False
+    return Solution(root, frozen, of_row, of_column, outer, tuple(ledger.freezes), tuple(balances))
