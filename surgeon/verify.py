@@ -30,7 +30,8 @@ from surgeon.rules.registry import Family, family, op_name
 
 TOLERANCE = 1e-9
 _HALVES = (torch.float32, torch.float16, torch.bfloat16)
-_OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty"}
+_OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided"}  # compute nothing
+_KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Proof:
 
     Attributes:
         errors: max |small - reference| / max |reference| in float64, per output.
+        inner: the same, the largest over the results of all contractions (convolutions, matrix products, attention). It counts
+            where an output hides what happened before it, as a classifier that was initialised to zero does.
+        compared: how many contractions were compared; 0 if the two runs do not line up op by op.
         tolerance: the error up to which the cut counts as right.
         rescaled: constants that the model derives from a width, such as 1/sqrt(head_dim): (place, before, after). The
             reference uses the value after the cut.
@@ -46,15 +50,17 @@ class Proof:
 
     errors: Mapping[str, float]
     tolerance: float
+    inner: float = 0.0
+    compared: int = 0
     rescaled: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def error(self) -> float:
-        """The largest error of all outputs."""
-        return max(self.errors.values())
+        """The largest error of all outputs and inner results."""
+        return max(*self.errors.values(), self.inner)
 
     def __str__(self) -> str:
-        text = f"proof: max relative error {self.error:.1e} in float64 over {len(self.errors)} outputs"
+        text = f"proof: max relative error {self.error:.1e} in float64 over {len(self.errors)} outputs and {self.compared} products"
         return text + (f"; {len(self.rescaled)} width-dependent constants follow the new widths" if self.rescaled else "")
 
 
@@ -84,8 +90,10 @@ def verify(
     args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
     outputs, trace = _run_small(small, args, kwargs)
     with _float64():
-        rescaled = _rescaled(graph, trace, plan)
-        reference = _Reference(model, graph, plan, rescaled).run(args, kwargs)
+        steps = _line_up(graph, trace)
+        rescaled = _rescaled(graph, steps, plan)
+        run = _Reference(model, graph, plan, rescaled, {n: step.result for n, step in steps.items() if step.result is not None})
+        reference = run.run(args, kwargs)
     if [path for path, _ in reference] != [path for path, _ in outputs]:
         raise ProofError(
             "the small model returns other outputs than the original",
@@ -95,12 +103,12 @@ def verify(
     for (path, (want, mask)), (_, got) in zip(reference, outputs, strict=True):
         errors[path] = _error(path, want, mask, got)
     said = tuple((where(node), before, after) for node, (_, before, after) in rescaled.items())
-    proof = Proof(errors, tolerance, said)
+    proof = Proof(errors, tolerance, run.inner, run.compared, said)
     if not proof.error <= tolerance:
         worst = max(errors, key=lambda p: errors[p] if errors[p] == errors[p] else math.inf)
         raise ProofError(
-            f"the small model does not compute what the plan says: relative error {errors[worst]:.2e} (allowed {tolerance:.0e})",
-            where=f"output '{worst}'",
+            f"the small model does not compute what the plan says: relative error {proof.error:.2e} (allowed {tolerance:.0e})",
+            where=where(run.first_bad) if run.first_bad is not None else f"output '{worst}'",
             why="the plan removes different channels from tensors that belong together, or the small model was changed since",
             fix="make the plan with surgery.plan(...); if it was, please report the model: this is a bug in surgeon",
         )
@@ -130,7 +138,8 @@ def _error(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:
         if not want.numel():
             return 0.0
     scale = float(want.abs().max())
-    return float((want - got).abs().max()) / max(scale, 1e-30)
+    difference = float((want - got).abs().max())
+    return difference / scale if scale else (math.inf if difference else 0.0)
 
 
 # -- the small model ------------------------------------------------------------------------------------------------
@@ -177,18 +186,36 @@ def _double(tree: Any, random: bool) -> Any:
     return convert(tree)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One op of the small model's run: its name, the numbers among its arguments, its result if it is a contraction."""
+
+    name: str
+    constants: tuple[float, ...]
+    result: Tensor | None
+
+
 class _Upgrade(TorchDispatchMode):
     """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace: list[tuple[str, tuple[float, ...]]] = []
+        self.trace: list[_Step] = []
+        self.room = _KEEP
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        result = func(*_wide(args), **{k: _wide(v) for k, v in (kwargs or {}).items()})
         if name.rstrip("_") not in _OPTIONAL:
-            self.trace.append((name.rstrip("_"), _constants(args)))
-        return func(*_wide(args), **{k: _wide(v) for k, v in (kwargs or {}).items()})
+            self.trace.append(_Step(name.rstrip("_"), _constants(args), self._kept(name, result)))
+        return result
+
+    def _kept(self, name: str, result: Any) -> Tensor | None:
+        first = result[0] if isinstance(result, list | tuple) and result else result
+        if family(name) is not Family.CONTRACTION or not isinstance(first, Tensor) or first.numel() > self.room:
+            return None
+        self.room -= first.numel()
+        return first.clone()
 
 
 def _wide(item: Any) -> Any:
@@ -201,7 +228,7 @@ def _constants(args: Any) -> tuple[float, ...]:
     return tuple(float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool))
 
 
-def _run_small(small: nn.Module, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[Any]]:
+def _run_small(small: nn.Module, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[_Step]]:
     twin = copy.deepcopy(small).to(torch.float64)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
@@ -221,24 +248,33 @@ def _run_small(small: nn.Module, args: Any, kwargs: Any) -> tuple[list[tuple[str
     return list(tensor_leaves(output)), mode.trace
 
 
-def _rescaled(graph: Graph, trace: list[Any], plan: Plan) -> dict[fx.Node, tuple[int, float, float]]:
-    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (position, old, new)."""
-    calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL]
+def _line_up(graph: Graph, trace: list[_Step]) -> dict[fx.Node, _Step]:
+    """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops."""
+    calls = [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL]
+    alike = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
     if len(calls) != len(trace):
         return {}
+    for node, step in zip(calls, trace, strict=True):
+        if alike.get(step.name, step.name) != alike.get(op_name(node), op_name(node)):
+            return {}
+    return dict(zip(calls, trace, strict=True))
+
+
+def _rescaled(graph: Graph, steps: Mapping[fx.Node, _Step], plan: Plan) -> dict[fx.Node, tuple[int, float, float]]:
+    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (position, old, new)."""
     shares: set[float] = set()
     for name, dims in plan.kept.items():
         for dim, kept in dims.items():
             shares.add(len(kept) / graph.tensors[name].shape[dim])
     found: dict[fx.Node, tuple[int, float, float]] = {}
-    for call, (name, new) in zip(calls, trace, strict=True):
-        if family(name) is not Family.ELEMENTWISE or name != op_name(call.node):
+    for node, step in steps.items():
+        if family(step.name) is not Family.ELEMENTWISE:
             continue
-        places = [i for i, a in enumerate(call.node.args) if isinstance(a, int | float) and not isinstance(a, bool)]
-        for place, after in zip(places, new, strict=False):
-            before = float(call.node.args[place])  # type: ignore[arg-type]  # a number, tested above
+        places = [i for i, a in enumerate(node.args) if isinstance(a, int | float) and not isinstance(a, bool)]
+        for place, after in zip(places, step.constants, strict=False):
+            before = float(node.args[place])  # type: ignore[arg-type]  # a number, tested above
             if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(after / before, shares):
-                found[call.node] = (place, before, after)
+                found[node] = (place, before, after)
     return found
 
 
@@ -252,8 +288,17 @@ Value = tuple[Tensor, Mask]
 
 
 class _Reference:
-    def __init__(self, model: nn.Module, graph: Graph, plan: Plan, rescaled: Mapping[fx.Node, tuple[int, float, float]]) -> None:
-        self.graph, self.plan, self.rescaled = graph, plan, rescaled
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        plan: Plan,
+        rescaled: Mapping[fx.Node, tuple[int, float, float]],
+        results: Mapping[fx.Node, Tensor],
+    ) -> None:
+        self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
+        self.inner, self.compared = 0.0, 0
+        self.first_bad: fx.Node | None = None
         own = dict(named_tensors(model))
         self.tensors = {**graph.tensors, **{n: t for n, t in own.items() if n in graph.owned}}
         self.values: dict[fx.Node, Any] = {}
@@ -271,10 +316,24 @@ class _Reference:
                 self.values[node] = self._slot(str(node.target))
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
+                if node in self.results:
+                    self._compare(node)
                 for used in node.all_input_nodes:  # free what nobody reads any more
                     if self.last.get(used) is node and used not in keep:
                         self.values.pop(used, None)
         return [(path, self.values[node]) for path, node in self.graph.outputs]
+
+    def _compare(self, node: fx.Node) -> None:
+        value = self.values[node]
+        data, mask = value[0] if isinstance(value, list) else value
+        got = self.results[node]
+        want = data[masks.full(mask, data.shape)] if mask else data.flatten()
+        same = want.numel() == got.numel()
+        error = _error(str(node), want, (), got.flatten()) if same else math.inf
+        self.compared += 1
+        self.inner = max(self.inner, error)
+        if not error <= TOLERANCE and self.first_bad is None:
+            self.first_bad = node
 
     def _slot(self, name: str) -> Value:
         tensor = self.tensors[name].detach()
@@ -317,7 +376,12 @@ class _Call:
         """The op on its arguments as `read` gives them."""
         args = [_nest(a, read) for a in self.args]
         kwargs = {k: _wide(_nest(v, read)) for k, v in self.kwargs.items()}
-        return self.node.target(*map(_wide, args), **kwargs)  # type: ignore[operator]  # an OpOverload
+        return self.op(*map(_wide, args), **kwargs)
+
+    @property
+    def op(self) -> Any:
+        """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
+        return torch.reshape if self.name in ("view", "_unsafe_view", "_reshape_alias") else self.node.target
 
     @property
     def masked(self) -> bool:
@@ -370,12 +434,12 @@ def _movement(call: _Call) -> Any:
     first = call.args[0]
     if isinstance(first, list | tuple):  # cat, stack: presence as one tensor per operand
         parts = [masks.full(call.mask(n), call.data(n).shape) for n in first]
-        both = call.node.target(parts, *call.args[1:], **call.kwargs)  # type: ignore[operator]  # an OpOverload
+        both = call.op(parts, *call.args[1:], **call.kwargs)
         return result, masks.tidy([masks.compress(both, exact=True)])
     rest = [_nest(a, call.data) for a in call.args[1:]]
     if call.name in _TWO:
         parts = [masks.full(call.mask(n), call.data(n).shape) for n in call.args[:2]]
-        both = call.node.target(*parts, *rest[1:])  # type: ignore[operator]  # an OpOverload
+        both = call.op(*parts, *rest[1:])
         return result, masks.tidy([masks.compress(both, exact=True)])
     if call.name == "constant_pad_nd":  # what padding adds is nobody's: present unless it meets something absent
         rest = [rest[0], 1]
@@ -383,7 +447,7 @@ def _movement(call: _Call) -> Any:
     kwargs = {k: _nest(v, call.data) for k, v in call.kwargs.items()}
 
     def op(factor: Tensor) -> Any:
-        return call.node.target(factor.contiguous() if exact else factor, *rest, **kwargs)  # type: ignore[operator]
+        return call.op(factor, *rest, **kwargs)
 
     if isinstance(result, list | tuple):
         found = [[masks.compress(part, exact=True) for part in op(f.expand(shape))] for f in call.mask(first)]
@@ -495,7 +559,7 @@ def _reduction(call: _Call) -> Any:
         elif name in ("amax", "amin"):
             worst = -math.inf if name == "amax" else math.inf
             filled = data.masked_fill(~masks.full(mask, data.shape), worst)
-            result = call.node.target(filled, *call.args[1:], **call.kwargs)  # type: ignore[operator]  # an OpOverload
+            result = call.op(filled, *call.args[1:], **call.kwargs)
         elif name in ("norm", "linalg_vector_norm"):
             result = call.run(lambda item: zero if item is x else call.data(item))
         elif name in ("var", "var_mean", "std", "std_mean"):
