@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon import _views
+from surgeon._sizes import SizeMode, looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph import Call, Graph, Spec, architecture, tensor_leaves
 from surgeon.inputs import find_inputs, normalize
@@ -57,7 +58,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Graph:
             with recorder.watching():
                 for path, tensor in tensor_leaves((args, kwargs)):
                     recorder.placeholder(path, tensor)
-                with recorder:
+                with looking_inside_functional(), recorder, SizeMode(recorder.node_of):
                     output = model(*args, **kwargs)
             return recorder.finish(output, args, kwargs, assumed)
         except SurgeonError:
@@ -233,6 +234,11 @@ class _Recorder(TorchDispatchMode):
         value = _Value(node)
         self._bind(tensor, value)
         return value
+
+    def node_of(self, tensor: Tensor) -> fx.Node | None:
+        """The node that holds a tensor now; None for tensors that the run has not met."""
+        value = self._lookup(tensor)
+        return None if value is None else self.node(value)
 
     def node(self, value: _Value) -> fx.Node:
         """The node that holds `value` now; views of a base that was written to are read again."""

@@ -293,6 +293,31 @@ def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str],
     return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]
 
 
+def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Group]) -> list[tuple[str, str]]:
+    """Pairs of groups that must keep the same share, because the model's code computes one width from the other."""
+    group_of = np.full(len(solution.root), -1, dtype=np.int64)
+    names = []
+    grids: dict[int, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        group_of[group.lanes.ravel()] = number
+        names.append(group.name)
+        if group.grid >= 0:
+            grids[group.grid].append(number)
+    of_grid = {number: members for members in grids.values() for number in members}
+
+    def touched(ids: Track) -> set[int]:
+        found: set[int] = set()
+        for atoms in solution.atoms(ids):
+            found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
+        return {n for number in found for n in of_grid.get(number, [number])}
+
+    links = set()
+    for own, other in propagation.follows:
+        if own.size != other.size or not np.array_equal(solution.root[own], solution.root[other]):
+            links |= {(min(a, b), max(a, b)) for a in touched(own) for b in touched(other) if a != b}
+    return [(names[a], names[b]) for a, b in sorted(links)]
+
+
 def _frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:
     """Slots with frozen indices, those of one class set together, with a reason."""
     found: dict[tuple[str, int, int], FrozenGroup] = {}

@@ -21,7 +21,7 @@ from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
 from surgeon.errors import BudgetError, InputError
 from surgeon.graph import Graph
-from surgeon.groups import FrozenGroup, Group, find_groups
+from surgeon.groups import FrozenGroup, Group, find_groups, find_links
 from surgeon.labels import Track
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
@@ -49,6 +49,7 @@ class Surgery:
         groups, frozen = find_groups(self.propagation, self.solution)
         self.groups: list[Group] = groups
         self.frozen: list[FrozenGroup] = frozen
+        self.links: list[Link] = find_links(self.propagation, self.solution, groups)
         self.shapes = Shapes(graph, self.propagation, self.solution)
 
     @cached_property
@@ -94,8 +95,7 @@ class Surgery:
         return self._planned(request, lambda group: criteria.scores(which, group, self.graph.tensors), groups, criterion)
 
     def _planned(self, request: Request, scores: Any, groups: list[Group], criterion: Any) -> Plan:
-        links: list[Link] = []
-        choice = choose(groups, scores, self.shapes, request, links)
+        choice = choose(groups, scores, self.shapes, request, self.links)
         said = {k: v for k, v in vars(request).items() if v is not None}
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         return self._as_plan(choice, said)

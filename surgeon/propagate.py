@@ -26,11 +26,13 @@ class Propagation:
         ledger: every fact about ids.
         slots: (tensor name, dim) -> the ids of its indices, 1-d.
         axes: node -> its tracks (a tuple of them where the op has several outputs).
+        follows: (ids, ids) of dims whose sizes the model's code computes from one another: both keep the same share.
     """
 
     ledger: Ledger
     slots: Mapping[tuple[str, int], Track]
     axes: Mapping[fx.Node, Any]
+    follows: tuple[tuple[Track, Track], ...] = ()
 
 
 def propagate(graph: Graph) -> Propagation:
@@ -39,6 +41,7 @@ def propagate(graph: Graph) -> Propagation:
     slots: dict[tuple[str, int], Track] = {}
     axes: dict[fx.Node, Any] = {}
     made: dict[str, Axes] = {}
+    follows: list[tuple[Track, Track]] = []
     for node in graph.fx.nodes:
         ledger.node = node
         if node.op == "get_attr":
@@ -50,11 +53,25 @@ def propagate(graph: Graph) -> Propagation:
             axes[node] = {}
         elif node.op == "call_function":
             axes[node] = rule_of(node)(Site(node, axes, ledger))
+        if "follows" in node.meta and isinstance(axes[node], dict):
+            follows += _follow(node, axes)
     for path, node in graph.outputs:
         ledger.node = node
         ledger.freeze_all(axes[node], f"is the model's output '{path}'")
     ledger.node = None
-    return Propagation(ledger, slots, axes)
+    return Propagation(ledger, slots, axes, tuple(follows))
+
+
+def _follow(node: fx.Node, axes: dict[fx.Node, Any]) -> list[tuple[Track, Track]]:
+    """Pairs of tracks of which the first one's size is computed from the second one's."""
+    found = []
+    for dim, source in node.meta["follows"].items():
+        own = axes[node].get(dim)
+        other = axes.get(source.node, {})
+        track = other.get(source.dim) if isinstance(other, dict) else None
+        if own is not None and track is not None:
+            found.append((own.ravel(), track.ravel()))
+    return found
 
 
 def _slot_axes(graph: Graph, name: str, node: fx.Node, ledger: Ledger, slots: dict[tuple[str, int], Track]) -> Axes:

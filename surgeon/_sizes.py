@@ -1,0 +1,121 @@
+"""Sizes that remember where they come from, so that a model's own arithmetic on shapes can be followed.
+
+During capture `tensor.shape` and `tensor.size()` give whole numbers that know the value and dim that they were read from, and keep
+knowing it through exact multiplication and division. When such a number comes back as a size of `view`, `reshape` or
+`unflatten`, the new dim *follows* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width
+keeps the same share as C. These are ordinary ints in every other respect, and gone after the capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+
+@dataclasses.dataclass(frozen=True)
+class Follows:
+    """A size that was computed from the size of `dim` of `node`."""
+
+    node: fx.Node
+    dim: int
+
+
+class TracedInt(int):
+    """A whole number with the dim that it was read from."""
+
+    source: Follows
+
+    def __new__(cls, value: int, source: Follows) -> TracedInt:
+        made = super().__new__(cls, value)
+        made.source = source
+        return made
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._derived(int(self) // other, other) if int(self) % other == 0 else int(self) // other
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, TracedInt) and int(self) == 1:  # a batch of one says nothing
+            return TracedInt(int(other), other.source)
+        return self._derived(int(self) * other, other)
+
+    __rmul__ = __mul__
+
+    def _derived(self, value: Any, other: Any) -> Any:
+        if isinstance(value, int) and (not isinstance(other, TracedInt) or int(other) == 1):
+            return TracedInt(value, self.source)
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+class SizeMode(TorchFunctionMode):
+    """Hands out traced sizes and reports which dims of reshaped tensors follow which.
+
+    Args:
+        node_of: the graph node of a tensor, None if it is not part of the run.
+    """
+
+    def __init__(self, node_of: Callable[[Tensor], fx.Node | None]) -> None:
+        super().__init__()
+        self.node_of = node_of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.shape:
+            return self._traced(args[0], result)
+        if name == "size":
+            if isinstance(result, torch.Size):
+                return self._traced(args[0], result)
+            if isinstance(result, int):
+                dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
+                return self._traced(args[0], torch.Size([result]), [dim % args[0].dim()])[0]
+        elif name in ("view", "reshape", "unflatten") and isinstance(result, Tensor) and isinstance(args[0], Tensor):
+            self._follow(name, args, kwargs or {}, result)
+        return result
+
+    def _traced(self, tensor: Tensor, size: torch.Size, dims: Any = None) -> torch.Size:
+        node = self.node_of(tensor)
+        if node is None:
+            return size
+        dims = range(len(size)) if dims is None else dims
+        return torch.Size([TracedInt(n, Follows(node, d)) if n > 1 else n for d, n in zip(dims, size, strict=True)])
+
+    def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        sizes = list(args[1:]) or list(kwargs.values())
+        first = 0
+        if name == "unflatten":
+            dim, sizes = (args[1] if len(args) > 1 else kwargs["dim"]), [args[2] if len(args) > 2 else kwargs["sizes"]]
+            first = dim % args[0].dim()
+        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+            sizes = list(sizes[0])
+        found = {first + i: n.source for i, n in enumerate(sizes) if isinstance(n, TracedInt)}
+        node = self.node_of(result) if found else None
+        if node is not None:
+            node.meta["follows"] = {**node.meta.get("follows", {}), **found}
+
+
+@contextlib.contextmanager
+def looking_inside_functional() -> Iterator[None]:
+    """Let a function mode see the ops inside torch's own Python functions (such as multi_head_attention_forward)."""
+    module = torch.nn.functional
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, lambda *_: False)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
