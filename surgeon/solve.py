@@ -96,10 +96,9 @@ def solve(ledger: Ledger) -> Solution:
     if ledger.freezes:
         frozen[root[np.concatenate([f.ids for f in ledger.freezes])]] = True
     cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
-    row = np.concatenate([p.row for p in ledger.parts]) if ledger.parts else cell
-    column = np.concatenate([p.column for p in ledger.parts]) if ledger.parts else cell
     split = np.concatenate([np.full(p.cell.size, p.split) for p in ledger.parts]) if ledger.parts else cell.astype(bool)
     balances = [(b.matrix, b.node) for b in ledger.balances]
+    row, column = _orient(root, frozen, ledger)
     while True:
         root, frozen, changed = _close_parts(root, frozen, cell, row, column)
         changed |= _freeze_unbalanced(root, frozen, balances)
@@ -124,6 +123,48 @@ def unite(root: Track, left: Track, right: Track) -> Track:
             if np.array_equal(jumped, root):
                 break
             root = jumped
+
+
+def _orient(root: Track, frozen: Track, ledger: Ledger) -> tuple[Track, Track]:
+    """Rows and columns of all parts, with those of merged dims swapped where that ties less.
+
+    A split knows its row from its column. A merge of two dims does not (after a channel shuffle the columns are outside), so
+    it is compared with the first part that shares cells with it, both ways, and the way that leaves more classes is taken.
+    """
+    empty = np.zeros(0, dtype=np.int64)
+    if not ledger.parts:
+        return empty, empty
+    rows, columns = [p.row for p in ledger.parts], [p.column for p in ledger.parts]
+    owner: dict[int, tuple[int, int]] = {}
+    order = sorted(range(len(ledger.parts)), key=lambda i: not ledger.parts[i].split)
+    for number in order:
+        part = ledger.parts[number]
+        classes = root[part.cell].tolist()
+        if not part.split:
+            meets: dict[int, list[tuple[int, int]]] = {}
+            for place, found in enumerate(classes):
+                known = owner.get(found)
+                if known is not None:
+                    meets.setdefault(known[0], []).append((place, known[1]))
+            for other, places in meets.items():
+                here, there = np.array(places).T
+                r, c = root[part.row[here]], root[part.column[here]]
+                r2, c2 = root[rows[other][there]], root[columns[other][there]]
+                if frozen[r2].all() or frozen[c2].all():
+                    continue
+                if _classes_left(r, r2) + _classes_left(c, c2) <= _classes_left(r, c2) + _classes_left(c, r2):
+                    rows[number], columns[number] = part.column, part.row
+                break
+        for place, found in enumerate(classes):
+            owner.setdefault(found, (number, place))
+    return np.concatenate(rows), np.concatenate(columns)
+
+
+def _classes_left(left: Track, right: Track) -> int:
+    """How many classes remain after uniting two arrays entry by entry."""
+    _, index = np.unique(np.concatenate([left, right]), return_inverse=True)
+    united = unite(np.arange(index.max() + 1), index[: left.size], index[left.size :])
+    return len(np.unique(united))
 
 
 def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Track) -> tuple[Track, Track, bool]:
