@@ -45,13 +45,22 @@ def is_view(func: Any) -> bool:
     return any(ret.alias_info is not None for ret in func._schema.returns)
 
 
+_RENAMED = {
+    "_index_put_impl_": aten.index_put.default,
+    "bernoulli_": aten.bernoulli.p,
+    "normal_": aten.normal_functional.default,
+    "uniform_": aten.uniform.default,
+    "exponential_": aten.exponential.default,
+}
+
+
 @cache
 def functional(func: Any) -> Any:
     """The op that returns what an in-place op writes: `add_.Tensor` -> `add.Tensor`; None if there is none."""
     name = func._schema.name.split("::")[1]
     namespace = getattr(torch.ops, func._schema.name.split("::")[0])
-    if name == "_index_put_impl_":
-        return aten.index_put.default
+    if name in _RENAMED:
+        return _RENAMED[name]
     packet = getattr(namespace, name.removesuffix("_"), None) if name.endswith("_") else None
     return getattr(packet, func._overloadname, None) if packet is not None else None
 

@@ -9,6 +9,7 @@ the other views are read again. The model leaves as it came: training flags, RNG
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import weakref
@@ -30,12 +31,13 @@ _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Graph:
+def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = False) -> Graph:
     """Run `model` once and record it.
 
     Args:
         model: any module that runs; it is put into eval mode for the run and back.
         example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model (see `inputs`).
+        training: run in training mode instead, to see branches that only training uses.
 
     Raises:
         CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
@@ -53,14 +55,14 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Graph:
         example_inputs, assumed = find_inputs(model)
     args, kwargs = normalize(example_inputs)
     recorder = _Recorder(model)
-    with quiet_run(model, seed=0):
+    with quiet_run(model, seed=0, training=training):
         try:
             with recorder.watching():
                 for path, tensor in tensor_leaves((args, kwargs)):
                     recorder.placeholder(path, tensor)
                 with looking_inside_functional(), recorder, SizeMode(recorder.node_of):
                     output = model(*args, **kwargs)
-            return recorder.finish(output, args, kwargs, assumed)
+            return dataclasses.replace(recorder.finish(output, args, kwargs, assumed), training=training)
         except SurgeonError:
             raise
         except Exception as error:
@@ -76,20 +78,27 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Graph:
 
 
 @contextlib.contextmanager
-def quiet_run(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, a fixed seed, no fused transformer fast path; all of it put back afterwards."""
-    training = {module: module.training for module in model.modules()}
+def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
+    """Eval (or training) mode, no gradients, a fixed seed, no fused transformer fast path; all of it put back afterwards.
+
+    In training mode the model's buffers are put back as well: batch norms update theirs.
+    """
+    flags = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
+            model.train(training)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in training.items():
+        for module, flag in flags.items():
             module.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -52,7 +52,9 @@ class Graph:
         calls: the ops in the order in which they ran.
         outputs: (path, node) of each output tensor, e.g. ("logits", node).
         inputs: (path, node) of each input tensor.
+        args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
+        training: whether the run was in training mode.
     """
 
     fx: fx.Graph
@@ -66,6 +68,7 @@ class Graph:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     assumed: str = ""
+    training: bool = False
 
 
 def spec(node: fx.Node) -> Spec:

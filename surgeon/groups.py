@@ -104,7 +104,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
             found.append(Group(name, lanes, tuple(members[number]), kinds[number], grids[number]))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
-    return found, _frozen(propagation, solution)
+    return found, _frozen(propagation, solution) + _stuck(groups_of, atoms, slot_of, slots)
 
 
 def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) -> tuple[Track, Track, Track]:
@@ -316,6 +316,16 @@ def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Gr
         if own.size != other.size or not np.array_equal(solution.root[own], solution.root[other]):
             links |= {(min(a, b), max(a, b)) for a in touched(own) for b in touched(other) if a != b}
     return [(names[a], names[b]) for a, b in sorted(links)]
+
+
+def _stuck(groups_of: Track, atoms: Track, slot_of: Track, slots: list[Slot]) -> list[FrozenGroup]:
+    """Units that are not frozen, but of which no combination leaves every balance even."""
+    alone = groups_of[atoms] < 0
+    if not alone.any():
+        return []
+    touched = tuple(slots[i] for i in np.unique(slot_of[alone]).tolist())
+    reason = "parts of one tensor must keep equally many, and no small combination of these units does"
+    return [FrozenGroup(touched, int(np.unique(atoms[alone]).size), reason, None)]
 
 
 def _frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:

@@ -1,4 +1,4 @@
-"""find_edits(small, graph, shapes, choice) -> edits: which numbers in the model's code must change with the new widths.
+"""find_edits(small, runs, shapes, choice) -> edits: which numbers in the model's code must change with the new widths.
 
 Evidence, not names: the small model is run once under a mode that compares each op with the recorded run. A number that should
 have changed and did not is noted with the module that ran it, and the right one is put in its place so that the run goes on to
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,16 +50,19 @@ class Note:
         return f"{self.op} in module '{self.module}'" + (f" at {line}" if line else "") + f": {self.got} should be {self.want}"
 
 
-def find_edits(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> tuple[Edit, ...]:
+def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> tuple[Edit, ...]:
     """Find the edits and make them in `small`, which is the copy that `shrink_module` gave.
+
+    Args:
+        runs: the recorded runs of the original: in eval mode, and in training mode where that runs other layers.
 
     Raises:
         MendError: the model's code holds a size that neither an attribute nor a literal explains.
     """
-    edits = list(_layer_edits(small, graph, shapes, choice))
+    edits = list(_layer_edits(small, runs, shapes, choice))
     for edit in edits:
         apply_edit(small, edit)
-    notes = compare(small, graph, shapes, choice)
+    notes = compare(small, runs, shapes, choice)
     refused: set[tuple[str, str, str]] = set()
     for _ in range(_ROUNDS):
         if not notes:
@@ -69,14 +72,14 @@ def find_edits(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -
             break
         for edit in trial:
             apply_edit(small, edit)
-        after = compare(small, graph, shapes, choice)
+        after = compare(small, runs, shapes, choice)
         worse = _worse(notes, after, trial)
         for edit in worse:
             refused.add((edit.module, edit.kind, edit.name))
             if edit.kind == "attribute":
                 apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
         edits += [edit for edit in trial if edit not in worse]
-        notes = compare(small, graph, shapes, choice) if worse else after
+        notes = compare(small, runs, shapes, choice) if worse else after
     if notes:
         raise MendError(
             f"the model's code holds {len(notes)} sizes that could not be changed",
@@ -198,10 +201,10 @@ _LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {
 }
 
 
-def _layer_edits(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> Iterator[Edit]:
+def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> Iterator[Edit]:
     """Numbers of torch's own layers that their tensors do not show: groups of convolutions and group norms."""
     done = set()
-    for call in graph.calls:
+    for call in (call for graph in runs for call in graph.calls):
         if call.module in done:
             continue
         module = small.get_submodule(call.module)
@@ -216,14 +219,18 @@ def _layer_edits(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
 # -- the comparing run ----------------------------------------------------------------------------------------------
 
 
-def compare(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> list[Note]:
-    """Run the small model and note every size that differs from what the cut asks for.
+def compare(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> list[Note]:
+    """Run the small model as the original was run and note every size that differs from what the cut asks for.
 
     Raises:
         MendError: the small model takes another path through its code, or an op gives a shape that was not predicted.
     """
+    return [note for graph in runs for note in _compare_one(small, graph, shapes, choice)]
+
+
+def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> list[Note]:
     mode = _Comparer(small, graph, shapes, choice)
-    with quiet_run(small, seed=0), mode.stack:
+    with quiet_run(small, seed=0, training=graph.training), mode.stack:
         try:
             with mode:
                 small(*graph.args, **graph.kwargs)

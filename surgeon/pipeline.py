@@ -5,13 +5,15 @@ capture -> propagate -> solve -> groups -> (criteria, choose) -> plan -> rewrite
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon import criteria
@@ -19,7 +21,7 @@ from surgeon.capture import capture
 from surgeon.choose import Link, Request, choose
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
-from surgeon.errors import BudgetError, InputError
+from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph
 from surgeon.groups import FrozenGroup, Group, find_groups, find_links
 from surgeon.labels import Track
@@ -40,11 +42,13 @@ class Surgery:
         groups: units that may leave, by group.
         frozen: what may not, with reasons.
         macs, params: of the model as it is; MACs for the example inputs, batch included.
+        remarks: what was assumed, and what the run did not see.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
-        self.model, self.graph = model, graph
-        self.propagation: Propagation = propagate(graph)
+    def __init__(self, model: nn.Module, graph: Graph, *further: Graph, remarks: Sequence[str] = ()) -> None:
+        self.remarks = tuple(r for r in (graph.assumed, *remarks) if r)
+        self.model, self.graph, self.runs = model, graph, (graph, *further)
+        self.propagation: Propagation = propagate(graph, *further)
         self.solution: Solution = solve(self.propagation.ledger)
         groups, frozen = find_groups(self.propagation, self.solution)
         self.groups: list[Group] = groups
@@ -115,7 +119,7 @@ class Surgery:
     def _finish(self, plan: Plan, model: nn.Module | None, choice: Choice) -> tuple[nn.Module, Plan]:
         """Apply a plan whose edits are not known yet, and find them on the way."""
         small = shrink_module(self.model if model is None else model, plan.kept)
-        edits = find_edits(small, self.graph, self.shapes, choice)
+        edits = find_edits(small, self.runs, self.shapes, choice)
         object.__setattr__(plan, "edits", edits)  # the one late field of a frozen plan
         return small, plan
 
@@ -186,8 +190,6 @@ class Surgery:
 
 def _restricted(group: Group, free: Track) -> Group:
     """The group with only some of its units (single lane)."""
-    import dataclasses
-
     number = np.full(group.units, -1, dtype=np.int64)
     number[free] = np.arange(int(free.sum()))
     members = []
@@ -210,7 +212,34 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Surgery:
         CaptureError: the model does not run, or does something that cannot be recorded.
     """
     graph = capture(model, example_inputs)
-    return Surgery(model, graph)
+    further, remarks = _training_run(model, graph)
+    return Surgery(model, graph, *further, remarks=remarks)
+
+
+def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str]]:
+    """A run in training mode, for models of which some layers (auxiliary classifiers, say) only run there.
+
+    Those layers read channels that may leave, so they must be cut along. If the training run fails on the inputs (it may need
+    targets) the layers that it would have shown keep their size; the print-out of the surgery lists them as unused.
+    """
+    seen = {str(node.target) for node in graph.fx.nodes if node.op == "get_attr"}
+    unused = [name for name, _ in model.named_parameters() if name not in seen]
+    if not unused or any(tensor.is_meta for tensor in graph.tensors.values()):
+        return [], []
+    said = f"{len(unused)} parameters are not used by this run and keep their size, {unused[0]} for one"
+    try:
+        run = capture(model, _doubled((graph.args, graph.kwargs)), training=True)
+    except CaptureError as error:
+        return [], [f"{said}; in training mode the model does not run on these inputs ({error.what})"]
+    if any(str(n.target) in unused for n in run.fx.nodes if n.op == "get_attr"):
+        return [run], []
+    return [], [said]
+
+
+def _doubled(inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Any:
+    """The inputs with twice the batch: batch norms in training mode refuse a batch of one."""
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
+    return kwargs if kwargs else args
 
 
 def shrink(
@@ -257,4 +286,4 @@ def prove(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph) -> Proof
     return verify(model, small, plan, graph=graph)
 
 
-__all__ = ["BudgetError", "Surgery", "Tensor", "inspect", "shrink"]
+__all__ = ["Surgery", "inspect", "prove", "shrink"]

@@ -1,4 +1,4 @@
-"""propagate(graph) -> Propagation: give every slot its ids and let each op say which belong together.
+"""propagate(graph, ...) -> Propagation: give every slot its ids and let each op say which belong together.
 
 Walks the graph once in order; all knowledge of ops is in `rules`. The model's outputs are frozen here, and so are tensors
 that are not the model's own.
@@ -35,29 +35,36 @@ class Propagation:
     follows: tuple[tuple[Track, Track], ...] = ()
 
 
-def propagate(graph: Graph) -> Propagation:
-    """Run every op's rule once. Linear in the number of ops."""
+def propagate(graph: Graph, *further: Graph) -> Propagation:
+    """Run every op's rule once. Linear in the number of ops.
+
+    Args:
+        graph: the recorded run.
+        further: other runs of the same model (its training mode, say); the slots are the same, so what any of them ties is
+            tied.
+    """
     ledger = Ledger()
     slots: dict[tuple[str, int], Track] = {}
     axes: dict[fx.Node, Any] = {}
     made: dict[str, Axes] = {}
     follows: list[tuple[Track, Track]] = []
-    for node in graph.fx.nodes:
-        ledger.node = node
-        if node.op == "get_attr":
-            name = str(node.target)
-            if name not in made:
-                made[name] = _slot_axes(graph, name, node, ledger, slots)
-            axes[node] = made[name]
-        elif node.op == "placeholder":
-            axes[node] = {}
-        elif node.op == "call_function":
-            axes[node] = rule_of(node)(Site(node, axes, ledger))
-        if "follows" in node.meta and isinstance(axes[node], dict):
-            follows += _follow(node, axes)
-    for path, node in graph.outputs:
-        ledger.node = node
-        ledger.freeze_all(axes[node], f"is the model's output '{path}'")
+    for run in (graph, *further):
+        for node in run.fx.nodes:
+            ledger.node = node
+            if node.op == "get_attr":
+                name = str(node.target)
+                if name not in made or name not in run.owned:
+                    made[name] = _slot_axes(run, name, node, ledger, slots)
+                axes[node] = made[name]
+            elif node.op == "placeholder":
+                axes[node] = {}
+            elif node.op == "call_function":
+                axes[node] = rule_of(node)(Site(node, axes, ledger))
+            if "follows" in node.meta and isinstance(axes[node], dict):
+                follows += _follow(node, axes)
+        for path, node in run.outputs:
+            ledger.node = node
+            ledger.freeze_all(axes[node], f"is the model's output '{path}'")
     ledger.node = None
     return Propagation(ledger, slots, axes, tuple(follows))
 

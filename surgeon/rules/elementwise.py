@@ -9,7 +9,7 @@ from torch import fx
 from surgeon.labels import Axes
 from surgeon.rules.registry import Family, Site, broadcast, rule
 
-UNARY = """abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone
+UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone
 contiguous cos cosh detach dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish
 hardtanh isfinite isinf isnan leaky_relu lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish
 nan_to_num native_dropout neg new_empty_like positive pow reciprocal relu relu6 round rsqrt selu sgn sigmoid sign silu sin
