@@ -1,7 +1,7 @@
 """Sizes that remember where they come from, so that a model's own arithmetic on shapes can be followed.
 
-During capture `tensor.shape` and `tensor.size()` give whole numbers that know the value and dim that they were read from, and keep
-knowing it through exact multiplication and division. When such a number comes back as a size of `view`, `reshape` or
+During capture `tensor.shape` and `tensor.size()` give whole numbers that know the value and dim that they were read from,
+and keep knowing it through exact multiplication and division. When such a number comes back as a size of `view`, `reshape` or
 `unflatten`, the new dim *follows* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width
 keeps the same share as C. These are ordinary ints in every other respect, and gone after the capture.
 """

@@ -67,7 +67,11 @@ def functional(func: Any) -> Any:
 
 def keeps_layout(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this is an in-place `as_strided_` that leaves every entry in its place (convolutions do this to 1x1 maps)."""
-    if func is not aten.as_strided_.default or len(args) < 3 or (len(args) > 3 and args[3] not in (None, args[0].storage_offset())):
+    if (
+        func is not aten.as_strided_.default
+        or len(args) < 3
+        or (len(args) > 3 and args[3] not in (None, args[0].storage_offset()))
+    ):
         return False
     x, size, stride = args[:3]
     return list(x.shape) == list(size) and all(a == b for a, b, n in zip(x.stride(), stride, size, strict=True) if n > 1)

@@ -181,7 +181,8 @@ class _Planner:
             raise BudgetError(
                 f"a budget of {limit:,.0f} {kind} cannot be reached: {floor:,} is the least that can stay (of {full:,})",
                 why="frozen channels and the last channel of every group stay",
-                fix=f"ask for at least {kind}={floor / full:.3f}" + (", or a smaller round_to" if self.request.round_to > 1 else ""),
+                fix=f"ask for at least {kind}={floor / full:.3f}"
+                + (", or a smaller round_to" if self.request.round_to > 1 else ""),
             )
         for _ in range(40):
             middle = (low + high) / 2

@@ -105,13 +105,14 @@ def nothing(solution: Solution) -> Choice:
 
 def _convolution(out: Any, x: Any, weight: Any, *rest: Any) -> int:
     transposed = rest[4]
-    places = math.prod(x[2:]) * x[0] if transposed else math.prod(out[2:]) * out[0]
-    return places * math.prod(weight)
+    places: int = math.prod(x[2:]) * x[0] if transposed else math.prod(out[2:]) * out[0]
+    return places * int(math.prod(weight))
 
 
 def _attention(out: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
     batch, heads, queries, dim = q
-    return batch * heads * queries * k[2] * (dim + v[3])
+    pairs: int = batch * heads * queries * k[2]
+    return pairs * int(dim + v[3])
 
 
 MACS: Mapping[str, Any] = {

@@ -57,14 +57,14 @@ class Graph:
         training: whether the run was in training mode.
     """
 
-    fx: fx.Graph
+    fx: torch.fx.Graph
     tensors: Mapping[str, Tensor]
     owned: frozenset[str]
     aliases: Mapping[str, str]
     hash: str
     calls: tuple[Call, ...]
-    outputs: tuple[tuple[str, fx.Node], ...]
-    inputs: tuple[tuple[str, fx.Node], ...]
+    outputs: tuple[tuple[str, torch.fx.Node], ...]
+    inputs: tuple[tuple[str, torch.fx.Node], ...]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     assumed: str = ""
@@ -74,7 +74,8 @@ class Graph:
 def spec(node: fx.Node) -> Spec:
     """The spec of a node with one tensor output (the first one of several)."""
     found = node.meta["spec"]
-    return found[0] if isinstance(found, tuple) else found
+    first: Spec = found[0] if isinstance(found, tuple) else found
+    return first
 
 
 def where(node: fx.Node) -> str:

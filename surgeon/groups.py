@@ -198,7 +198,7 @@ def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]],
     blocks = []
     for labels, row, count, height in rows:
         block = np.zeros((height, len(lanes)), dtype=np.int64)
-        np.add.at(block, (row, [place[int(x)] for x in labels]), count)
+        np.add.at(block, (row, np.array([place[int(x)] for x in labels])), count)
         blocks.append(block[1:] - block[:1])
     matrix = np.unique(np.concatenate(blocks), axis=0)
     kept = list(range(len(lanes)))
@@ -283,7 +283,7 @@ def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str],
             x = grids[x]
         return x
 
-    for r, c in sorted(pairs):
+    for r, _ in sorted(pairs):
         kinds[r] = "rows"
     for r, c in sorted(pairs):
         if kinds[c] != "rows":

@@ -26,7 +26,8 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         InputError: there is no tensor in it, or it has NaN or infinite values.
     """
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), {str(key): value for key, value in example_inputs.items()}
+        args: tuple[Any, ...] = ()
+        kwargs = {str(key): value for key, value in example_inputs.items()}
     elif isinstance(example_inputs, tuple | list):
         args, kwargs = tuple(example_inputs), {}
     else:
@@ -81,6 +82,7 @@ def _candidates(model: nn.Module) -> Any:
             ids = torch.arange(length, device=device)[None] % first.num_embeddings
             yield ids, f"token ids of shape {tuple(ids.shape)}, from the first layer (an embedding)"
     elif isinstance(first, nn.Linear):
+        shape: tuple[int, ...]
         for shape in ((1, first.in_features), (1, 16, first.in_features)):
             yield torch.randn(shape, dtype=dtype, device=device), f"{shape}, from the first layer (a linear layer)"
     elif isinstance(first, nn.modules.rnn.RNNBase):
@@ -111,7 +113,7 @@ def _runs(model: nn.Module, inputs: Any) -> str | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.eval()(*args, **kwargs)
-    except Exception as error:  # the model's own code: anything may come out of it, and all of it is reported
+    except Exception as error:  # noqa: BLE001  # the model's own code: anything may come out of it, and all of it is reported
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
     finally:
         for module, flag in training.items():

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.capture import named_tensors
 from surgeon.errors import PlanError
 from surgeon.graph import architecture
+from surgeon.recorder import named_tensors
 from surgeon.rewrite import Edit, shrink_module
 
 _VERSION = 1
@@ -168,4 +168,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise PlanError("cannot write the file", where=str(path), why=str(error), fix="choose a path that can be written") from error
+        raise PlanError(
+            "cannot write the file", where=str(path), why=str(error), fix="choose a path that can be written"
+        ) from error

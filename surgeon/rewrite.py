@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.capture import named_tensors
 from surgeon.errors import MendError, PlanError
+from surgeon.recorder import named_tensors
 
 Kept = Mapping[str, Mapping[int, list[int]]]
 
@@ -84,7 +84,9 @@ def sliced(tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
     data = tensor.detach()
     for dim, index in cut.items():
         if dim >= data.dim() or not index or min(index) < 0 or max(index) >= data.shape[dim] or len(set(index)) < len(index):
-            raise PlanError(f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}", fix="make the plan anew")
+            raise PlanError(
+                f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}", fix="make the plan anew"
+            )
         data = data.index_select(dim, torch.tensor(index, device=data.device))
     if not cut:
         data = data.clone()

@@ -57,7 +57,8 @@ class Solution:
 
     def atoms(self, ids: Track) -> list[Track]:
         """Arrays like `ids` of the atoms whose leaving takes each entry along; -1 where there are fewer."""
-        todo, found = [self.root[ids]], []
+        todo: list[Track] = [self.root[ids]]
+        found: list[Track] = []
         for _ in range(_DEPTH):
             if not todo:
                 return found

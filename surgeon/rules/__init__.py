@@ -4,7 +4,19 @@ A rule takes a `Site` (one op at work in the graph) and returns the `Axes` of it
 package registers every rule; an op that has none is opaque: it freezes what it touches and says so.
 """
 
-from surgeon.rules import contraction, elementwise, factory, movement, reduction
+from surgeon.rules import contraction, elementwise, factory, indexing, movement, reduction
 from surgeon.rules.registry import Family, Site, family, opaque, rule_of
 
-__all__ = ["Family", "Site", "contraction", "elementwise", "factory", "family", "movement", "opaque", "reduction", "rule_of"]
+__all__ = [
+    "Family",
+    "Site",
+    "contraction",
+    "elementwise",
+    "factory",
+    "family",
+    "indexing",
+    "movement",
+    "opaque",
+    "reduction",
+    "rule_of",
+]

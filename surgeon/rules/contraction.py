@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from surgeon.labels import Axes, reshape
-from surgeon.rules.registry import Family, Site, broadcast, meet, rule
+from surgeon.rules.elementwise import per_channel
+from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, rule
 
 Operand = tuple[Axes, tuple[int, ...], str]
 
@@ -74,15 +75,15 @@ _SPECS = {"mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k
 
 @rule(Family.CONTRACTION, *_SPECS)
 def product(site: Site) -> Axes:
-    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
-    return _plain(site, site.node.args[0], site.node.args[1], _SPECS[name])
+    name = op_name(site.node)
+    return _plain(site, site.args[0], site.args[1], _SPECS[name])
 
 
 @rule(Family.CONTRACTION, "addmm", "baddbmm", "addbmm", "addmv")
 def product_plus(site: Site) -> Axes:
-    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    name = op_name(site.node)
     spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addbmm": "bik,bkj->ij", "addmv": "ik,k->i"}[name]
-    bias, left, right = site.node.args[:3]
+    bias, left, right = site.args[:3]
     out = _plain(site, left, right, spec)
     return broadcast(site, [(out, site.out), (site.axes(bias), site.shape(bias))], site.out)
 
@@ -100,7 +101,7 @@ def linear(site: Site) -> Axes:
 @rule(Family.CONTRACTION, "convolution", "_convolution")
 def convolution(site: Site) -> Axes:
     """Input [N, C, ...], weight [O, C/g, ...] (transposed: [C, O/g, ...]). Groups cut C and O into a grid with equal rows."""
-    x, weight, bias = site.node.args[:3]
+    x, weight, bias = site.args[:3]
     transposed, groups = bool(site.arg(6)), int(site.arg(8))
     shape, ndim = site.shape(x), len(site.shape(x))
     w_shape = site.shape(weight)
@@ -130,7 +131,7 @@ def convolution(site: Site) -> Axes:
     merged = reshape(site.ledger, out, out_shape, (shape[0], filters, *(1,) * (ndim - 2)))
     if bias is None:
         return merged
-    vector = {1: t.reshape(1, -1, *(1,) * (ndim - 2)) for t in site.axes(bias).values()}
+    vector = per_channel(site.shape(bias), site.axes(bias), ndim)[1]
     wide = (1, filters, *(1,) * (ndim - 2))
     return broadcast(site, [(merged, (shape[0], filters, *(1,) * (ndim - 2))), (vector, wide)], (shape[0], *wide[1:]))
 
@@ -151,8 +152,8 @@ def _flatten_dims(site: Site, track: np.ndarray, dims: tuple[int, ...], offset: 
 )
 def attention(site: Site) -> Any:
     """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]; heads and dims are tied."""
-    q, k, v = site.node.args[:3]
-    name = site.node.target._schema.name  # type: ignore[union-attr]  # an OpOverload by registration
+    q, k, v = site.args[:3]
+    name = op_name(site.node)
     mask = site.node.kwargs.get("attn_mask")
     if mask is None and "efficient" in name:
         mask = site.arg(3)
@@ -172,8 +173,8 @@ def attention(site: Site) -> Any:
 @rule(Family.CONTRACTION, "embedding")
 def embedding(site: Site) -> Axes:
     """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
-    weight, index = site.node.args[:2]
+    weight, index = site.args[:2]
     axes = site.freeze(site.axes(weight), [0], "is looked up by index")
     site.ledger.freeze_all(site.axes(index), "is used as an index")
     ndim = len(site.out)
-    return {ndim - 1: t.reshape((1,) * (ndim - 1) + (-1,)) for t in axes.values()}
+    return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}

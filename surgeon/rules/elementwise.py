@@ -9,16 +9,16 @@ from torch import fx
 from surgeon.labels import Axes
 from surgeon.rules.registry import Family, Site, broadcast, rule
 
-UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone
-contiguous cos cosh detach dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu hardshrink hardsigmoid hardswish
-hardtanh isfinite isinf isnan leaky_relu lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish
-nan_to_num native_dropout neg new_empty_like positive pow reciprocal relu relu6 round rsqrt selu sgn sigmoid sign silu sin
-sinh softplus softshrink sqrt square tan tanh threshold to trunc zero _to_copy empty_like full_like ones_like rand_like
-randn_like zeros_like ldexp special_erf special_expit""".split()
+UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp
+clamp_max clamp_min clone contiguous cos cosh detach dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu
+hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh lift_fresh_copy log log10 log1p
+log2 log_sigmoid logical_not logit mish nan_to_num native_dropout neg new_empty_like positive pow reciprocal relu relu6
+round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold to trunc zero
+_to_copy empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit""".split()
 
-BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin fmod ge gt hypot
-le lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne remainder rsub sub where
-__and__ __or__ xlogy float_power true_divide""".split()
+BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin fmod ge gt hypot le
+lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne remainder rsub sub where __and__
+__or__ xlogy float_power true_divide""".split()
 
 
 @rule(Family.ELEMENTWISE, *UNARY, *BINARY)
@@ -32,7 +32,7 @@ def elementwise(site: Site) -> Any:
 
 def _operands(site: Site) -> list[tuple[Axes, tuple[int, ...]]]:
     found = []
-    for arg in (*site.node.args, *site.node.kwargs.values()):
+    for arg in (*site.args, *site.node.kwargs.values()):
         if isinstance(arg, fx.Node):
             found.append((site.axes(arg), site.shape(arg)))
     return found
@@ -40,7 +40,7 @@ def _operands(site: Site) -> list[tuple[Axes, tuple[int, ...]]]:
 
 @rule(Family.ELEMENTWISE, "_prelu_kernel", "prelu")
 def prelu(site: Site) -> Axes:
-    x, weight = site.node.args[:2]
+    x, weight = site.args[:2]
     shape, axes = site.shape(weight), site.axes(weight)
     if len(shape) == 1 and len(site.out) > 1:  # one slope per channel, dim 1
         shape, axes = per_channel(shape, axes, len(site.out))
@@ -50,7 +50,7 @@ def prelu(site: Site) -> Axes:
 def per_channel(shape: tuple[int, ...], axes: Axes, ndim: int) -> tuple[tuple[int, ...], Axes]:
     """A vector as it meets dim 1 of a value with `ndim` dims: [C] -> [1, C, 1, ...]."""
     wide = (1, *shape, *(1,) * (ndim - 2))
-    return wide, {1: t.reshape(wide) for t in axes.values()}
+    return wide, ({1: axes[0].reshape(wide)} if 0 in axes else {})
 
 
 @rule(
@@ -64,7 +64,7 @@ def per_channel(shape: tuple[int, ...], axes: Axes, ndim: int) -> tuple[tuple[in
 )
 def batch_norm(site: Site) -> Any:
     """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""
-    x, *vectors = [a for a in site.node.args[:5] if isinstance(a, fx.Node)]
+    x, *vectors = [a for a in site.args[:5] if isinstance(a, fx.Node)]
     ndim = len(site.out)
     operands = [(site.axes(x), site.shape(x))]
     for vector in vectors:

@@ -12,7 +12,7 @@ from torch import fx
 
 from surgeon.labels import Axes, reshape
 from surgeon.rules.elementwise import per_channel
-from surgeon.rules.registry import Family, Site, broadcast, rule
+from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
 
 
 def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> Axes:
@@ -35,10 +35,10 @@ def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> 
     "logsumexp", "any", "all", "prod", "nansum",
 )  # fmt: skip
 def reduction(site: Site) -> Any:
-    x = site.node.args[0]
+    x = site.args[0]
     ndim = len(site.shape(x))
-    names = [a.name for a in site.node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload by registration
-    bound = {**dict(zip(names, site.node.args, strict=False)), **site.node.kwargs}
+    names = [a.name for a in site.schema.arguments]
+    bound = {**dict(zip(names, site.args, strict=False)), **site.node.kwargs}
     dims = bound.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     if not dims:
@@ -51,7 +51,7 @@ def reduction(site: Site) -> Any:
 @rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
 def selection(site: Site) -> Any:
     """Pick one entry along a dim and tell its index: that dim may not lose entries."""
-    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
+    x, ndim = site.args[0], len(site.shape(site.args[0]))
     second = site.arg(1, "dim")
     spec = site.node.meta["spec"]
     if isinstance(second, fx.Node):  # max.other
@@ -67,7 +67,7 @@ def selection(site: Site) -> Any:
 
 @rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def softmax(site: Site) -> Axes:
-    x = site.node.args[0]
+    x = site.args[0]
     dim = int(site.arg(1)) % max(1, len(site.out))
     axes = dict(site.axes(x))
     return {d: (t if d == dim else site.ledger.collapse(t, dim)) for d, t in axes.items()}
@@ -76,8 +76,8 @@ def softmax(site: Site) -> Axes:
 @rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "topk", "flip_sort")
 def ordered(site: Site) -> Any:
     """Entries along the dim depend on their order: that dim stays whole."""
-    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
-    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
+    x, ndim = site.args[0], len(site.shape(site.args[0]))
+    name = op_name(site.node)
     dim = site.arg(2, "dim", -1) if name == "topk" else site.arg(1, "dim", -1)
     axes = site.freeze(site.axes(x), [int(dim) % max(ndim, 1)], f"{name} runs along it")
     spec = site.node.meta["spec"]
@@ -87,10 +87,10 @@ def ordered(site: Site) -> Any:
 @rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
 def layer_norm(site: Site) -> Any:
     """x [..., normalized_shape] normalised over the last dims, scaled by weight and bias of that shape."""
-    x, shape = site.node.args[:2]
+    x, shape = site.args[:2]
     last = len(shape)
     operands = [(site.axes(x), site.shape(x))]
-    operands += [(site.axes(v), site.shape(v)) for v in site.node.args[2:4] if isinstance(v, fx.Node)]
+    operands += [(site.axes(v), site.shape(v)) for v in site.args[2:4] if isinstance(v, fx.Node)]
     out = broadcast(site, operands, site.out)
     ndim = len(site.out)
     gone = range(ndim - last, ndim)
@@ -103,7 +103,7 @@ def layer_norm(site: Site) -> Any:
 @rule(Family.REDUCTION, "native_group_norm", "group_norm")
 def group_norm(site: Site) -> Any:
     """x [N, C, ...] normalised over each of g groups of C/g channels: groups are rows, every row keeps equally many."""
-    x, weight, bias = site.node.args[:3]
+    x, weight, bias = site.args[:3]
     groups = int(site.arg(6))
     shape = site.shape(x)
     axes = site.freeze(site.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
@@ -122,8 +122,8 @@ def group_norm(site: Site) -> Any:
 _POOLS = {
     "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "max_pool1d": 1, "max_pool2d": 2, "avg_pool1d": 1,
     "avg_pool2d": 2, "avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "adaptive_avg_pool1d": 1,
-    "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1, "upsample_nearest2d": 2,
-    "upsample_nearest3d": 3, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1,
+    "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1,
+    "upsample_nearest2d": 2, "upsample_nearest3d": 3, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1,
     "upsample_trilinear3d": 3, "_upsample_nearest_exact2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
     "reflection_pad1d": 1, "reflection_pad2d": 2, "replication_pad1d": 1, "replication_pad2d": 2, "replication_pad3d": 3,
     "mkldnn_max_pool2d": 2, "grid_sampler_2d": 2,
@@ -133,8 +133,8 @@ _POOLS = {
 @rule(Family.REDUCTION, *_POOLS)
 def pooling(site: Site) -> Any:
     """Windows over the last spatial dims; batch and channels pass."""
-    name = site.node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload by registration
-    x, ndim = site.node.args[0], len(site.shape(site.node.args[0]))
+    name = op_name(site.node)
+    x, ndim = site.args[0], len(site.shape(site.args[0]))
     spatial = range(ndim - _POOLS[name], ndim)
     axes = site.freeze(site.axes(x), spatial, f"is a spatial dim of {name}")
     for dim in spatial:

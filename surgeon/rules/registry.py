@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from surgeon.graph import Spec
+from surgeon.graph import Spec, spec
 from surgeon.labels import Axes, Ledger
 
 
@@ -30,6 +30,16 @@ class Site:
     def __init__(self, node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
         self.node, self._axes, self.ledger = node, axes, ledger
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments: nodes, numbers, lists."""
+        return self.node.args
+
+    @property
+    def schema(self) -> Any:
+        """The op's schema; every op with a rule of its own is an OpOverload."""
+        return self.node.target._schema  # type: ignore[union-attr]  # an OpOverload by registration
+
     def arg(self, position: int, name: str = "", default: Any = None) -> Any:
         """The argument at `position`, or the keyword `name`, or the default."""
         if position < len(self.node.args):
@@ -43,14 +53,13 @@ class Site:
     def shape(self, arg: Any) -> tuple[int, ...]:
         if not isinstance(arg, fx.Node):
             return ()
-        spec: Spec = arg.meta["spec"]
-        return spec.shape
+        found: Spec = arg.meta["spec"]
+        return found.shape
 
     @property
     def out(self) -> tuple[int, ...]:
         """Shape of the (first) output."""
-        spec = self.node.meta["spec"]
-        return spec[0].shape if isinstance(spec, tuple) else spec.shape
+        return spec(self.node).shape
 
     @property
     def tensors(self) -> list[fx.Node]:

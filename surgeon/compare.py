@@ -1,0 +1,149 @@
+"""compare(small, runs, shapes, choice) -> notes: where a small model's code passes other sizes than the cut asks for.
+
+The small model is run under a mode that holds each op against the recorded run. A size that should have changed and did not is
+noted, and the right one is put in its place, so that one run finds all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from surgeon._views import getitem
+from surgeon.capture import quiet_run
+from surgeon.cost import Choice, Shapes
+from surgeon.errors import MendError
+from surgeon.graph import Call, Graph, source_line
+from surgeon.recorder import CallStack
+from surgeon.rules.registry import op_name
+from surgeon.wanted import wanted
+
+ALIKE = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view", "unsafe_split": "split"}
+_OPTIONAL = {"clone", "alias", "detach", "contiguous"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """One number that the small model's code got wrong: the op at `call` has `got` where the cut asks for `want`."""
+
+    call: int
+    module: str
+    source: tuple[str, int] | None
+    op: str
+    old: int
+    want: int
+    got: int
+
+    def __str__(self) -> str:
+        line = source_line(self.source)
+        return f"{self.op} in module '{self.module}'" + (f" at {line}" if line else "") + f": {self.got} should be {self.want}"
+
+
+def compare(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> list[Note]:
+    """Run the small model as the original was run and note every size that differs from what the cut asks for.
+
+    Raises:
+        MendError: the small model takes another path through its code, or an op gives a shape that was not predicted.
+    """
+    return [note for graph in runs for note in _compare_one(small, graph, shapes, choice)]
+
+
+def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> list[Note]:
+    mode = _Comparer(small, graph, shapes, choice)
+    with quiet_run(small, seed=0, training=graph.training), mode.stack:
+        try:
+            with mode:
+                small(*graph.args, **graph.kwargs)
+        except MendError:
+            raise
+        except Exception as error:
+            if mode.notes:
+                return mode.notes
+            raise MendError(
+                f"the small model does not run: {type(error).__name__}: {error}",
+                where=mode.place(),
+                why="its code uses a size that surgeon did not see",
+                fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
+            ) from error
+    return mode.notes
+
+
+class _Comparer(TorchDispatchMode):
+    def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
+        super().__init__()
+        self.calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL]
+        self.shapes, self.choice = shapes, choice
+        self.stack = CallStack(small)
+        self.notes: list[Note] = []
+        self.at = 0
+
+    def place(self) -> str:
+        call = self.calls[min(self.at, len(self.calls) - 1)]
+        return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name.rstrip("_") in _OPTIONAL or name == "as_strided_":
+            return func(*args, **kwargs)
+        call = self._match(func, name)
+        args = self._corrected(call, list(args))
+        out = func(*args, **kwargs)
+        self._check(call, out)
+        self.at += 1
+        return out
+
+    def _match(self, func: Any, name: str) -> Call:
+        if self.at < len(self.calls):
+            call = self.calls[self.at]
+            if call.op is func or _alike(call.op) == ALIKE.get(name, name):
+                return call
+        raise MendError(
+            "the small model takes another path through its code than the original",
+            where=self.place(),
+            why=f"it ran {name} here; a decision in the code depends on a size that changed",
+            fix="keep the layer with ignore=[...], or make the decision in __init__",
+        )
+
+    def _corrected(self, call: Call, args: list[Any]) -> list[Any]:
+        want = wanted(call.node, self.shapes, self.choice)
+        for position, value in want.items():
+            if position >= len(args):
+                continue
+            old = call.node.args[position]
+            got, new = args[position], value
+            if isinstance(new, list):
+                got = [g if g != -1 else n for g, n in zip(got, new, strict=False)] if len(got) == len(new) else got
+            if got != new:
+                self._note(call, old, new, got)
+                args[position] = value
+        return args
+
+    def _note(self, call: Call, old: Any, want: Any, got: Any) -> None:
+        triples = zip(old, want, got, strict=False) if isinstance(want, list) else [(old, want, got)]
+        for before, new, found in triples:
+            if new != found:
+                op = op_name(call.node)
+                self.notes.append(Note(self.at, self.stack.current, call.source, op, int(before), int(new), int(found)))
+
+    def _check(self, call: Call, out: Any) -> None:
+        first = out[0] if isinstance(out, list | tuple) and out else out
+        if not isinstance(first, Tensor) or call.node.target is getitem:
+            return
+        expected = self.shapes.shape(call.node, self.choice)
+        if tuple(first.shape) != expected and first.numel():
+            raise MendError(
+                f"op {op_name(call.node)} of the small model gives shape {tuple(first.shape)}, predicted was {expected}",
+                where=self.place(),
+                why="the model's code uses a size that surgeon did not see",
+                fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
+            )
+
+
+def _alike(op: Any) -> str:
+    name: str = op._schema.name.removeprefix("aten::")
+    return ALIKE.get(name, name)

@@ -1,0 +1,340 @@
+"""Recorder: a dispatch mode that writes the ATen ops of a running model into a pure graph.
+
+Every tensor object stands for a value: a node, and for a view also how to read it again from its base. An in-place op gives its
+target a new node; through the chain of views the write reaches the base (`slice_scatter` and kin), and other views of that base
+are read again when they are next used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from surgeon import _views
+from surgeon.errors import CaptureError
+from surgeon.graph import Call, Graph, Spec, architecture, tensor_leaves
+
+_CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_OWN_DIR = os.path.dirname(__file__) + os.sep
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, buffer and plain tensor attribute under every name that it has."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for name, value in store.items():
+                if isinstance(value, Tensor):
+                    yield dot + name, value
+
+
+class CallStack(contextlib.ExitStack):
+    """Knows, while a model runs, the path of the innermost module that is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._stack: list[str] = [""]
+
+    @property
+    def current(self) -> str:
+        return self._stack[-1]
+
+    def __enter__(self) -> CallStack:
+        hooks = torch.nn.modules.module
+        before = hooks.register_module_forward_pre_hook(self._push)
+        after = hooks.register_module_forward_hook(self._pop, always_call=True)
+        self.callback(before.remove)
+        self.callback(after.remove)
+        return self
+
+    def _push(self, module: nn.Module, _args: Any) -> None:
+        self._stack.append(self._paths.get(id(module), self._stack[-1]))
+
+    def _pop(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        if len(self._stack) > 1:
+            self._stack.pop()
+
+
+def user_line() -> tuple[str, int] | None:
+    """(file, line) of the innermost frame that is neither torch's nor surgeon's; None if the call came from torch alone."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(_OWN_DIR):
+            if path.endswith("capture.py") and frame.f_code.co_name == "capture":
+                return None
+        elif not path.startswith(_TORCH_DIR) and not path.startswith("<"):
+            return path, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return None
+
+
+class _Value:
+    """What one tensor object holds now: a graph node, and how to read it again if its base was written to."""
+
+    __slots__ = ("base", "index", "node", "op", "rest", "seen", "version")
+
+    def __init__(self, node: fx.Node | None, base: _Value | None = None, op: Any = None, rest: Any = None) -> None:
+        self.node, self.base, self.op, self.rest = node, base, op, rest
+        self.index: int | None = None
+        self.version = 0  # bumped on the root by every write
+        self.seen = 0  # the root's version that `node` shows
+
+    def root(self) -> _Value:
+        value = self
+        while value.base is not None:
+            value = value.base
+        return value
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.stack = CallStack(model)
+        self.hash = architecture(model)
+        self.names: dict[int, str] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        for name, tensor in named_tensors(model):
+            first = self.names.setdefault(id(tensor), name)
+            if first == name:
+                self.tensors[name] = tensor
+            else:
+                self.aliases[name] = first
+        self.owned = frozenset(self.tensors)
+        self.values: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
+        self.kept: list[Tensor] = []  # inputs and lifted constants, alive as long as the recorder
+        self.calls: list[Call] = []
+        self.inputs: list[tuple[str, fx.Node]] = []
+        self.saved: dict[str, Tensor] = {}
+        self.last: fx.Node | None = None
+
+    def watching(self) -> CallStack:
+        return self.stack
+
+    def place(self) -> str:
+        module = self.stack.current
+        last = f"after {self.last.target}" if self.last is not None else "before the first op"
+        return f"module '{module}', {last}" if module else last
+
+    def restore(self) -> None:
+        """Put back what the model's own forward wrote into its tensors."""
+        with torch.no_grad():
+            for name, value in self.saved.items():
+                self.tensors[name].copy_(value)
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def _lookup(self, tensor: Tensor) -> _Value | None:
+        entry = self.values.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def _bind(self, tensor: Tensor, value: _Value) -> None:
+        key = id(tensor)
+        self.values[key] = (weakref.ref(tensor), value)
+
+    def placeholder(self, path: str, tensor: Tensor) -> None:
+        if self._lookup(tensor) is not None:
+            return
+        node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        node.meta.update(spec=_spec(tensor), module="", source=None)
+        self.kept.append(tensor)
+        self.inputs.append((path, node))
+        self._bind(tensor, _Value(node))
+
+    def _value(self, tensor: Tensor) -> _Value:
+        value = self._lookup(tensor)
+        if value is not None:
+            return value
+        name = self.names.get(id(tensor))
+        if name is None:
+            name = f"_constant_{len(self.tensors) - len(self.owned)}"
+            self.tensors[name] = tensor.detach().clone()
+            self.kept.append(tensor)
+        node = self.graph.create_node("get_attr", name)
+        node.meta.update(spec=_spec(tensor), module="", source=None)
+        if _is_index(tensor):
+            node.meta["const"] = self.tensors[name].detach().clone()
+        value = _Value(node)
+        self._bind(tensor, value)
+        return value
+
+    def node_of(self, tensor: Tensor) -> fx.Node | None:
+        """The node that holds a tensor now; None for tensors that the run has not met."""
+        value = self._lookup(tensor)
+        return None if value is None else self.node(value)
+
+    def node(self, value: _Value) -> fx.Node:
+        """The node that holds `value` now; views of a base that was written to are read again."""
+        if value.base is not None:
+            version = value.root().version
+            if value.node is None or value.seen != version:
+                base = self.node(value.base)
+                node = value.node if value.node is not None and value.seen == version else None
+                if node is None:
+                    node = self._emit(value.op, (base, *value.rest[0]), value.rest[1], value.rest[2])
+                    if value.index is not None:
+                        node = self._item(node, value.index)
+                value.node, value.seen = node, version
+        assert value.node is not None
+        return value.node
+
+    def _item(self, node: fx.Node, index: int) -> fx.Node:
+        for user in node.users:
+            if user.target is _views.getitem and user.args[1] == index:
+                return user
+        item = self.graph.call_function(_views.getitem, (node, index))
+        specs = node.meta["spec"]
+        item.meta.update(spec=specs[index], module=node.meta["module"], source=node.meta["source"])
+        return item
+
+    def _emit(self, op: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
+        node = self.graph.call_function(op, args, kwargs)
+        node.meta.update(spec=spec, module=self.stack.current, source=user_line())
+        self.last = node
+        return node
+
+    def _nodes(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self.node(self._value(item))
+        if isinstance(item, list | tuple):
+            return type(item)(self._nodes(x) for x in item) if type(item) in (list, tuple) else tuple(map(self._nodes, item))
+        return item
+
+    # -- ops ------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _views.keeps_layout(func, args):  # only strides of dims of size 1 change
+            return func(*args, **kwargs)
+        written = _views.written(func, args, kwargs)
+        for tensor in written:
+            name = self.names.get(id(self._base_tensor(tensor)))
+            if name is not None and name not in self.saved:
+                self.saved[name] = self.tensors[name].detach().clone()
+        graph_args, graph_kwargs = self._nodes(args), {key: self._nodes(value) for key, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        if written:
+            node = self._write(func, args, graph_args, graph_kwargs, written, out)
+        else:
+            node = self._read(func, args, graph_args, graph_kwargs, out)
+        self.calls.append(Call(func, node, self.stack.current, node.meta["source"]))
+        return out
+
+    def _base_tensor(self, tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._is_view() else None
+        return tensor if base is None else base
+
+    def _read(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, out: Any) -> fx.Node:
+        spec = _specs(out)
+        node = self._emit(func, graph_args, graph_kwargs, spec)
+        view = _views.is_view(func) and args and isinstance(args[0], Tensor)
+        base = self._value(args[0]) if view else None
+        rest = (graph_args[1:], graph_kwargs, spec) if view else None
+        if isinstance(out, Tensor):
+            if self._lookup(out) is None or not view:
+                value = _Value(node, base, func, rest)
+                value.seen = value.root().version
+                self._bind(out, value)
+            if _is_index(out) and all("const" in n.meta for n in node.all_input_nodes) and _deterministic(func):
+                node.meta["const"] = out.detach().clone()
+        elif isinstance(out, list | tuple):
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    value = _Value(self._item(node, index), base, func, rest)
+                    value.index, value.seen = index, value.root().version
+                    self._bind(item, value)
+        return node
+
+    def _write(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any) -> fx.Node:
+        pure = _views.functional(func)
+        if pure is None or len(written) != 1 or not args or written[0] is not args[0]:
+            raise CaptureError(
+                f"cannot record {func}, which writes to its inputs in place",
+                where=self.stack.current,
+                why="it has no functional form that surgeon knows",
+                fix="replace the in-place op in the model's forward by one that returns a new tensor",
+            )
+        node = self._emit(pure, graph_args, graph_kwargs, _spec(args[0]))
+        value = self._value(args[0])
+        value.node = node
+        while value.base is not None:
+            base = value.base
+            old = self.node(base)
+            base_spec = old.meta["spec"]
+            inverse = _views.scatter(value.op, old, value.node, value.rest[0], value.index, base_spec)
+            if inverse is None:
+                raise CaptureError(
+                    f"cannot record a write through the view {value.op}",
+                    where=self.stack.current,
+                    why="surgeon has no inverse of this view",
+                    fix="write to the tensor itself, or to a slice of it",
+                )
+            base.node = self._emit(inverse[0], inverse[1], inverse[2], base_spec)
+            value = base
+        value.version += 1
+        self._mark(self._value(args[0]), value.version)
+        if isinstance(out, Tensor) and self._lookup(out) is None:
+            self._bind(out, self._value(args[0]))
+        return node
+
+    def _mark(self, value: _Value | None, version: int) -> None:
+        while value is not None:
+            value.seen = version
+            value = value.base
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def finish(self, output: Any, args: Any, kwargs: Mapping[str, Any], assumed: str) -> Graph:
+        leaves = list(tensor_leaves(output))
+        if not leaves:
+            raise CaptureError(
+                f"the model's output holds no tensor (it is a {type(output).__name__})",
+                fix="let forward return a tensor, or a dict, list, tuple or dataclass of tensors",
+            )
+        outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in leaves)
+        self.graph.output(tuple(node for _, node in outputs))
+        return Graph(
+            fx=self.graph,
+            tensors=self.tensors,
+            owned=self.owned,
+            aliases=self.aliases,
+            hash=self.hash,
+            calls=tuple(self.calls),
+            outputs=outputs,
+            inputs=tuple(self.inputs),
+            args=args,
+            kwargs=kwargs,
+            assumed=assumed,
+        )
+
+
+def _spec(tensor: Tensor) -> Spec:
+    return Spec(tuple(tensor.shape), tensor.dtype)
+
+
+def _specs(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return _spec(out)
+    if isinstance(out, list | tuple):
+        return tuple(_spec(item) if isinstance(item, Tensor) else None for item in out)
+    return None
+
+
+def _is_index(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= _CONST_LIMIT and not tensor.is_meta
+
+
+def _deterministic(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded not in func.tags

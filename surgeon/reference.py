@@ -1,0 +1,121 @@
+"""Reference: the original's graph run in float64 on tensors whose removed indices are absent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgeon import masks
+from surgeon._views import getitem
+from surgeon.errors import ProofError
+from surgeon.graph import Graph, tensor_leaves
+from surgeon.masks import Mask
+from surgeon.plan import Plan
+from surgeon.recorder import named_tensors
+from surgeon.rules.registry import family, op_name
+from surgeon.semantics import BY_FAMILY, SEMANTICS, Op
+
+TOLERANCE = 1e-9
+
+Value = tuple[Tensor, Mask]
+
+
+class Reference:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        plan: Plan,
+        rescaled: Mapping[fx.Node, tuple[int, float, float]],
+        results: Mapping[fx.Node, Tensor],
+    ) -> None:
+        self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
+        self.inner, self.compared = 0.0, 0
+        self.first_bad: fx.Node | None = None
+        own = dict(named_tensors(model))
+        self.tensors = {**graph.tensors, **{n: t for n, t in own.items() if n in graph.owned}}
+        self.values: dict[fx.Node, Any] = {}
+        self.last = {n: user for user in graph.fx.nodes for n in user.all_input_nodes}
+
+    def run(self, args: Any, kwargs: Any) -> list[tuple[str, Value]]:
+        given = [tensor for _, tensor in tensor_leaves((args, kwargs))]
+        unique = list({id(t): t for t in given}.values())
+        inputs = iter(unique)
+        keep = {node for _, node in self.graph.outputs}
+        for node in self.graph.fx.nodes:
+            if node.op == "placeholder":
+                self.values[node] = (next(inputs), ())
+            elif node.op == "get_attr":
+                self.values[node] = self._slot(str(node.target))
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+                if node in self.results:
+                    self._compare(node)
+                for used in node.all_input_nodes:  # free what nobody reads any more
+                    if self.last.get(used) is node and used not in keep:
+                        self.values.pop(used, None)
+        return [(path, self.values[node]) for path, node in self.graph.outputs]
+
+    def _compare(self, node: fx.Node) -> None:
+        value = self.values[node]
+        data, mask = value[0] if isinstance(value, list) else value
+        got = self.results[node]
+        want = data[masks.full(mask, data.shape)] if mask else data.flatten()
+        same = want.numel() == got.numel()
+        error = distance(str(node), want, (), got.flatten()) if same else math.inf
+        self.compared += 1
+        self.inner = max(self.inner, error)
+        if not error <= TOLERANCE and self.first_bad is None:
+            self.first_bad = node
+
+    def _slot(self, name: str) -> Value:
+        tensor = self.tensors[name].detach()
+        data = tensor.to(torch.float64) if tensor.is_floating_point() else tensor.clone()
+        mask = []
+        for dim, kept in self.plan.kept.get(name, {}).items():
+            present = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+            present[list(kept)] = True
+            mask.append(present.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]))
+        return data, masks.tidy(mask)
+
+    def _call(self, node: fx.Node) -> Any:
+        args = list(node.args)
+        if node in self.rescaled:
+            place, _, after = self.rescaled[node]
+            args[place] = after
+        name = op_name(node)
+        if node.target is getitem:
+            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
+        call = Op(node, name, args, dict(node.kwargs), self.values)
+        return SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
+
+
+def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:
+    if mask:
+        present = masks.full(mask, want.shape)
+        if tuple(want.shape) != tuple(got.shape):
+            raise ProofError("an output lost entries", where=f"output '{path}'", fix="outputs of the model must stay whole")
+        want, got = want[present], got[present]
+    if tuple(want.shape) != tuple(got.shape):
+        raise ProofError(
+            f"an output has shape {tuple(got.shape)} instead of {tuple(want.shape)}", where=f"output '{path}'",
+            why="the plan does not fit the model", fix="make the plan anew with surgery.plan(...)",
+        )  # fmt: skip
+    if not want.numel():
+        return 0.0
+    want, got = want.to(torch.float64), got.to(torch.float64)
+    odd = ~torch.isfinite(want)
+    if bool(odd.any()):
+        same = torch.where(torch.isnan(want[odd]), torch.isnan(got[odd]), want[odd] == got[odd])
+        if not bool(same.all()):
+            return math.inf
+        want, got = want[~odd], got[~odd]
+        if not want.numel():
+            return 0.0
+    scale = float(want.abs().max())
+    difference = float((want - got).abs().max())
+    return difference / scale if scale else (math.inf if difference else 0.0)

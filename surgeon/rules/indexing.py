@@ -1,0 +1,197 @@
+"""Movement that picks, cuts or writes parts: the output holds some entries of the input, found by position.
+
+A number in the code that picks one entry keeps its dim whole; a cut into parts keeps the parts even where the code halves what
+it finds, and lets unequal parts go their own way (their sizes are mended).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import fx
+
+from surgeon.labels import Axes
+from surgeon.rules.registry import Family, Site, op_name, rule
+
+
+def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
+    """Tracks of x[..., start:stop:step, ...] along `dim`."""
+    index = slice(start, stop, step)
+    return {d: (t if t.shape[dim] == 1 and d != dim else t[(slice(None),) * dim + (index,)]) for d, t in axes.items()}
+
+
+def _even_parts(site: Site, axes: Axes, dim: int, size: int, parts: int) -> None:
+    """A dim that is cut into equal parts: each part keeps equally many (the code that cuts it halves what it finds)."""
+    track = axes.get(dim)
+    if track is not None and parts > 1 and size > 1:
+        moved = np.moveaxis(track, dim, -1)
+        site.ledger.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
+
+
+@rule(Family.MOVEMENT, "slice")
+def slice_(site: Site) -> Axes:
+    x = site.args[0]
+    shape = site.shape(x)
+    dim, start, stop, step = normal_slice(site, shape)
+    axes, size = site.axes(x), shape[dim]
+    if dim in axes and step > 1:
+        if size % step:
+            axes = site.freeze(axes, [dim], "is sliced with a step")
+        else:  # every block of `step` entries goes as one
+            moved = np.moveaxis(axes[dim], dim, -1)
+            blocks = moved.reshape(*moved.shape[:-1], size // step, step)
+            site.ledger.collapse(blocks, blocks.ndim - 1)
+    length = stop - start
+    if dim in axes and step == 1 and 0 < length < size and size % length == 0 and size // length <= 4 and start % length == 0:
+        _even_parts(site, axes, dim, length, size // length)
+    return sliced(axes, dim, start, stop, step)
+
+
+def normal_slice(site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """(dim, start, stop, step) of a slice op, all of them plain and within the dim."""
+    dim = int(site.arg(1, "dim", 0)) % len(shape)
+    step = int(site.arg(4, "step", 1))
+    start, stop, _ = slice(site.arg(2, "start"), site.arg(3, "end"), step).indices(shape[dim])
+    return dim, start, max(start, stop), step
+
+
+@rule(Family.MOVEMENT, "select")
+def select(site: Site) -> Axes:
+    x = site.args[0]
+    ndim = len(site.shape(x))
+    dim = int(site.arg(1)) % ndim
+    index = int(site.arg(2)) % site.shape(x)[dim]
+    axes = site.freeze(site.axes(x), [dim], "one entry of it is picked by number")
+    return _picked(axes, dim, index)
+
+
+def _picked(axes: Axes, dim: int, index: int) -> Axes:
+    return {d - (d > dim): np.take(t, index if t.shape[dim] > 1 else 0, axis=dim) for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "unbind")
+def unbind(site: Site) -> tuple[Axes, ...]:
+    x = site.args[0]
+    shape = site.shape(x)
+    dim = int(site.arg(1, "dim", 0)) % len(shape)
+    axes = site.freeze(site.axes(x), [dim], "it is unbound into a fixed number of tensors")
+    return tuple(_picked(axes, dim, i) for i in range(shape[dim]))
+
+
+@rule(Family.MOVEMENT, "split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "split_with_sizes_copy")
+def split(site: Site) -> tuple[Axes, ...]:
+    """Parts of equal size keep equal sizes; parts of unequal size are independent."""
+    x = site.args[0]
+    dim = int(site.arg(2, "dim", 0)) % len(site.shape(x))
+    sizes = [spec.shape[dim] for spec in site.node.meta["spec"]]
+    axes = site.axes(x)
+    if len(set(sizes)) == 1:
+        _even_parts(site, axes, dim, sizes[0], len(sizes))
+    ends = np.cumsum(sizes)
+    return tuple(sliced(axes, dim, int(end) - size, int(end)) for size, end in zip(sizes, ends, strict=True))
+
+
+@rule(Family.MOVEMENT, "slice_scatter")
+def slice_scatter(site: Site) -> Axes:
+    base, child = site.args[:2]
+    shape = site.shape(base)
+    dim = int(site.arg(2, "dim", 0)) % len(shape)
+    start, stop, step = slice(site.arg(3, "start"), site.arg(4, "end"), site.arg(5, "step", 1)).indices(shape[dim])
+    return _scattered(site, base, child, dim, start, stop, step)
+
+
+def _scattered(site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int) -> Axes:
+    axes, inner = dict(site.axes(base)), dict(site.axes(child))
+    window = sliced(axes, dim, start, stop, step)
+    for d in set(axes) | set(inner):
+        if d in window and d in inner:
+            site.ledger.join(window[d], inner[d])
+        elif site.shape(child)[d] > 1:
+            for side in (axes, inner):
+                if d in side:
+                    site.ledger.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+    return {d: t for d, t in axes.items() if d in window}
+
+
+@rule(Family.MOVEMENT, "select_scatter")
+def select_scatter(site: Site) -> Axes:
+    base, child = site.args[:2]
+    ndim = len(site.shape(base))
+    dim = int(site.arg(2)) % ndim
+    axes = site.freeze(site.axes(base), [dim], "one entry of it is written by number")
+    inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in site.axes(child).items()}
+    for d in (set(axes) | set(inner)) - {dim}:
+        if d in axes and d in inner:
+            site.ledger.join(axes[d], inner[d])
+        elif site.out[d] > 1:
+            for side in (axes, inner):
+                if d in side:
+                    site.ledger.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+    return axes
+
+
+@rule(Family.MOVEMENT, "constant_pad_nd")
+def constant_pad(site: Site) -> Axes:
+    """Entries that padding adds belong to nobody: they get ids of no slot and follow what they meet."""
+    x, pads = site.args[0], list(site.arg(1))
+    ndim, shape = len(site.out), site.shape(site.args[0])
+    axes = dict(site.axes(x))
+    for i in range(len(pads) // 2):
+        dim, (before, after) = ndim - 1 - i, pads[2 * i : 2 * i + 2]
+        low, high = max(0, -before), shape[dim] - max(0, -after)
+        axes = sliced(axes, dim, low, high)
+        for d, track in list(axes.items()):
+            if track.shape[dim] == 1 and d != dim:
+                continue
+            if d != dim:  # rows of another dim's track: the new rows are nobody's either
+                site.ledger.freeze(axes.pop(d), "is padded along its rows")
+                continue
+            rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
+            edges = [site.ledger.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
+            axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
+    return axes
+
+
+@rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather", "take_along_dim")
+def index(site: Site) -> Axes:
+    """Entries picked by index tensors: the picked dims stay whole, the others pass."""
+    x = site.args[0]
+    shape, name = site.shape(x), op_name(site.node)
+    reason = "is looked up by index"
+    for tensor in site.tensors[1:]:
+        site.ledger.freeze_all(site.axes(tensor), "is used as an index")
+    if not name.endswith("index"):
+        dim = int(site.arg(1)) % len(shape)
+        axes = site.freeze(site.axes(x), [dim], reason)
+        if name.endswith("gather"):
+            return site.freeze(axes, range(len(shape)), reason)
+        return {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+    indices = [(d, i) for d, i in enumerate(site.arg(1)) if i is not None]
+    picked = [d for d, _ in indices]
+    if not picked:
+        return dict(site.axes(x))
+    axes = site.freeze(site.axes(x), picked, reason)
+    for d in picked:
+        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+    width = max(len(site.shape(i)) for _, i in indices)
+    masks = any(str(i.meta["spec"].dtype) in ("torch.bool", "torch.uint8") for _, i in indices)
+    if masks:
+        site.freeze(axes, range(len(shape)), "is masked by a boolean index")
+        return {}
+    adjacent = picked == list(range(picked[0], picked[-1] + 1))
+    place = picked[0] if adjacent else 0
+    out: Axes = {}
+    for d, t in axes.items():
+        rest = [n for i, n in enumerate(t.shape) if i not in picked]
+        position = d - sum(p < d for p in picked)
+        new = rest[:place] + [1] * width + rest[place:]
+        out[position if position < place else position + width] = t.reshape(new)
+    return out
+
+
+@rule(Family.MOVEMENT, "unfold")
+def unfold_dim(site: Site) -> Axes:
+    """Sliding windows along one dim: that dim stays whole."""
+    x = site.args[0]
+    dim = int(site.arg(1)) % max(1, len(site.shape(x)))
+    axes = site.freeze(site.axes(x), [dim], "is unfolded into windows")
+    return {d: site.ledger.collapse(t, dim)[..., None] for d, t in axes.items()}
