@@ -2,7 +2,7 @@
 
 Groups are gathered into *bands* that move in steps: usually one group, several where the model's code ties their sizes
 (`links`: all keep the same share). Of a grid only rows or only columns are taken, whichever meets the ratio more closely (rows
-when equal: whole heads and groups are what kernels like). At least one step of every band stays.
+when equal, if some op computes them one by one: whole heads and groups are what kernels like). At least one step of every band stays.
 
 Scopes: `uniform` removes the same share of every band; `global` removes the lowest scores wherever they are.
 """
@@ -219,7 +219,8 @@ class _Planner:
                 bands = [(g.steps, min(round(ratio * g.steps), g.steps - 1)) for g in side]
                 return max(abs(k / steps - ratio) for steps, k in bands)
 
-            worse = "columns" if miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9 else "rows"
+            whole = any(g.batched for g in sides["rows"]) and miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9
+            worse = "columns" if whole else "rows"
             drop |= {g.name for g in sides[worse]}
         return [g for g in self.groups if g.name not in drop]
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
 from surgeon.capture import quiet_run
 from surgeon.cost import Choice, Shapes
@@ -37,6 +39,7 @@ class Note:
     old: int
     want: int
     got: int
+    place: int = -1  # where in a list of sizes; -1 for a single number
 
     def __str__(self) -> str:
         line = source_line(self.source)
@@ -56,10 +59,11 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
     mode = _Comparer(small, graph, shapes, choice)
     with quiet_run(small, seed=0, training=graph.training), mode.stack:
         try:
-            with mode:
+            with looking_inside_functional(), mode, _Reshapes(mode):
                 small(*graph.args, **graph.kwargs)
         except MendError:
-            raise
+            if not mode.notes:  # else: mend what is known, then look again
+                raise
         except Exception as error:
             if mode.notes:
                 return mode.notes
@@ -70,6 +74,23 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
                 fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
             ) from error
     return mode.notes
+
+
+class _Reshapes(TorchFunctionMode):
+    """Catches reshapes whose sizes do not fit: they fail before they become an ATen op."""
+
+    def __init__(self, comparer: _Comparer) -> None:
+        super().__init__()
+        self.comparer = comparer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in ("reshape", "view"):
+            return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            sizes = list(args[1]) if len(args) == 2 and isinstance(args[1], list | tuple) else list(args[1:])
+            return self.comparer.reshaped(args[0], sizes)
 
 
 class _Comparer(TorchDispatchMode):
@@ -98,10 +119,17 @@ class _Comparer(TorchDispatchMode):
         return out
 
     def _match(self, func: Any, name: str) -> Call:
-        if self.at < len(self.calls):
+        while self.at < len(self.calls):
             call = self.calls[self.at]
             if call.op is func or _alike(call.op) == ALIKE.get(name, name):
                 return call
+            if op_name(call.node) != "slice":
+                break
+            # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
+            want = wanted(call.node, self.shapes, self.choice)
+            for position, value in want.items():
+                self._note(call, call.node.args[position], value, call.node.args[position])
+            self.at += 1
         raise MendError(
             "the small model takes another path through its code than the original",
             where=self.place(),
@@ -124,11 +152,24 @@ class _Comparer(TorchDispatchMode):
         return args
 
     def _note(self, call: Call, old: Any, want: Any, got: Any) -> None:
-        triples = zip(old, want, got, strict=False) if isinstance(want, list) else [(old, want, got)]
-        for before, new, found in triples:
+        several = isinstance(want, list)
+        triples = zip(old, want, got, strict=False) if several else [(old, want, got)]
+        for place, (before, new, found) in enumerate(triples):
             if new != found:
-                op = op_name(call.node)
-                self.notes.append(Note(self.at, self.stack.current, call.source, op, int(before), int(new), int(found)))
+                numbers = int(before), int(new), int(found), place if several else -1
+                self.notes.append(Note(self.at, self.stack.current, call.source, op_name(call.node), *numbers))
+
+    def reshaped(self, x: Tensor, sizes: list[Any]) -> Tensor:
+        """What a reshape that failed should have given, noted."""
+        call = self.calls[self.at]
+        want = list(self.shapes.shape(call.node, self.choice))
+        if _alike(call.op) != "view" or len(want) != len(sizes):
+            raise MendError(
+                f"a reshape to {sizes} fails", where=self.place(), why="its sizes do not fit the smaller tensor",
+                fix="compute the sizes from the tensor's shape, or keep the layer with ignore=[...]",
+            )  # fmt: skip
+        self._note(call, call.node.args[1], want, [n if g == -1 else g for g, n in zip(sizes, want, strict=True)])
+        return x.reshape(want)
 
     def _check(self, call: Call, out: Any) -> None:
         first = out[0] if isinstance(out, list | tuple) and out else out

@@ -161,7 +161,8 @@ class _Owners:
         """Whether each use is the module's own tensor of that name, unshared, and read by `reader` alone."""
         for name, use in uses.items():
             tensor = module._parameters.get(name, module._buffers.get(name))
-            node, user = use.node, reader
+            node: Any = use.node
+            user = reader
             if node is None and tensor is None:
                 continue
             if use.through is not None and isinstance(node, fx.Node):
@@ -176,15 +177,15 @@ class _Owners:
         return True
 
 
-def _fold(layer: nn.Module, norm: Any, where: str) -> None:
+def _fold(layer: Any, norm: Any, where: str) -> None:
     """Write W' and b' of the module's docstring into `layer`, in place."""
-    weight: Any = layer.weight
+    weight = layer.weight
     mean, var = _exact(norm.running_mean), _exact(norm.running_var)
     scale = torch.rsqrt(var + norm.eps)
     scale = scale if norm.weight is None else scale * _exact(norm.weight)
     beta = torch.zeros_like(mean) if norm.bias is None else _exact(norm.bias)
-    bias = torch.zeros_like(mean) if layer.bias is None else _exact(layer.bias)  # type: ignore[arg-type]  # a Tensor
-    groups: Any = layer.groups if isinstance(layer, _TRANSPOSED) else None
+    bias = torch.zeros_like(mean) if layer.bias is None else _exact(layer.bias)
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else None
     old = _exact(weight)
     if groups is None:  # (out, ...)
         new = old * scale.reshape(-1, *[1] * (old.ndim - 1))
@@ -199,9 +200,9 @@ def _fold(layer: nn.Module, norm: Any, where: str) -> None:
         if layer.bias is None:
             empty = torch.empty(shift.shape, dtype=weight.dtype, device=weight.device)
             layer.bias = nn.Parameter(empty, requires_grad=weight.requires_grad)
-        layer.bias.copy_(shift)  # type: ignore[operator]  # a Parameter
+        layer.bias.copy_(shift)
         layer.bias.grad = None
-    if not (torch.isfinite(weight).all() and torch.isfinite(layer.bias).all()):  # type: ignore[arg-type]  # a Parameter
+    if not (torch.isfinite(weight).all() and torch.isfinite(layer.bias).all()):
         raise FuseError(
             f"a folded weight is not finite in {weight.dtype}",
             where=where,

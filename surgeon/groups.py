@@ -43,6 +43,7 @@ class Group:
         members: the slots and their indices, by unit; units are numbered lane by lane.
         kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per group).
         grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
+        batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows may well go.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Group:
     members: tuple[Member, ...]
     kind: str = "channels"
     grid: int = -1
+    batched: bool = False
 
     @property
     def steps(self) -> int:
@@ -88,7 +90,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     atoms, slot_of, index_of = touches
     loose = ~solution.frozen[atoms]
     atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
-    families = _families(atoms, slot_of, lanes_of, len(slots))
+    families = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution))
     groups_of = np.full(len(solution.root), -1, dtype=np.int64)
     unit_of = np.full(len(solution.root), -1, dtype=np.int64)
     for number, lanes in enumerate(families):
@@ -101,10 +103,23 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
         if members[number]:
             first = members[number][0]
             name = f"{first.tensor}[{first.dim}]" + ("" if kinds[number] == "channels" else f" {kinds[number]}")
-            found.append(Group(name, lanes, tuple(members[number]), kinds[number], grids[number]))
+            batched = bool(solution.batched[lanes].any())
+            found.append(Group(name, lanes, tuple(members[number]), kinds[number], grids[number], batched))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
+    found = _unique_names(found)
     return found, _frozen(propagation, solution) + _stuck(groups_of, atoms, slot_of, slots)
+
+
+def _unique_names(groups: list[Group]) -> list[Group]:
+    """Later groups of a name get a number: parts of one tensor can belong to several groups."""
+    seen: dict[str, int] = defaultdict(int)
+    result = []
+    for group in groups:
+        seen[group.name] += 1
+        again = seen[group.name]
+        result.append(dataclasses.replace(group, name=f"{group.name} #{again}") if again > 1 else group)
+    return result
 
 
 def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) -> tuple[Track, Track, Track]:
@@ -122,6 +137,15 @@ def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) ->
     atom, number, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((index, number))
     return atom[order], number[order], index[order]
+
+
+def _is_row(solution: Solution) -> Track:
+    """Which atoms are rows of a grid: they may touch the same slots as its columns, and are another group."""
+    found = np.zeros(len(solution.root), dtype=bool)
+    composite = np.flatnonzero((solution.row >= 0) & ~solution.outer)
+    for atoms in solution.atoms(solution.row[composite]):
+        found[atoms[atoms >= 0]] = True
+    return found
 
 
 @dataclasses.dataclass
@@ -219,14 +243,14 @@ def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]],
     return {}
 
 
-def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int) -> list[Track]:
+def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: Track) -> list[Track]:
     """[lanes, steps] atoms per group, in order of first appearance."""
     if not atoms.size:
         return []
     weights = np.random.default_rng(1).integers(1, 1 << 62, size=slots, dtype=np.uint64)
     pairs = np.unique(atoms * slots + slot_of)
     unique, start = np.unique(pairs // slots, return_index=True)
-    signature = np.add.reduceat(weights[pairs % slots], start)
+    signature = np.add.reduceat(weights[pairs % slots], start) + is_row[unique].astype(np.uint64)
     _, first_seen = np.unique(atoms, return_index=True)
     order = np.argsort(first_seen)
     unique, signature = unique[order], signature[order]

@@ -11,6 +11,7 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - freezes:  a may not leave, with the reason.
 - parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened outer product).
 - balances: a matrix of ids of which every row keeps equally many.
+- batched:  ids of rows that an op computes one by one (heads, groups).
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Ledger:
         self.freezes: list[Freeze] = []
         self.parts: list[Part] = []
         self.balances: list[Balance] = []
+        self.batched: list[Track] = []
         self.node: fx.Node | None = None
         self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
         self._cells: dict[bytes, Track] = {}

@@ -54,8 +54,7 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
         worse = _worse(notes, after, trial)
         for edit in worse:
             refused.add((edit.module, edit.kind, edit.name))
-            if edit.kind == "attribute":
-                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+            apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
         edits += [edit for edit in trial if edit not in worse]
         notes = compare(small, runs, shapes, choice) if worse else after
     if notes:
@@ -141,9 +140,14 @@ def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[
     except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises; no trace means no literal
         return None
     for note in notes:
-        for name, value in literals(traced):
-            if value == note.got and (path, "literal", name) not in refused and _same_call(name, note.op):
-                return Edit(path, "literal", name, value, note.want)
+        found = [
+            name
+            for name, value in literals(traced)
+            if value == note.got and (path, "literal", name) not in refused and _same_call(name, note.op)
+        ]
+        if found:  # the number at the same place of a list, else the first that fits
+            name = min(found, key=lambda n: {note.place: 0, note.place + 1: 1}.get(int(n.rpartition(".")[2]), 2))
+            return Edit(path, "literal", name, note.got, note.want)
     return None
 
 

@@ -193,7 +193,7 @@ def apply_edit(model: nn.Module, edit: Edit) -> None:
         set_path(module, edit.name, edit.new)
         refresh(module, edit.module)
     else:
-        replace_submodule(model, edit.module, rewrite_literal(module, edit))
+        rewrite_literal(module, edit)
 
 
 def _misfit(edit: Edit, why: str) -> MendError:
@@ -233,15 +233,6 @@ def set_path(owner: Any, path: str, value: Any) -> None:
         setattr(holder, last, value)
 
 
-def replace_submodule(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    if isinstance(owner, nn.Sequential | nn.ModuleList) and name.isdigit():
-        owner[int(name)] = new
-    else:
-        setattr(owner, name, new)
-
-
 class _OneModule(fx.Tracer):
     """Traces a single module: its children stay calls."""
 
@@ -255,11 +246,7 @@ def trace_one(module: nn.Module) -> fx.GraphModule:
     Raises:
         Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
     """
-    if isinstance(module, fx.GraphModule):
-        return module
-    traced = fx.GraphModule(module, _OneModule().trace(module), type(module).__name__)
-    traced.train(module.training)
-    return traced
+    return fx.GraphModule(module, _OneModule().trace(module), type(module).__name__)
 
 
 def literals(traced: fx.GraphModule) -> list[tuple[str, int]]:
@@ -291,8 +278,12 @@ def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
             yield from _numbers(x, f"{path}.{key}")
 
 
-def rewrite_literal(module: nn.Module, edit: Edit) -> fx.GraphModule:
-    """The module with one number in one call of its forward replaced."""
+def rewrite_literal(module: nn.Module, edit: Edit) -> None:
+    """Replace one number in one call of the module's forward.
+
+    The module becomes an instance of a subclass of its class that differs in `forward` alone: it stays the user's class, trains,
+    deep-copies and pickles (by making the edits again).
+    """
     name, occurrence, place = edit.name.split(":")
     try:
         traced = trace_one(module)
@@ -300,16 +291,59 @@ def rewrite_literal(module: nn.Module, edit: Edit) -> fx.GraphModule:
         raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
     count = -1
     for node in traced.graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            count += called == name
-            if called == name and count == int(occurrence):
-                keys = place.split(".")
-                args, kwargs = _replaced((node.args, node.kwargs), keys, edit)
-                node.args, node.kwargs = args, kwargs
-                traced.recompile()
-                return traced
+        if node.op not in ("call_function", "call_method"):
+            continue
+        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        count += called == name
+        if called == name and count == int(occurrence):
+            node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
+            traced.recompile()
+            _become(module, traced, edit)
+            return
     raise _misfit(edit, "the call is not there")
+
+
+def _become(module: nn.Module, traced: fx.GraphModule, edit: Edit) -> None:
+    """Give the module the traced forward, as a subclass of its class."""
+    for name, value in traced.__dict__.items():
+        if name.startswith("_tensor_constant"):
+            setattr(module, name, value)
+    base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+    edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _unpickle, (base, edits), self.__dict__, None, None, _set_state
+
+    members = {
+        "forward": type(traced).forward,
+        "_surgeon_edits": edits,
+        "__reduce_ex__": reduce,
+        "__deepcopy__": _deepcopy,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    module.__class__ = type(base.__name__, (base,), members)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = type(self).__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _unpickle(base: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
+    made: nn.Module = base.__new__(base)
+    made.__dict__["_surgeon_pending"] = edits
+    return made
+
+
+def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
+    edits = made.__dict__.pop("_surgeon_pending")
+    made.__dict__.update(state)
+    for edit in edits:
+        rewrite_literal(made, edit)
 
 
 def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:

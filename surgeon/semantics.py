@@ -82,6 +82,13 @@ def _elementwise(call: Op) -> Any:
     return call.outputs(result, masks.tidy(factors))
 
 
+def _gated(call: Op) -> Any:
+    data, mask = call.data(call.args[0]), call.mask(call.args[0])
+    dim = (call.args[1] if len(call.args) > 1 else -1) % data.dim()
+    halves = [masks.moved(mask, data.shape, lambda f, i=i: f.chunk(2, dim)[i], exact=True) for i in (0, 1)]
+    return call.run(call.data), masks.tidy([*halves[0], *halves[1]])
+
+
 def _batch_norm(call: Op) -> Any:
     result = call.run(call.data)
     ndim = result[0].dim()
@@ -269,6 +276,16 @@ def _softmax(call: Op) -> Any:
     return call.run(call.data), mask
 
 
+def _weight_norm(call: Op) -> Any:
+    v, g = call.args[:2]
+    data, mask = call.data(v), call.mask(v)
+    keep = call.args[2] if len(call.args) > 2 else 0
+    dims = [d for d in range(data.dim()) if d != keep]
+    norm = (masks.zeroed(data, mask) ** 2).sum(dims, keepdim=True).sqrt()
+    both = masks.tidy([*mask, *masks.aligned(call.mask(g), data.dim())])
+    return [(data * call.data(g) / norm, both), (norm, masks.any_along(both, dims))]
+
+
 def _layer_norm(call: Op) -> Any:
     x, shape = call.args[:2]
     data, mask = call.values[x]
@@ -384,6 +401,8 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("_prelu_kernel", "prelu"), _prelu),
     "native_group_norm": _group_norm,
+    "glu": _gated,
+    "_weight_norm_interface": _weight_norm,
     "convolution": _convolution,
     "_convolution": _convolution,
     "linear": _linear,

@@ -32,6 +32,7 @@ class Solution:
         frozen: id -> whether its class may not leave (read at class ids).
         row, column: class -> row and column class of a composite, -1 for an atom.
         outer: class -> whether the grid is a flattened outer product, whose factors are independent channels.
+        batched: class -> whether some op computes its entries one by one, as attention does heads.
         freezes: the freezes of the ledger, for `why`.
         balances: (matrix of ids, node): every row keeps equally many.
     """
@@ -41,6 +42,7 @@ class Solution:
     row: Track
     column: Track
     outer: Track
+    batched: Track
     freezes: tuple[Freeze, ...]
     balances: tuple[tuple[Track, fx.Node | None], ...]
 
@@ -137,11 +139,17 @@ def _orient(root: Track, frozen: Track, ledger: Ledger) -> tuple[Track, Track]:
         return empty, empty
     rows, columns = [p.row for p in ledger.parts], [p.column for p in ledger.parts]
     owner: dict[int, tuple[int, int]] = {}
+    is_row, is_column = np.zeros(len(root), dtype=bool), np.zeros(len(root), dtype=bool)
+    for part in ledger.parts:
+        if part.split:
+            is_row[root[part.row]] = is_column[root[part.column]] = True
     order = sorted(range(len(ledger.parts)), key=lambda i: not ledger.parts[i].split)
     for number in order:
         part = ledger.parts[number]
         classes = root[part.cell].tolist()
-        if not part.split:
+        if not part.split and is_row[root[part.column]].all() and is_column[root[part.row]].all():
+            rows[number], columns[number] = part.column, part.row
+        elif not part.split:
             meets: dict[int, list[tuple[int, int]]] = {}
             for place, found in enumerate(classes):
                 known = owner.get(found)
@@ -226,6 +234,11 @@ def _assemble(
         c, r, k = root[cell], root[row], root[column]
         proper = (c != r) & (c != k)
         of_row[c[proper]], of_column[c[proper]] = r[proper], k[proper]
+        of_grid = np.zeros(len(root), dtype=bool)
+        of_grid[r[split]] = of_grid[k[split]] = True
         outer[c[proper]] = True
-        outer[c[proper & split]] = False
-    return Solution(root, frozen, of_row, of_column, outer, tuple(ledger.freezes), tuple(balances))
+        outer[c[proper & (split | of_grid[r] | of_grid[k])]] = False
+    batched = np.zeros(len(root), dtype=bool)
+    for ids in ledger.batched:
+        batched[root[ids]] = True
+    return Solution(root, frozen, of_row, of_column, outer, batched, tuple(ledger.freezes), tuple(balances))

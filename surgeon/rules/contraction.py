@@ -38,6 +38,8 @@ def contract(site: Site, operands: list[Operand], out: str) -> Axes:
                 ledger.freeze(track, "is multiplied with a tensor whose size here is fixed")
         elif tracks:
             joined[letter] = meet(ledger, tracks)
+            if letter in out and len(tracks) > 1:
+                ledger.batched.append(joined[letter].ravel())
     result: Axes = {}
     for letter, track in joined.items():
         if letter not in out:

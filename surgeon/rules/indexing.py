@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from surgeon.labels import Axes
-from surgeon.rules.registry import Family, Site, op_name, rule
+from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
 
 
 def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
@@ -88,6 +88,17 @@ def split(site: Site) -> tuple[Axes, ...]:
         _even_parts(site, axes, dim, sizes[0], len(sizes))
     ends = np.cumsum(sizes)
     return tuple(sliced(axes, dim, int(end) - size, int(end)) for size, end in zip(sizes, ends, strict=True))
+
+
+@rule(Family.ELEMENTWISE, "glu")
+def gated_linear_unit(site: Site) -> Axes:
+    """First half times the sigmoid of the second: two slices that meet."""
+    x = site.args[0]
+    shape = site.shape(x)
+    dim = int(site.arg(1, "dim", -1)) % len(shape)
+    half = shape[dim] // 2
+    parts = [sliced(site.axes(x), dim, start, start + half) for start in (0, half)]
+    return broadcast(site, [(part, site.out) for part in parts], site.out)
 
 
 @rule(Family.MOVEMENT, "slice_scatter")

@@ -110,6 +110,8 @@ def group_norm(site: Site) -> Any:
     grid = (shape[0], groups, shape[1] // groups, *shape[2:])
     cut = reshape(site.ledger, axes, shape, grid)
     axes = reshape(site.ledger, cut, grid, shape)
+    if 1 in cut:
+        site.ledger.batched.append(cut[1].ravel())
     operands = [(axes, shape)]
     for vector in (weight, bias):
         if isinstance(vector, fx.Node):
@@ -117,6 +119,14 @@ def group_norm(site: Site) -> Any:
             operands.append((track, wide))
     out = broadcast(site, operands, shape)
     return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
+
+
+@rule(Family.REDUCTION, "_weight_norm_interface")
+def weight_norm(site: Site) -> Any:
+    """v * g / |v|, the norm over all dims but one: g is [O, 1, ...] along that dim."""
+    v, g = site.args[:2]
+    out = broadcast(site, [(site.axes(v), site.shape(v)), (site.axes(g), site.shape(g))], site.out)
+    return out, {d: t for d, t in out.items() if d == int(site.arg(2, "dim", 0))}
 
 
 _POOLS = {
