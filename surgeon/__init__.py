@@ -3,8 +3,11 @@
 Record a model, find the channels, filters, neurons and heads that must leave together, remove them physically, prove it.
 """
 
+from surgeon.bench import bench
+from surgeon.export import export
+from surgeon.fuse import fuse
 from surgeon.pipeline import Surgery, inspect, shrink
 from surgeon.plan import Plan
 from surgeon.verify import Proof, verify
 
-__all__ = ["Plan", "Proof", "Surgery", "inspect", "shrink", "verify"]
+__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "shrink", "verify"]

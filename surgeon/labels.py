@@ -70,6 +70,7 @@ class Ledger:
         self.node: fx.Node | None = None
         self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
         self._cells: dict[bytes, Track] = {}
+        self._factors: dict[bytes, tuple[Track, Track]] = {}
 
     def new(self, shape: int | tuple[int, ...]) -> Track:
         """Fresh ids in an array of the given shape."""
@@ -125,6 +126,7 @@ class Ledger:
             known = cells[order][index.ravel()]
             self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
             self._cells[key] = known
+            self._factors[known.tobytes()] = outer, inner
         return known
 
     def split(self, track: Track, dims: Sequence[int]) -> Axes:
@@ -144,6 +146,9 @@ class Ledger:
         known = self._splits.get(key)
         if known is not None:
             return dict(known)
+        factors = self._unmerged(track, dims)
+        if factors is not None:
+            return factors
         last = dims[-1]
         flat = np.moveaxis(track, last, -1)
         rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
@@ -160,6 +165,18 @@ class Ledger:
         self._splits[key] = dict(axes)
         self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
         return axes
+
+    def _unmerged(self, track: Track, dims: Sequence[int]) -> Axes | None:
+        """The two tracks that a merged dim was made of, if it is cut where it was merged."""
+        if len(dims) != 2 or track.size != track.shape[dims[0]] * track.shape[dims[1]]:
+            return None
+        factors = self._factors.get(track.tobytes())
+        if factors is None:
+            return None
+        outer, inner = (f.reshape(track.shape) for f in factors)
+        if _varies(outer, dims[1]) or _varies(inner, dims[0]):
+            return None
+        return {dims[0]: np.take(outer, [0], axis=dims[1]), dims[1]: np.take(inner, [0], axis=dims[0])}
 
     def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
         """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them are fixed.

@@ -123,8 +123,8 @@ def _movement(call: Op) -> Any:
         parts = [masks.full(call.mask(n), call.data(n).shape) for n in call.args[:2]]
         both = call.op(*parts, *rest[1:])
         return result, masks.tidy([masks.compress(both, exact=True)])
-    if call.name == "constant_pad_nd":  # what padding adds is nobody's: present unless it meets something absent
-        rest = [rest[0], 1]
+    if call.name == "constant_pad_nd":
+        return result, masks.tidy(_padded(factor, rest[0]) for factor in call.mask(first))
     shape = call.data(first).shape
     kwargs = {k: _nest(v, call.data) for k, v in call.kwargs.items()}
 
@@ -135,6 +135,16 @@ def _movement(call: Op) -> Any:
         found = [[masks.compress(part, exact=True) for part in op(f.expand(shape))] for f in call.mask(first)]
         return [(r, masks.tidy(f[i] for f in found)) for i, r in enumerate(result)]
     return result, masks.moved(call.mask(first), shape, op, exact)
+
+
+def _padded(factor: Tensor, pads: list[int]) -> Tensor:
+    """What padding adds is nobody's: present, unless it lies in a row that is absent or meets something absent later."""
+    own = list(pads)
+    for i in range(len(own) // 2):
+        if factor.shape[factor.dim() - 1 - i] == 1:
+            own[2 * i] = own[2 * i + 1] = 0
+    padded: Tensor = torch.ops.aten.constant_pad_nd.default(factor, own, 1)
+    return padded
 
 
 def _factory(call: Op) -> Any:
@@ -195,6 +205,8 @@ def _attention(call: Op) -> Any:
     logits = parts[0] @ parts[1].transpose(-2, -1) * scale
     if bias is not None:
         logits = logits + call.data(bias).to(logits.dtype)
+    for factor in masks.any_along(call.mask(k), [3]):
+        logits = logits.masked_fill(~factor.transpose(-2, -1), -math.inf)
     if causal:
         n, m = logits.shape[-2:]
         logits = logits.masked_fill(torch.ones(n, m, dtype=torch.bool).tril().logical_not(), -math.inf)

@@ -39,6 +39,15 @@ def _want_slice(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     return want
 
 
+def _want_slice_scatter(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+    x = site.args[0]
+    dim = int(site.arg(2, "dim", 0)) % len(site.shape(x))
+    if dim not in site.axes(x):
+        return {}
+    start, stop, _ = slice(site.arg(3), site.arg(4), site.arg(5, "step", 1)).indices(site.shape(x)[dim])
+    return {3: _kept_before(shapes, choice, site.axes(x), dim, start), 4: _kept_before(shapes, choice, site.axes(x), dim, stop)}
+
+
 def _kept_before(shapes: Shapes, choice: Choice, axes: Axes, dim: int, position: int) -> int:
     """How many entries before `position` stay along `dim`."""
     gone = shapes.leaves(axes[dim], choice)
@@ -104,6 +113,7 @@ _WANT: Mapping[str, Want] = {
     **dict.fromkeys(("zeros", "ones", "full", "empty"), _to_shape(0)),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _want_split),
     "slice": _want_slice,
+    "slice_scatter": _want_slice_scatter,
     "constant_pad_nd": _want_pad,
     "convolution": _want_convolution,
     "native_group_norm": _want_group_norm,

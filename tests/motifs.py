@@ -303,7 +303,10 @@ MOTIFS = [
     ),
     Motif("dict_output", Dict, IMAGE, {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] c.weight[1]"}),
     Motif(
-        "tied_weights", Tied, (4, 5), {"first.weight[0]": "8x1: a.bias[0] a.weight[0] a.weight[1] b.bias[0] c.weight[1] first.bias[0] first.weight[0]"}
+        "tied_weights",
+        Tied,
+        (4, 5),
+        {"first.weight[0]": "8x1: a.bias[0] a.weight[0] a.weight[1] b.bias[0] c.weight[1] first.bias[0] first.weight[0]"},
     ),
     Motif(
         "module_twice",
@@ -369,14 +372,25 @@ MOTIFS = [
         {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"},
     ),
     Motif("hidden_dim", HiddenDim, (4, 6), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"}, ("hidden_dim",)),
-    Motif("option_a", OptionA, IMAGE, {
-        "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.bias[0] b.weight[0] b.weight[1] c.weight[1]",
-        "b.weight[0]": "8x1: b.bias[0] b.weight[0] c.weight[1]",
-    }, ("pad",)),  # fmt: skip
-    Motif("squeeze_excite", SqueezeExcite, IMAGE, {
-        "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] down.weight[1] up.bias[0] up.weight[0]",
-        "down.weight[0]": "4x1: down.bias[0] down.weight[0] up.weight[1]",
-    }),  # fmt: skip
+    Motif(
+        "option_a",
+        OptionA,
+        IMAGE,
+        {
+            "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.bias[0] b.weight[0] b.weight[1] c.weight[1]",
+            "b.weight[0]": "8x1: b.bias[0] b.weight[0] c.weight[1]",
+        },
+        ("pad",),
+    ),  # fmt: skip
+    Motif(
+        "squeeze_excite",
+        SqueezeExcite,
+        IMAGE,
+        {
+            "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] down.weight[1] up.bias[0] up.weight[0]",
+            "down.weight[0]": "4x1: down.bias[0] down.weight[0] up.weight[1]",
+        },
+    ),  # fmt: skip
     Motif("layer_scale", LayerScale, (4, 6), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] gamma[0]"}),
     Motif(
         "prelu",
@@ -416,7 +430,10 @@ MOTIFS = [
         "channel_shuffle",
         net(lambda s, x: s.b(shuffled(s.a(x), 2)), **AB),
         IMAGE,
-        {"a.weight[0] columns": "4x1: a.bias[0] a.weight[0] b.weight[1]", "a.weight[0] rows": "2x1: a.bias[0] a.weight[0] b.weight[1]"},
+        {
+            "a.weight[0] columns": "4x1: a.bias[0] a.weight[0] b.weight[1]",
+            "a.weight[0] rows": "2x1: a.bias[0] a.weight[0] b.weight[1]",
+        },
     ),
     Motif(
         "pixel_shuffle",

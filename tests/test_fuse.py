@@ -43,7 +43,10 @@ _FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)), (2, 3, 9)),
     "conv2d without bias": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)), (2, 3, 7, 7)),
     "conv2d grouped": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, stride=2), nn.BatchNorm2d(6)), (2, 4, 7, 7)),
-    "conv2d circular": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(5)), (2, 3, 7, 7)),
+    "conv2d circular": (
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(5)),
+        (2, 3, 7, 7),
+    ),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5)), (2, 2, 5, 5, 5)),
     "transposed 1d": (lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 5)),
     "transposed 2d, groups": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
@@ -134,8 +137,14 @@ def _tied(name: str) -> nn.Module:
     return model
 
 
+def _tied_asleep() -> nn.Module:
+    model = _Wired(_plain)
+    model.other.weight = model.conv.weight  # `other` does not run on this path, but its weight must not change
+    return model
+
+
 def _storage() -> nn.Module:
-    model = _Wired(lambda m, x: m.norm(m.conv(m.other(x))))
+    model = _Wired(lambda m, x: m.norm(m.conv(m.other(x)))).double()
     model.other.weight = nn.Parameter(model.conv.weight.detach().view(4, 4, 1, 1))  # another object, the same memory
     return model
 
@@ -180,6 +189,7 @@ _LEFT: dict[str, Callable[[], nn.Module]] = {
     "functional conv": lambda: _Wired(lambda m, x: m.norm(nn.functional.conv2d(x, m.conv.weight))),
     "tied weight": lambda: _tied("weight"),
     "tied bias": lambda: _tied("bias"),
+    "tied to a layer that does not run": _tied_asleep,
     "tied storage": _storage,
     "hook on conv": lambda: _hooked("conv"),
     "hook on norm": lambda: _hooked("norm"),
@@ -240,7 +250,7 @@ def test_a_fold_that_overflows_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     model[1].running_var.fill_(0.0)
     model[1].weight.data.fill_(6e4)
-    with pytest.raises(FuseError, match="not finite in torch.float16"):
+    with pytest.raises(FuseError, match=r"not finite in torch\.float16"):
         fuse(model.half(), torch.randn(2, 4, 3, 3).half())
 
 

@@ -74,7 +74,11 @@ def test_wrong_plans_are_rejected(motif: Motif) -> None:
     tried = 0
     for name, dims in plan.kept.items():
         for dim, kept in dims.items():
-            size = model.get_parameter(name).shape[dim] if name in dict(model.named_parameters()) else model.get_buffer(name).shape[dim]
+            size = (
+                model.get_parameter(name).shape[dim]
+                if name in dict(model.named_parameters())
+                else model.get_buffer(name).shape[dim]
+            )
             removed = sorted(set(range(size)) - set(kept))
             wrong = {n: {d: list(k) for d, k in ds.items()} for n, ds in plan.kept.items()}
             wrong[name][dim] = sorted([*kept[1:], removed[0]])

@@ -125,11 +125,11 @@ def stack(site: Site) -> Axes:
         rows = np.broadcast_shapes(*[t.shape for t in kept])
         joined = np.concatenate([np.broadcast_to(t, rows) for t in kept], axis=dim)
         out = d + (d >= dim)
-        if all(np.array_equal(k, kept[0]) for k in kept):
-            joined = kept[0]
-        elif len(kept) > 1:
+        if dim < out:  # the stacked tensors are rows: each may keep its own entries, equally many
             site.ledger.balance(joined, out)
-        result[out] = joined
+            result[out] = joined
+        else:
+            result[out] = site.ledger.collapse(joined, dim)
     return result
 
 
@@ -174,12 +174,13 @@ def shuffle(site: Site) -> Axes:
     lead = list(range(n))
     if name.endswith("pixel_shuffle"):
         grid = (*batch, c // factor**2, factor, factor, h, w)
-        order = [*lead, n, n + 3, n + 1, n + 4, n + 2]
+        order, fixed = [*lead, n, n + 3, n + 1, n + 4, n + 2], range(n + 1, n + 5)
     elif name.endswith("pixel_unshuffle"):
         grid = (*batch, c, h // factor, factor, w // factor, factor)
-        order = [*lead, n, n + 2, n + 4, n + 1, n + 3]
+        order, fixed = [*lead, n, n + 2, n + 4, n + 1, n + 3], range(n + 1, n + 5)
     else:
         grid = (*batch, factor, c // factor, h, w)
-        order = [*lead, n + 1, n, n + 2, n + 3]
-    axes = permuted(reshape(site.ledger, site.axes(x), site.shape(x), grid), order)
+        order, fixed = [*lead, n + 1, n, n + 2, n + 3], range(n, n + 1)
+    axes = reshape(site.ledger, site.axes(x), site.shape(x), grid)
+    axes = permuted(site.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
     return reshape(site.ledger, axes, tuple(grid[i] for i in order), site.out)

@@ -1,0 +1,448 @@
+"""The command line: `surgeon shrink MODEL` and `surgeon inspect MODEL`.
+
+MODEL is `file.py:factory`, `torchvision/NAME`, `timm/NAME`, `transformers/TYPE`, or a bare name that torchvision or timm knows.
+Nothing is downloaded and nothing is unpickled: weights are random, or come from a safetensors file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect as python_inspect
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+
+from surgeon import criteria
+from surgeon.bench import Table, bench
+from surgeon.choose import Request
+from surgeon.errors import ExportError, InputError, MissingExtraError, SurgeonError
+from surgeon.export import export
+from surgeon.fuse import fuse
+from surgeon.pipeline import Surgery, inspect, prove
+from surgeon.plan import Plan
+from surgeon.report import count, table
+
+app = typer.Typer(help="Structural pruning for PyTorch: physically smaller models, proven.", no_args_is_help=True)
+
+_Dtype = Literal["float32", "int64"]
+_Model = Annotated[
+    str,
+    typer.Argument(help="file.py:factory, torchvision/NAME, timm/NAME, transformers/TYPE or NAME", show_default=False),
+]
+_Input = Annotated[str | None, typer.Option("--input", help="Shape of the example input, such as 1,3,224,224; else found")]
+_InputDtype = Annotated[_Dtype, typer.Option(help="Dtype of --input")]
+_Weights = Annotated[Path | None, typer.Option(help="A safetensors file with all the weights; else they are random")]
+_WIDTH = 120  # below it the table of latencies is not readable
+_Seed = Annotated[int, typer.Option(help="Of random weights, random inputs and criterion random")]
+
+
+def main() -> None:
+    """Entry point of the `surgeon` command."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"surgeon {importlib.metadata.version('surgeon')}")
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            typer.echo("surgeon (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")] = False,
+) -> None:
+    """Structural pruning for PyTorch: physically smaller models, proven equal to what was cut."""
+
+
+@app.command("inspect")
+def inspect_command(
+    model: _Model,
+    input_shape: _Input = None,
+    input_dtype: _InputDtype = "float32",
+    weights: _Weights = None,
+    seed: _Seed = 0,
+) -> None:
+    """Print what may leave a model, what is frozen, and why."""
+    with _reported():
+        net, inputs = _load(model, weights, input_shape, input_dtype, seed)
+        with _stage("record"):
+            surgery = inspect(net, inputs)
+        typer.echo(str(surgery))
+
+
+@app.command()
+def shrink(
+    model: _Model,
+    ratio: Annotated[float | None, typer.Option(help="Share of channels to remove [default: 0.5, without a budget]")] = None,
+    macs: Annotated[float | None, typer.Option(help="Instead: MACs that may stay, a share up to 1 or a number")] = None,
+    params: Annotated[float | None, typer.Option(help="Instead: parameters that may stay, a share up to 1 or a number")] = None,
+    criterion: Annotated[str, typer.Option(help=", ".join(criteria.BUILT_IN))] = "l1",
+    scope: Annotated[str, typer.Option(help="uniform or global")] = "uniform",
+    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this")] = 1,
+    ignore: Annotated[list[str] | None, typer.Option(help="A module or tensor whose outputs stay; may be repeated")] = None,
+    input_shape: _Input = None,
+    input_dtype: _InputDtype = "float32",
+    weights: _Weights = None,
+    out: Annotated[Path, typer.Option(help="Folder for small.safetensors, plan.json and model.onnx")] = Path("surgeon-out"),
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx")] = True,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure the latency before and after")] = True,
+    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms in model.onnx")] = True,
+    seed: _Seed = 0,
+) -> None:
+    """Cut a model, prove the cut, and write the small one."""
+    with _reported():
+        ratio = 0.5 if ratio is None and macs is None and params is None else ratio
+        Request(ratio, macs, params, scope, round_to)  # refuses bad arguments before anything runs
+        criteria.criterion(criterion, seed)
+        net, inputs = _load(model, weights, input_shape, input_dtype, seed)
+        with _draft_folder(out) as draft:
+            with _stage("record"):
+                surgery = inspect(net, inputs)
+            for remark in surgery.remarks:
+                _say(f"note: {remark}")
+            with _stage("choose"):
+                plan = surgery.plan(
+                    ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to,
+                    ignore=ignore or (), seed=seed,
+                )  # fmt: skip
+            with _stage("cut"):
+                small = plan.apply(net)
+            with _stage("prove"):
+                proof = prove(net, small, plan, surgery.graph)
+            with _stage("export"):
+                files = _write(net, small, plan, surgery, draft, onnx=onnx, fused=fused, original=onnx and measure)
+            timed = None
+            if measure:
+                with _stage("measure"):
+                    timed = bench({"original, torch": net, "small, torch": small, **files}, _inputs_of(surgery))
+            for name in ("original.onnx", "original.onnx.data"):  # only there to be measured
+                (draft / name).unlink(missing_ok=True)
+        _print_result(net, small, plan, timed)
+        typer.echo(str(proof))
+        typer.echo(f"written: {', '.join(['small.safetensors', 'plan.json'] + ['model.onnx'] * onnx)} in {out}")
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Surgeon's own errors become a red message and exit code 1."""
+    try:
+        yield
+    except SurgeonError as error:
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _stage(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A spinner, on terminals only."""
+    return Console(stderr=True).status(name)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_result(model: nn.Module, small: nn.Module, plan: Plan, timed: Table | None) -> None:
+    """The table before and after, and the measurements with their intervals."""
+    figures: list[tuple[str, float, float, Callable[[float], str]]] = [
+        ("params", _params(model), _params(small), count),
+        ("MACs", plan.macs_before, plan.macs, count),
+        ("size (MB)", _megabytes(model), _megabytes(small), "{:.2f}".format),
+    ]
+    if timed is not None:
+        time = {row.name: row.p50 for row in timed.rows}
+        figures += [
+            (f"median latency, {kind} (ms)", time[f"original, {kind}"], time[f"small, {kind}"], "{:.3f}".format)
+            for kind in ("torch", "ONNX")
+            if f"small, {kind}" in time
+        ]
+    rows = [(what, show(a), show(b), f"{b / a:.1%}" if a else "-") for what, a, b, show in figures]
+    console = Console()
+    console = Console(width=max(console.width, _WIDTH))
+    console.print(table(rows, type(model).__name__))
+    if timed is not None:
+        console.print(timed.rich())
+
+
+def _params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _megabytes(model: nn.Module) -> float:
+    """Of the floating-point parameters and buffers, shared ones counted once."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _draft_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder in `out` whose files move to `out` if all went well; else nothing stays behind.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".surgeon-") as draft:
+            yield Path(draft)
+            for file in sorted(Path(draft).iterdir(), reverse=True):  # an ONNX file's weights before the file that names them
+                os.replace(file, out / file.name)
+    except OSError as error:
+        fix = "choose a folder that can be written"
+        raise InputError("cannot write to --out", where=str(out), why=str(error), fix=fix) from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: it holds the results
+                folder.rmdir()
+
+
+def _write(
+    model: nn.Module, small: nn.Module, plan: Plan, surgery: Surgery, draft: Path, *, onnx: bool, fused: bool, original: bool
+) -> dict[str, Path]:
+    """All files into the draft folder; the ONNX files by the names to measure them under."""
+    (draft / "small.safetensors").write_bytes(safetensors.torch.save(_state(small)))
+    plan.save(draft / "plan.json")
+    files = {}
+    inputs = _inputs_of(surgery)
+    for name, file, module in (("original, ONNX", "original.onnx", model), ("small, ONNX", "model.onnx", small)):
+        if onnx and (original or module is small):
+            files[name] = draft / file
+            _export(fuse(module, inputs) if fused else module, draft / file, inputs)
+    return files
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict with a copy for each name (safetensors refuses shared memory): it loads strictly, tied weights included."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"the model's state_dict holds a {type(value).__name__}",
+                where=name,
+                why="safetensors files hold tensors only",
+                fix="save the small model from Python: small = surgeon.shrink(model, ...)",
+            )
+        state[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def _export(model: nn.Module, path: Path, inputs: Any) -> None:
+    """With any batch size if the model can, else with the one of the inputs."""
+    try:
+        export(model, path, inputs)
+    except ExportError as error:
+        export(model, path, inputs, dynamic_batch=False)
+        _say(f"note: {path.name} has a fixed batch size: {error.what}")
+
+
+def _inputs_of(surgery: Surgery) -> Any:
+    return dict(surgery.graph.kwargs) or surgery.graph.args
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def _load(model: str, weights: Path | None, shape: str | None, dtype: _Dtype, seed: int) -> tuple[nn.Module, Any]:
+    """The model in eval mode with its weights, and example inputs (None: to be found)."""
+    sizes = _sizes(shape)
+    torch.manual_seed(seed)
+    with _stage("load"):
+        net = _build(model).eval()
+    if weights is None:
+        _say("note: no --weights were given, so the weights are random")
+    else:
+        _load_weights(net, weights)
+    if sizes is None:
+        return net, None
+    if dtype == "float32":
+        return net, torch.randn(sizes)
+    words = next((m.num_embeddings for m in net.modules() if isinstance(m, nn.Embedding)), 2)
+    return net, (torch.arange(math.prod(sizes)) % words).reshape(sizes)
+
+
+def _sizes(shape: str | None) -> list[int] | None:
+    if shape is None:
+        return None
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise InputError(f"--input {shape!r} is not a shape", fix="pass positive whole numbers, such as --input 1,3,224,224")
+    return sizes
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Strictly; only a tied tensor may be in the file under one of its names."""
+    try:
+        loaded = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            "cannot read --weights",
+            where=str(path),
+            why=str(error),
+            fix="pass a safetensors file, as safetensors.torch.save_file(model.state_dict(), path) writes it",
+        ) from error
+    try:
+        missing, unexpected = model.load_state_dict(loaded, strict=False)
+    except RuntimeError as error:
+        missing, unexpected, wrong = [], [], [line.strip() for line in str(error).splitlines()[1:]]
+    else:
+        own = model.state_dict(keep_vars=True)
+        filled = {own[name].data_ptr() for name in loaded if name in own}
+        wrong = [f"no {name} in the file" for name in missing if own[name].data_ptr() not in filled]
+        wrong += [f"no {name} in the model" for name in unexpected]
+    if wrong:
+        raise InputError(
+            "the weights do not fit the model",
+            where=str(path),
+            why="; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
+            fix="pass the weights of this architecture, all of them",
+        )
+
+
+def _build(name: str) -> nn.Module:
+    """The model that MODEL names.
+
+    Raises:
+        InputError: there is no such model, or making it fails.
+        MissingExtraError: its package is not installed.
+    """
+    kind, slash, rest = name.partition("/")
+    if ":" in name or name.endswith(".py"):
+        return _from_file(name)
+    if slash and kind in _ZOO:
+        return _ZOO[kind](rest)
+    if slash:
+        raise InputError(f"unknown model {name!r}", fix=f"use file.py:factory or one of {', '.join(f'{k}/NAME' for k in _ZOO)}")
+    if importlib.util.find_spec("torchvision") is None or name not in _package("torchvision.models").list_models():
+        return _timm(name)
+    return _torchvision(name)
+
+
+def _from_file(name: str) -> nn.Module:
+    path, _, factory = name.rpartition(":")
+    if not path or not factory or not Path(path).is_file():
+        missing = f"there is no file {path!r}" if path and factory else "the name of the factory is missing"
+        raise InputError(f"cannot load {name!r}: {missing}", fix="use path/to/file.py:factory")
+    file = Path(path).resolve()
+    spec = importlib.util.spec_from_file_location(f"_surgeon_model_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is no Python file", fix="use path/to/file.py:factory")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and the like look their module up
+    sys.path.insert(0, str(file.parent))  # the file may import its neighbours, as it may when it is run
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, factory)()
+    except Exception as error:  # the user's own code: anything may come out of it, and all of it is reported
+        raise InputError(
+            "the model cannot be made",
+            where=name,
+            why=f"{type(error).__name__}: {error}",
+            fix="the factory is called without arguments and returns the module",
+        ) from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module", fix="let the factory return the module")
+    return made
+
+
+def _package(name: str) -> Any:
+    """An optional package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        InputError: it is installed but does not fit the installed torch.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise _import_problem(name.partition(".")[0], error) from error
+
+
+def _import_problem(package: str, error: BaseException) -> Exception:
+    """The error to raise for one that came out of an import."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "torchvision::" in str(cause):
+            return InputError(
+                f"{package} cannot be imported",
+                why=f"torchvision was built for another torch than {torch.__version__} ({cause})",
+                fix="install both from one index, for example: pip install --force-reinstall torch torchvision "
+                "--index-url https://download.pytorch.org/whl/cpu",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return MissingExtraError(f"{package} cannot be imported", why=str(error), fix='pip install "surgeon[zoo]"')
+
+
+def _torchvision(name: str) -> nn.Module:
+    models = _package("torchvision.models")
+    if name not in models.list_models():
+        raise _unknown("torchvision", name, models.list_models())
+    builder = models.get_model_builder(name)
+    backbone = {"weights_backbone": None} if "weights_backbone" in python_inspect.signature(builder).parameters else {}
+    made: nn.Module = builder(weights=None, **backbone)
+    return made
+
+
+def _timm(name: str) -> nn.Module:
+    timm = _package("timm")
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    made: nn.Module = timm.create_model(name, pretrained=False)
+    return made
+
+
+def _transformers(name: str) -> nn.Module:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package is imported; a default configuration needs no file
+    transformers = _package("transformers")
+    if name not in transformers.CONFIG_MAPPING:
+        raise _unknown("transformers", name, list(transformers.CONFIG_MAPPING.keys()))
+    try:
+        made: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
+    except (ImportError, RuntimeError) as error:
+        raise _import_problem("transformers", error) from error
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"transformers/{name} has no model for its default configuration", why=str(error)[:400]) from error
+    return made
+
+
+def _unknown(package: str, name: str, known: list[str]) -> InputError:
+    near = " or ".join(difflib.get_close_matches(name, known, n=3))
+    return InputError(
+        f"{package} has no model {name!r}", fix=f"did you mean {near}?" if near else "see the package's list of models"
+    )
+
+
+_ZOO: dict[str, Callable[[str], nn.Module]] = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+
+
+if __name__ == "__main__":
+    main()
