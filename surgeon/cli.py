@@ -48,7 +48,7 @@ _Model = Annotated[
 _Input = Annotated[str | None, typer.Option("--input", help="Shape of the example input, such as 1,3,224,224; else found")]
 _InputDtype = Annotated[_Dtype, typer.Option(help="Dtype of --input")]
 _Weights = Annotated[Path | None, typer.Option(help="A safetensors file with all the weights; else they are random")]
-_WIDTH = 120  # below it the table of latencies is not readable
+_WIDTH = 130  # below it the table of latencies is not readable
 _Seed = Annotated[int, typer.Option(help="Of random weights, random inputs and criterion random")]
 
 

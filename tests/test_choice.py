@@ -1,0 +1,168 @@
+"""Ratios, budgets, scopes, rounding and criteria, against direct computations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgeon
+from surgeon import criteria
+from surgeon.errors import InputError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.b, self.c = (
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.Conv2d(32, 48, 1),
+            nn.Conv2d(48, 24, 1),
+        )
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(self.n(self.a(x)).relu()).relu()).relu()
+        return self.head(y.mean((2, 3)))
+
+
+X = torch.randn(1, 3, 6, 6)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    net = Net().eval()
+    with torch.no_grad():
+        net.n.weight.uniform_(0.1, 2)
+    return net
+
+
+def widths(small: nn.Module) -> list[int]:
+    return [small.a.out_channels, small.b.out_channels, small.c.out_channels]
+
+
+def test_uniform_ratio(model: Net) -> None:
+    assert widths(surgeon.shrink(model, 0.5, example_inputs=X)) == [16, 24, 12]
+    assert widths(surgeon.shrink(model, 0.0, example_inputs=X)) == [32, 48, 24]
+    assert widths(surgeon.shrink(model, 0.999, example_inputs=X)) == [1, 1, 1]
+
+
+def test_l1_keeps_the_largest(model: Net) -> None:
+    """The scores of one group, computed by hand from its two weights."""
+    plan = surgeon.inspect(model, X).plan(0.5)
+    own = model.b.weight.detach().abs().sum((1, 2, 3)).double()
+    following = model.c.weight.detach().abs().sum((0, 2, 3)).double()
+    score = own / own.mean() + following / following.mean()
+    assert plan.kept["b.weight"][0] == sorted(score.argsort()[-24:].tolist())
+    assert plan.kept["b.weight"][0] == plan.kept["c.weight"][1] == plan.kept["b.bias"][0]
+
+
+def test_l2_against_a_direct_computation(model: Net) -> None:
+    surgery = surgeon.inspect(model, X)
+    group = next(g for g in surgery.groups if g.name == "b.weight[0]")
+    own = model.b.weight.detach().double().pow(2).sum((1, 2, 3)).sqrt()
+    following = model.c.weight.detach().double().pow(2).sum((0, 2, 3)).sqrt()
+    want = (own / own.mean() + following / following.mean()) / 2
+    np.testing.assert_allclose(criteria.criterion("l2")(group, surgery.graph.tensors), want.numpy(), rtol=1e-6)
+
+
+def test_bn_scale_against_a_direct_computation(model: Net) -> None:
+    plan = surgeon.inspect(model, X).plan(0.5, criterion="bn_scale", ignore=["b", "c"])
+    assert plan.kept["a.weight"][0] == sorted(model.n.weight.detach().abs().argsort()[-16:].tolist())
+    assert set(plan.kept) == {"a.weight", "a.bias", "n.weight", "n.bias", "n.running_mean", "n.running_var", "b.weight"}
+
+
+def test_random_is_seeded(model: Net) -> None:
+    surgery = surgeon.inspect(model, X)
+    first, again, other = (surgery.plan(0.5, criterion="random", seed=s).kept for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_callable_is_a_criterion(model: Net) -> None:
+    plan = surgeon.inspect(model, X).plan(0.25, criterion=lambda group, tensors: np.arange(group.units))
+    assert plan.kept["a.weight"][0] == list(range(8, 32))
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("budget", [0.8, 0.5, 0.2])
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_budgets_hold_and_are_met_closely(model: Net, kind: str, budget: float, scope: str) -> None:
+    surgery = surgeon.inspect(model, X)
+    plan = surgery.plan(scope=scope, **{kind: budget})
+    before, after = getattr(surgery, kind), getattr(plan, kind)
+    assert after <= budget * before
+    assert after >= (budget - 0.08) * before
+    small = plan.apply(model)
+    again = surgeon.inspect(small, X)
+    assert (again.macs, again.params) == (plan.macs, plan.params)
+    assert plan.params == sum(p.numel() for p in small.parameters())
+    absolute = surgery.plan(scope=scope, **{kind: float(round(budget * before))})
+    assert getattr(absolute, kind) <= round(budget * before)
+
+
+def test_global_takes_the_lowest_wherever_they_are(model: Net) -> None:
+    with torch.no_grad():
+        model.b.weight[:24] *= 1e-3
+        model.b.bias[:24] = 0
+        model.c.weight[:, :24] *= 1e-3
+    small = surgeon.shrink(model, 24 / 104, example_inputs=X, scope="global")
+    assert widths(small) == [32, 24, 24]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+def test_round_to(model: Net, ratio: float) -> None:
+    small = surgeon.shrink(model, ratio, example_inputs=X, round_to=8)
+    assert all(w % 8 == 0 and w >= 8 for w in widths(small))
+    nearest = [max(8, 8 * round(n * (1 - ratio) / 8 + 1e-9)) for n in (32, 48, 24)]
+    assert all(abs(w - n) <= 8 for w, n in zip(widths(small), nearest, strict=True))
+
+
+def test_ignore_keeps_outputs(model: Net) -> None:
+    for name in (["b"], [model.b], "b"):
+        assert widths(surgeon.shrink(model, 0.5, example_inputs=X, ignore=name)) == [16, 48, 12]
+
+
+def test_ignore_one_branch_of_a_concat() -> None:
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], -1))
+
+    small = surgeon.shrink(Cat(), 0.5, example_inputs=torch.randn(2, 4), ignore=["a"])
+    assert (small.a.out_features, small.b.out_features, small.c.in_features) == (8, 4, 12)
+
+
+def test_macs_agree_with_torch(model: Net) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    attention = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    for net, x in ((model, X), (attention, torch.randn(2, 5, 16))):
+        plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the counter knows the fused one on GPUs only
+        with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.backends.mha.set_fastpath_enabled(False)
+            net(x)
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert surgeon.inspect(net, x).macs == counter.get_total_flops() // 2
+
+
+def test_scores_keep_whole_heads_together() -> None:
+    """With one head far weaker than the others, that head is what leaves."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    with torch.no_grad():
+        for third in range(3):
+            layer.self_attn.in_proj_weight[third * 16 + 4 : third * 16 + 8] *= 1e-4
+        layer.self_attn.out_proj.weight[:, 4:8] *= 1e-4
+    plan = surgeon.inspect(layer, torch.randn(2, 5, 16)).plan(0.25, ignore=["linear1"])
+    assert set(range(16)) - set(plan.kept["self_attn.out_proj.weight"][1]) == {4, 5, 6, 7}
+
+
+def test_known_criteria_are_listed() -> None:
+    with pytest.raises(InputError, match="bn_scale, l1, l2, random"):
+        criteria.criterion("nope")

@@ -1,0 +1,71 @@
+"""The rules of the house: layers import one way, the public API is what it is, files say what they are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import surgeon
+
+ROOT = Path(surgeon.__file__).parent
+
+# each module may import those before it; a package stands for all of its modules
+LAYERS = """errors graph _views inputs _sizes recorder capture labels rules propagate solve groups cost criteria choose rewrite plan
+masks wanted compare mend semantics reference verify fuse export bench report pipeline cli""".split()
+
+
+def imports(path: Path) -> set[str]:
+    """Names of surgeon's own modules that a file imports, those only for type checking left out."""
+    tree = ast.parse(path.read_text())
+    typing = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "surgeon" and id(node) not in typing:
+            parts = node.module.split(".")
+            found |= (
+                {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if (ROOT / f"{alias.name}.py").exists()}
+            )
+            if len(parts) == 1:
+                found |= {alias.name for alias in node.names if (ROOT / alias.name).is_dir()}
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def test_layers_import_one_way() -> None:
+    for path in ROOT.rglob("*.py"):
+        name = name_of(path)
+        if name == "__init__":
+            continue
+        assert name in LAYERS, f"{name} has no place in the order"
+        for used in imports(path) - {name}:
+            assert LAYERS.index(used) < LAYERS.index(name), f"{name} imports {used}, which comes after it"
+
+
+def test_the_proof_is_independent() -> None:
+    """Neither the oracle nor what it is made of knows of ids, groups or slicing."""
+    for name in ("verify", "reference", "semantics", "masks"):
+        used = imports(ROOT / f"{name}.py")
+        assert not used & {"labels", "propagate", "solve", "groups", "cost", "choose", "rewrite", "mend", "wanted", "compare"}, (
+            name
+        )
+
+
+def test_public_names() -> None:
+    assert set(surgeon.__all__) == {
+        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "shrink", "verify",
+    }  # fmt: skip
+    for name in surgeon.__all__:
+        assert (getattr(surgeon, name).__doc__ or "").strip(), name
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
