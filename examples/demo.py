@@ -64,9 +64,9 @@ class Block(nn.Module):
 class DigitNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(Block(32, 32), Block(32, 64, stride=2), Block(64, 64))
-        self.head = nn.Linear(64, 10)
+        self.stem = nn.Sequential(nn.Conv2d(1, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.blocks = nn.Sequential(Block(64, 64), Block(64, 128, stride=2), Block(128, 128))
+        self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
@@ -122,7 +122,8 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    say = Console().print
+    console = Console()
+    say = console.print if console.is_terminal else Console(width=130).print
     torch.manual_seed(options.seed)
     epochs, repair_epochs, repeats = (1, 1, 8) if options.quick else (25, 8, 100)
 

@@ -48,7 +48,7 @@ _Model = Annotated[
 _Input = Annotated[str | None, typer.Option("--input", help="Shape of the example input, such as 1,3,224,224; else found")]
 _InputDtype = Annotated[_Dtype, typer.Option(help="Dtype of --input")]
 _Weights = Annotated[Path | None, typer.Option(help="A safetensors file with all the weights; else they are random")]
-_WIDTH = 130  # below it the table of latencies is not readable
+_WIDTH = 130  # of tables that go to a file or a pipe
 _Seed = Annotated[int, typer.Option(help="Of random weights, random inputs and criterion random")]
 
 
@@ -179,7 +179,7 @@ def _print_result(model: nn.Module, small: nn.Module, plan: Plan, timed: Table |
         ]
     rows = [(what, show(a), show(b), f"{b / a:.1%}" if a else "-") for what, a, b, show in figures]
     console = Console()
-    console = Console(width=max(console.width, _WIDTH))
+    console = console if console.is_terminal else Console(width=_WIDTH)
     console.print(table(rows, type(model).__name__))
     if timed is not None:
         console.print(timed.rich())

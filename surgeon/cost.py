@@ -67,10 +67,14 @@ class Shapes:
     def kept(self, choice: Choice) -> dict[str, dict[int, list[int]]]:
         """Kept indices of every slot that loses some: {tensor name: {dim: indices}}."""
         found: dict[str, dict[int, list[int]]] = {}
+        lists: dict[bytes, list[int]] = {}  # slots of one group share one list
         for (name, dim), ids in self.propagation.slots.items():
             gone = self.leaves(ids, choice)
             if gone.any():
-                found.setdefault(name, {})[dim] = np.flatnonzero(~gone).tolist()
+                key = gone.tobytes()
+                if key not in lists:
+                    lists[key] = np.flatnonzero(~gone).tolist()
+                found.setdefault(name, {})[dim] = lists[key]
         return found
 
     def params(self, choice: Choice) -> int:

@@ -134,6 +134,8 @@ def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) ->
         found.append((atoms[valid], number[valid], index[valid]))
     if not found:
         return ids, ids, ids
+    if len(found) == 1:
+        return found[0]
     atom, number, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((index, number))
     return atom[order], number[order], index[order]
@@ -248,11 +250,15 @@ def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: T
     if not atoms.size:
         return []
     weights = np.random.default_rng(1).integers(1, 1 << 62, size=slots, dtype=np.uint64)
-    pairs = np.unique(atoms * slots + slot_of)
-    unique, start = np.unique(pairs // slots, return_index=True)
+    pairs = np.sort(atoms * slots + slot_of)  # sorting beats np.unique's hashing here
+    pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]]
+    owners = pairs // slots
+    start = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
+    unique = owners[start]
     signature = np.add.reduceat(weights[pairs % slots], start) + is_row[unique].astype(np.uint64)
-    _, first_seen = np.unique(atoms, return_index=True)
-    order = np.argsort(first_seen)
+    first_seen = np.full(int(unique[-1]) + 1, len(atoms))
+    np.minimum.at(first_seen, atoms, np.arange(len(atoms)))
+    order = np.argsort(first_seen[unique])
     unique, signature = unique[order], signature[order]
     label = lanes.label[unique]
     families: list[tuple[int, Track]] = []

@@ -82,11 +82,12 @@ def user_line() -> tuple[str, int] | None:
 class _Value:
     """What one tensor object holds now: a graph node, and how to read it again if its base was written to."""
 
-    __slots__ = ("base", "index", "node", "op", "rest", "seen", "version")
+    __slots__ = ("base", "index", "node", "op", "rest", "seen", "source", "version")
 
     def __init__(self, node: fx.Node | None, base: _Value | None = None, op: Any = None, rest: Any = None) -> None:
         self.node, self.base, self.op, self.rest = node, base, op, rest
         self.index: int | None = None
+        self.source: fx.Node | None = None  # the op with several outputs, of which this is one that nobody has read yet
         self.version = 0  # bumped on the root by every write
         self.seen = 0  # the root's version that `node` shows
 
@@ -177,16 +178,14 @@ class Recorder(TorchDispatchMode):
 
     def node(self, value: _Value) -> fx.Node:
         """The node that holds `value` now; views of a base that was written to are read again."""
+        if value.node is None and value.source is not None and value.index is not None:
+            value.node = self._item(value.source, value.index)
         if value.base is not None:
             version = value.root().version
-            if value.node is None or value.seen != version:
-                base = self.node(value.base)
-                node = value.node if value.node is not None and value.seen == version else None
-                if node is None:
-                    node = self._emit(value.op, (base, *value.rest[0]), value.rest[1], value.rest[2])
-                    if value.index is not None:
-                        node = self._item(node, value.index)
-                value.node, value.seen = node, version
+            if value.seen != version:
+                node = self._emit(value.op, (self.node(value.base), *value.rest[0]), value.rest[1], value.rest[2])
+                value.node = node if value.index is None else self._item(node, value.index)
+                value.seen = version
         assert value.node is not None
         return value.node
 
@@ -252,8 +251,8 @@ class Recorder(TorchDispatchMode):
         elif isinstance(out, list | tuple):
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    value = _Value(self._item(node, index), base, func, rest)
-                    value.index, value.seen = index, value.root().version
+                    value = _Value(None, base, func, rest)
+                    value.index, value.seen, value.source = index, value.root().version, node
                     self._bind(item, value)
         return node
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -74,35 +75,84 @@ def _copy(model: nn.Module, kept: Kept) -> nn.Module:
     missing = set(kept) - names
     if missing:
         raise PlanError(f"the model has no tensor '{min(missing)}'", fix="apply the plan to the model that it was made for")
+    slicer = _Slicer()
     for key, tensor in tensors.items():
-        memo[key] = sliced(tensor, cuts.get(key, {}))
-    return copy.deepcopy(model, memo)
+        memo[key] = slicer(tensor, cuts.get(key, {}))
+    small: nn.Module = _clone(model, memo)
+    return small
 
 
-def sliced(tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
-    """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient follows."""
-    data = tensor.detach()
-    for dim, index in cut.items():
-        if dim >= data.dim() or not index or min(index) < 0 or max(index) >= data.shape[dim] or len(set(index)) < len(index):
-            raise PlanError(
-                f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}", fix="make the plan anew"
-            )
-        data = data.index_select(dim, torch.tensor(index, device=data.device))
-    if not cut:
-        data = data.clone()
-    if not isinstance(tensor, nn.Parameter):
-        return data
-    new = type(tensor)(data, requires_grad=tensor.requires_grad) if type(tensor) is nn.Parameter else _as_parameter(tensor, data)
-    new.__dict__.update({k: v for k, v in tensor.__dict__.items() if not isinstance(v, weakref.ref)})
-    if tensor.grad is not None:
-        new.grad = sliced(tensor.grad, cut)
+class _Slicer:
+    """Slices tensors; index lists that several tensors share are checked and converted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[list[int], Tensor, int]] = {}
+
+    def __call__(self, tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
+        """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient follows."""
+        data = tensor.detach()
+        for dim, index in cut.items():
+            rows, needed = self._index(index)
+            if dim >= data.dim() or not 0 < needed <= data.shape[dim]:
+                raise _unfit(dim, tensor)
+            data = data.index_select(dim, rows.to(data.device))
+        if not cut:
+            data = data.clone()
+        if not isinstance(tensor, nn.Parameter):
+            return data
+        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
+        new.__class__ = type(tensor)
+        new.__dict__.update({k: v for k, v in tensor.__dict__.items() if not isinstance(v, weakref.ref)})
+        if tensor.grad is not None:
+            new.grad = self(tensor.grad, cut)
+        return new
+
+    def _index(self, index: list[int]) -> tuple[Tensor, int]:
+        """The indices as a tensor, and the size that a dim must have at least; 0 if they are no indices."""
+        if id(index) not in self._known:
+            sound = bool(index) and min(index) >= 0 and all(a < b for a, b in zip(index, index[1:], strict=False))
+            self._known[id(index)] = index, torch.tensor(index), index[-1] + 1 if sound else 0
+        _, rows, needed = self._known[id(index)]
+        return rows, needed
+
+
+def _unfit(dim: int, tensor: Tensor) -> PlanError:
+    return PlanError(
+        f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}",
+        why="they must be ascending, not empty, and within the dim",
+        fix="make the plan anew with surgery.plan(...)",
+    )
+
+
+def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` of a module tree, several times faster on torch's own layout of a module.
+
+    Modules with a copying or pickling protocol of their own are left to deepcopy.
+    """
+    if id(module) in memo:
+        return memo[id(module)]
+    kind = type(module)
+    own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
+    standard = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
+    if not standard or kind.__setstate__ is not nn.Module.__setstate__:
+        return copy.deepcopy(module, memo)
+    new = kind.__new__(kind)
+    memo[id(module)] = new
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            new.__dict__[name] = {key: None if m is None else _clone(m, memo) for key, m in value.items()}
+        elif name in ("_parameters", "_buffers") and type(value) is dict:
+            new.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
+        elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
+            new.__dict__[name] = value
+        elif type(value) in (dict, OrderedDict) and not value:
+            new.__dict__[name] = type(value)()
+        else:
+            new.__dict__[name] = copy.deepcopy(value, memo)
     return new
 
 
-def _as_parameter(tensor: nn.Parameter, data: Tensor) -> nn.Parameter:
-    new = nn.Parameter(data, requires_grad=tensor.requires_grad)
-    new.__class__ = type(tensor)
-    return new
+_ATOMIC = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 
 
 # -- numbers beside the tensors -------------------------------------------------------------------------------------

@@ -125,4 +125,4 @@ _WANT: Mapping[str, Want] = {
 def wanted(node: fx.Node, shapes: Shapes, choice: Choice) -> dict[int, Any]:
     """The sizes among an op's arguments, by position, as the small model must pass them."""
     rule = _WANT.get(op_name(node)) if node.op == "call_function" else None
-    return {} if rule is None else rule(shapes, choice, Site(node, dict(shapes.propagation.axes), shapes.propagation.ledger))
+    return {} if rule is None else rule(shapes, choice, Site(node, shapes.propagation.axes, shapes.propagation.ledger))

@@ -25,25 +25,34 @@ class Norm:
 
     def __init__(self, p: int) -> None:
         self.p = p
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # every weight speaks in the group of its outputs and of its inputs
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
         floats = [m for m in group.members if tensors[m.tensor].is_floating_point()]
         members = [m for m in floats if tensors[m.tensor].dim() >= 2] or floats
         total = np.zeros(group.units)
         for member in members:
-            powers = _power_sums(tensors[member.tensor].detach(), member.dim, self.p)
+            powers = self._power_sums(tensors[member.tensor].detach(), member.dim)
             norm = np.bincount(member.unit, weights=powers[member.index], minlength=group.units) ** (1 / self.p)
             total += norm / max(norm.mean(), 1e-30)
         return total / max(len(members), 1)
 
+    def _power_sums(self, tensor: Tensor, dim: int) -> Track:
+        """sum |w|^p over all dims but one."""
+        work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        if dim < 2 < tensor.dim():  # convolutions: sum over the kernel once
+            key = tensor.data_ptr()
+            if key not in self._sums:
+                self._sums[key] = tensor, self._power(work).flatten(2).sum(2)
+            work = self._sums[key][1]
+        else:
+            work = self._power(work)
+        others = [d for d in range(work.dim()) if d != dim]
+        found: Track = (work.sum(others) if others else work).double().cpu().numpy()
+        return found
 
-def _power_sums(tensor: Tensor, dim: int, p: int) -> Track:
-    """sum |w|^p over all dims but one, in float64 after a float32 sum per index."""
-    work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    others = [d for d in range(tensor.dim()) if d != dim]
-    norm = torch.linalg.vector_norm(work, ord=p, dim=others) if others else work.abs()
-    found: Track = norm.double().cpu().numpy() ** p
-    return found
+    def _power(self, tensor: Tensor) -> Tensor:
+        return tensor.abs() if self.p == 1 else tensor.abs() ** self.p
 
 
 class BatchNormScale:

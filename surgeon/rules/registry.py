@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Family(enum.Enum):
 class Site:
     """One op in the graph, as its rule sees it."""
 
-    def __init__(self, node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
+    def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], ledger: Ledger) -> None:
         self.node, self._axes, self.ledger = node, axes, ledger
 
     @property

@@ -1,0 +1,137 @@
+"""ResNet-20 and ResNet-56 on CIFAR-10: what cutting channels costs before any recovery, and what it gains on this CPU.
+
+Real weights and all 10,000 test images. The residual stream is cut with everything else, through the zero-padded shortcuts.
+
+    python benchmarks/cifar.py [--data DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from cifar_resnet import CifarResNet, resnet20, resnet56
+from PIL import Image
+from results import markdown, write_result
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import surgeon
+
+MODELS = {"resnet20": resnet20, "resnet56": resnet56}
+RATIOS = (0.3, 0.5, 0.7)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ROUNDS = {1: 100, 64: 15}  # batch size -> timed rounds
+FILES = ["cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
+HOW_TO_GET = """These files are needed in {folder}: {missing}
+
+- cifar10-test.npz: arrays "images" (uint8 [10000, 32, 32, 3], RGB), "labels" (uint8) and "classes". Make it from the test batch
+  of https://www.cs.toronto.edu/~kriz/cifar.html with numpy.savez_compressed. (Also read: one JPEG header for all images in
+  "header", their scans one after the other in "scans", the ends of these in "offsets".)
+- cifar10-NAME-adapted.safetensors: a state dict of the network in benchmarks/cifar_resnet.py. Weights to start from:
+  https://github.com/akamaster/pytorch_resnet_cifar10 (strip "module." from the names; fine-tune them if the images differ).
+
+Pass the folder with --data or in the environment variable SURGEON_DATA."""
+
+
+def read_images(path: Path) -> tuple[Tensor, Tensor]:
+    """Normalised images [N, 3, 32, 32] and labels [N]."""
+    with np.load(path, allow_pickle=False) as file:
+        labels = file["labels"]
+        if "images" in file.files:
+            pixels = file["images"]
+        else:
+            head, scans, ends = file["header"].tobytes(), file["scans"].tobytes(), file["offsets"]
+            jpegs = (head + scans[ends[i] : ends[i + 1]] for i in range(len(labels)))
+            pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), torch.from_numpy(labels).long()
+
+
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that get their label."""
+    with torch.inference_mode():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+    return right / len(labels)
+
+
+def stream(model: CifarResNet) -> str:
+    """Channels of the residual stream in the three stages."""
+    return " / ".join(str(layer.out_channels) for layer in (model.conv1, model.layer2[0].conv2, model.layer3[0].conv2))
+
+
+def speed_ups(models: dict[str, nn.Module], images: Tensor, folder: Path) -> dict[str, list[str]]:
+    """Name -> its speed-up over the first model in torch and ONNX Runtime, for each batch size; one thread."""
+    files = {}
+    for name, model in models.items():
+        files[name] = folder / f"{name}.onnx"
+        print(surgeon.export(surgeon.fuse(model, images[:1]), files[name], images[:1]))
+    found: dict[str, list[str]] = {name: [] for name in models}
+    for entries in (models, files):
+        for batch, rounds in ROUNDS.items():
+            table = surgeon.bench(entries, images[:batch], threads=1, repeats=rounds)
+            print(table)
+            for row in table.rows:
+                ms = f"{row.p50:.1f} ms"
+                found[row.name].append(ms if row.ratio is None else f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]")
+    return found
+
+
+def rows_of(kind: str, data: Path, images: Tensor, labels: Tensor) -> list[list[str]]:
+    """The table's rows of one network: the base, then one for each ratio."""
+    base = MODELS[kind]().eval()
+    base.load_state_dict(load_file(data / f"cifar10-{kind}-adapted.safetensors"))
+    surgery = surgeon.inspect(base, images[:1])
+    models: dict[str, nn.Module] = {kind: base}
+    params, macs = f"{surgery.params:,}", f"{surgery.macs:,}"
+    cells = {kind: [stream(base), "-", params, macs, f"{top1(base, images, labels):.2%}"]}
+    for ratio in RATIOS:
+        plan = surgery.plan(ratio, criterion="l1", scope="uniform")
+        small = plan.apply(base)
+        proof = surgeon.verify(base, small, plan, images[:1], graph=surgery.graph)
+        name = f"{kind} -{ratio:.0%}"
+        models[name] = small
+        params, macs = f"{plan.params / surgery.params:.1%}", f"{plan.macs / surgery.macs:.1%}"
+        cells[name] = [stream(small), f"{proof.error:.1e}", params, macs, f"{top1(small, images, labels):.2%}"]
+        print(name, cells[name])
+    with tempfile.TemporaryDirectory() as folder:
+        times = speed_ups(models, images, Path(folder))
+    return [[name, *cells[name], *times[name]] for name in models]
+
+
+def main() -> None:
+    """Measure both networks and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parents[1]
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    data = parser.parse_args().data
+    missing = [name for name in FILES if not (data / name).is_file()]
+    if missing:
+        sys.exit(HOW_TO_GET.format(folder=data, missing=", ".join(missing)))
+    images, labels = read_images(data / FILES[0])
+    rows = [row for kind in MODELS for row in rows_of(kind, data, images, labels)]
+    times = [f"{runtime}, batch {batch}" for runtime in ("torch eager", "ONNX Runtime") for batch in ROUNDS]
+    header = ["model", "residual stream", "proof error", "params", "MACs", "top-1, no recovery", *times]
+    notes = [
+        "CIFAR-10 test images as lossy JPEG (quality about 75); channel ratio as in the name, criterion l1, scope uniform.",
+        (
+            "residual stream: channels of the three stages. proof error: largest relative error in float64 against the original "
+            "with the channels absent."
+        ),
+        "top-1 directly after the cut: no fine-tuning, no new batch-norm statistics. It is what recovery starts from.",
+        (
+            "times: the base in ms, then original time / small time (median of interleaved rounds, 95 % interval), one thread; "
+            "torch runs the models as they are, ONNX Runtime runs both fused."
+        ),
+    ]
+    write_result("cifar", "CIFAR-10 ResNets, before any recovery", markdown(header, rows), notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run it again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; the first column is text, the others are figures."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str] = ()) -> Path:
+    """Write the table, what to know about it and the conditions; a reader sees the old file or the new one, never a part."""
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    packages = ", ".join(f"{package} {_version(package)}" for package in ("torch", "onnxruntime", "surgeon"))
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    conditions = f"`{command}`: {packages}, Python {platform.python_version()}; {_cpu()} ({isa}), torch threads: {threads}."
+    text = "\n".join([f"# {title}", "", markdown_table, "", *[f"- {note}" for note in notes], "", conditions, ""])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    with tempfile.NamedTemporaryFile("w", dir=RESULTS, prefix=f".{name}.", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    print(f"\n{text}\nwritten to {path}")
+    return path
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as a cell of a table."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(source tree)"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
