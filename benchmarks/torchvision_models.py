@@ -129,10 +129,14 @@ def main() -> None:
         f"Random weights (seed 0), one image; channel ratio {RATIO:.0%}, criterion l1, scope uniform. params, MACs: share left.",
         "proof error: largest relative error in float64 against the original with the channels absent.",
         "surgery: inspect + plan + apply; verify apart.",
-        "pairs: conv + batch norm folded in the small model; fuse error: max |fused - unfused| / max |unfused| in float64, with "
-        + "random batch-norm statistics, weights and biases.",
-        f"ONNX error: fused small model in ONNX Runtime against the unfused one in torch (float32), batch {OTHER_BATCH}, "
-        + "max |difference| / max |torch|.",
+        (
+            "pairs: conv + batch norm folded in the small model; fuse error: max |fused - unfused| / max |unfused| in float64 "
+            "with random batch-norm statistics, weights and biases."
+        ),
+        (
+            f"ONNX error: fused small model in ONNX Runtime against the unfused one in torch (float32), batch {OTHER_BATCH}, "
+            "max |difference| / max |torch|."
+        ),
     ]
     write_result("torchvision", "15 torchvision models, half of the channels", markdown(HEADER, rows), notes + reasons)
 

@@ -2,7 +2,8 @@
 
 Groups are gathered into *bands* that move in steps: usually one group, several where the model's code ties their sizes
 (`links`: all keep the same share). Of a grid only rows or only columns are taken, whichever meets the ratio more closely (rows
-when equal, if some op computes them one by one: whole heads and groups are what kernels like). At least one step of every band stays.
+when equal, if some op computes them one by one: whole heads and groups are what kernels like). At least one step of every band
+stays.
 
 Scopes: `uniform` removes the same share of every band; `global` removes the lowest scores wherever they are.
 """

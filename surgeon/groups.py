@@ -323,8 +323,11 @@ def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str],
     return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]
 
 
-def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Group]) -> list[tuple[str, str]]:
-    """Pairs of groups that must keep the same share, because the model's code computes one width from the other."""
+def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Group]) -> tuple[list[tuple[str, str]], set[str]]:
+    """Pairs of groups that must keep the same share, because the model's code computes one width from the other.
+
+    Also the groups that must stay whole, because the other width is frozen.
+    """
     group_of = np.full(len(solution.root), -1, dtype=np.int64)
     names = []
     grids: dict[int, list[int]] = defaultdict(list)
@@ -341,11 +344,15 @@ def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Gr
             found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
         return {n for number in found for n in of_grid.get(number, [number])}
 
-    links = set()
+    links, pinned = set(), set()
     for own, other in propagation.follows:
-        if own.size != other.size or not np.array_equal(solution.root[own], solution.root[other]):
-            links |= {(min(a, b), max(a, b)) for a in touched(own) for b in touched(other) if a != b}
-    return [(names[a], names[b]) for a, b in sorted(links)]
+        if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
+            continue
+        left, right = touched(own), touched(other)
+        links |= {(min(a, b), max(a, b)) for a in left for b in right if a != b}
+        if not left or not right:
+            pinned |= left | right
+    return [(names[a], names[b]) for a, b in sorted(links)], {names[i] for i in pinned}
 
 
 def _stuck(groups_of: Track, atoms: Track, slot_of: Track, slots: list[Slot]) -> list[FrozenGroup]:
@@ -376,5 +383,10 @@ def _frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:
     return list(found.values())
 
 
-def named(groups: Iterable[Group]) -> dict[str, Group]:
-    return {group.name: group for group in groups}
+def reachable(names: set[str], links: Iterable[tuple[str, str]]) -> set[str]:
+    """The names and all that are linked to them, directly or not."""
+    graph = nx.Graph(links)
+    found = set(names)
+    for name in names & set(graph):
+        found |= nx.node_connected_component(graph, name)
+    return found

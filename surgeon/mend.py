@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgeon.compare import ALIKE, Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, spec
 from surgeon.rewrite import Edit, apply_edit, literals, trace_one
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
@@ -74,12 +74,20 @@ _LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {
 
 
 def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> Iterator[Edit]:
-    """Numbers of torch's own layers that their tensors do not show: groups of convolutions and group norms."""
+    """Numbers of torch's own layers that their tensors do not show: groups of convolutions and norms, heads of attention."""
     done = set()
     for call in (call for graph in runs for call in graph.calls):
         if call.module in done:
             continue
         module = small.get_submodule(call.module)
+        if isinstance(module, nn.MultiheadAttention):  # views q as [length, batch * heads, head_dim]
+            old_shape, new_shape = spec(call.node).shape, shapes.shape(call.node, choice)
+            if op_name(call.node) == "view" and len(old_shape) == 3 and 1 in shapes.propagation.axes[call.node]:
+                done.add(call.module)
+                heads = module.num_heads * new_shape[1] // old_shape[1]
+                if heads != module.num_heads:
+                    yield Edit(call.module, "attribute", "num_heads", module.num_heads, heads)
+            continue
         for (kind, op), (position, name) in _LAYER_NUMBERS.items():
             if isinstance(module, kind) and op_name(call.node) == op:
                 done.add(call.module)

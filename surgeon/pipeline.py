@@ -23,7 +23,7 @@ from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
 from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph
-from surgeon.groups import FrozenGroup, Group, find_groups, find_links
+from surgeon.groups import FrozenGroup, Group, find_groups, find_links, reachable
 from surgeon.labels import Track
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
@@ -51,9 +51,14 @@ class Surgery:
         self.propagation: Propagation = propagate(graph, *further)
         self.solution: Solution = solve(self.propagation.ledger)
         groups, frozen = find_groups(self.propagation, self.solution)
-        self.groups: list[Group] = groups
-        self.frozen: list[FrozenGroup] = frozen
-        self.links: list[Link] = find_links(self.propagation, self.solution, groups)
+        links, pinned = find_links(self.propagation, self.solution, groups)
+        self.links: list[Link] = links
+        pinned = reachable(pinned, links)
+        self.groups: list[Group] = [g for g in groups if g.name not in pinned]
+        reason = "the model's code computes its size from one that is frozen"
+        self.frozen: list[FrozenGroup] = frozen + [
+            FrozenGroup(g.slots, g.width, reason, None) for g in groups if g.name in pinned
+        ]
         self.shapes = Shapes(graph, self.propagation, self.solution)
 
     @cached_property
@@ -148,13 +153,15 @@ class Surgery:
                     held[atoms[atoms >= 0]] = True
         if not held.any():
             return self.groups
+        linked = {name for link in self.links for name in link}
+        whole = {g.name for g in self.groups if held[g.lanes].any() and (len(g.lanes) > 1 or g.name in linked)}
+        whole = reachable(whole, self.links)
         kept = []
         for group in self.groups:
             free = ~held[group.lanes].any(axis=0)
-            if free.all():
-                kept.append(group)
-            elif len(group.lanes) == 1 and free.sum() > 0:
-                kept.append(_restricted(group, free))
+            if group.name in whole or not free.any():
+                continue
+            kept.append(group if free.all() else _restricted(group, free))
         return kept
 
     def _outputs_of(self, item: nn.Module | str) -> list[Track]:

@@ -26,7 +26,8 @@ class Propagation:
         ledger: every fact about ids.
         slots: (tensor name, dim) -> the ids of its indices, 1-d.
         axes: node -> its tracks (a tuple of them where the op has several outputs).
-        follows: (ids, ids) of dims whose sizes the model's code computes from one another: both keep the same share.
+        follows: (ids, ids) of dims whose sizes the model's code computes from one another: both keep the same share. No ids
+            for a dim that is fixed.
     """
 
     ledger: Ledger
@@ -73,11 +74,12 @@ def _follow(node: fx.Node, axes: dict[fx.Node, Any]) -> list[tuple[Track, Track]
     """Pairs of tracks of which the first one's size is computed from the second one's."""
     found = []
     for dim, source in node.meta["follows"].items():
-        own = axes[node].get(dim)
         other = axes.get(source.node, {})
-        track = other.get(source.dim) if isinstance(other, dict) else None
-        if own is not None and track is not None:
-            found.append((own.ravel(), track.ravel()))
+        tracks = axes[node].get(dim), other.get(source.dim) if isinstance(other, dict) else None
+        same = spec(node).shape[dim] == spec(source.node).shape[source.dim]  # a multiple may hold another number that changes
+        if all(t is not None for t in tracks) or (same and any(t is not None for t in tracks)):
+            own, track = (np.zeros(0, dtype=np.int64) if t is None else t.ravel() for t in tracks)
+            found.append((own, track))
     return found
 
 

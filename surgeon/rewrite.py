@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -110,7 +111,7 @@ class _Slicer:
     def _index(self, index: list[int]) -> tuple[Tensor, int]:
         """The indices as a tensor, and the size that a dim must have at least; 0 if they are no indices."""
         if id(index) not in self._known:
-            sound = bool(index) and min(index) >= 0 and all(a < b for a, b in zip(index, index[1:], strict=False))
+            sound = bool(index) and min(index) >= 0 and all(a < b for a, b in itertools.pairwise(index))
             self._known[id(index)] = index, torch.tensor(index), index[-1] + 1 if sound else 0
         _, rows, needed = self._known[id(index)]
         return rows, needed
@@ -190,7 +191,7 @@ def _embedding(m: Any) -> dict[str, Any]:
 
 
 def _multihead(m: Any) -> dict[str, Any]:
-    sizes = {"embed_dim": m.out_proj.weight.shape[0]}
+    sizes = {"embed_dim": m.out_proj.weight.shape[0], "head_dim": m.out_proj.weight.shape[1] // m.num_heads}
     if m.in_proj_weight is not None:
         sizes |= {"kdim": sizes["embed_dim"], "vdim": sizes["embed_dim"]}
     else:

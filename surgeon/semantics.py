@@ -85,8 +85,9 @@ def _elementwise(call: Op) -> Any:
 def _gated(call: Op) -> Any:
     data, mask = call.data(call.args[0]), call.mask(call.args[0])
     dim = (call.args[1] if len(call.args) > 1 else -1) % data.dim()
-    halves = [masks.moved(mask, data.shape, lambda f, i=i: f.chunk(2, dim)[i], exact=True) for i in (0, 1)]
-    return call.run(call.data), masks.tidy([*halves[0], *halves[1]])
+    first = masks.moved(mask, data.shape, lambda f: f.chunk(2, dim)[0], exact=True)
+    second = masks.moved(mask, data.shape, lambda f: f.chunk(2, dim)[1], exact=True)
+    return call.run(call.data), masks.tidy([*first, *second])
 
 
 def _batch_norm(call: Op) -> Any:

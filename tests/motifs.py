@@ -381,7 +381,7 @@ MOTIFS = [
             "b.weight[0]": "8x1: b.bias[0] b.weight[0] c.weight[1]",
         },
         ("pad",),
-    ),  # fmt: skip
+    ),
     Motif(
         "squeeze_excite",
         SqueezeExcite,
@@ -390,7 +390,7 @@ MOTIFS = [
             "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] down.weight[1] up.bias[0] up.weight[0]",
             "down.weight[0]": "4x1: down.bias[0] down.weight[0] up.weight[1]",
         },
-    ),  # fmt: skip
+    ),
     Motif("layer_scale", LayerScale, (4, 6), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1] gamma[0]"}),
     Motif(
         "prelu",
@@ -480,7 +480,8 @@ MOTIFS = [
         ),
         SEQUENCE,
         {
-            "a.parametrizations.weight.original1[0]": "8x1: a.bias[0] a.parametrizations.weight.original0[0] a.parametrizations.weight.original1[0] b.weight[1]",
+            "a.parametrizations.weight.original1[0]": "8x1: a.bias[0] a.parametrizations.weight.original0[0] "
+            "a.parametrizations.weight.original1[0] b.weight[1]",
         },
     ),
     *[
@@ -514,7 +515,8 @@ MOTIFS = [
         {
             "embed.weight[0]": "16x1: attention.in_proj_weight[1] attention.out_proj.bias[0] attention.out_proj.weight[0] "
             "embed.bias[0] embed.weight[0] out.weight[1]",
-            "attention.in_proj_weight[0] rows": "4x1: attention.in_proj_bias[0] attention.in_proj_weight[0] attention.out_proj.weight[1]",
+            "attention.in_proj_weight[0] rows": "4x1: attention.in_proj_bias[0] attention.in_proj_weight[0] "
+            "attention.out_proj.weight[1]",
             "attention.in_proj_weight[0] columns": "4x8: attention.in_proj_bias[0] attention.in_proj_weight[0] "
             "attention.out_proj.weight[1]",
         },

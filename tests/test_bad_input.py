@@ -192,7 +192,7 @@ def test_damaged_plans_are_refused(tmp_path: Path, damage: str) -> None:
     if damage == "truncated":
         path.write_text(text[: len(text) // 2])
     elif damage == "edited":
-        name, dims = next(iter(data["kept"].items()))
+        dims = next(iter(data["kept"].values()))
         dims[next(iter(dims))][0] += 1
         path.write_text(json.dumps(data))
     elif damage == "not json":

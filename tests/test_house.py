@@ -10,8 +10,8 @@ import surgeon
 ROOT = Path(surgeon.__file__).parent
 
 # each module may import those before it; a package stands for all of its modules
-LAYERS = """errors graph _views inputs _sizes recorder capture labels rules propagate solve groups cost criteria choose rewrite plan
-masks wanted compare mend semantics reference verify fuse export bench report pipeline cli""".split()
+LAYERS = """errors graph _views inputs _sizes recorder capture labels rules propagate solve groups cost criteria choose rewrite
+plan masks wanted compare mend semantics reference verify fuse export bench report pipeline cli""".split()
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,182 @@
+"""Whole surgeries on awkward models: training-only branches, linked widths, literals that must pickle, several inputs."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from motifs import Flatten, FusedQKV
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.errors import MendError
+
+
+class Auxiliary(nn.Module):
+    """An auxiliary head that only training runs, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.aux, self.drop = nn.Conv2d(16, 4, 1), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.a(x).relu()
+        return (self.b(x), self.drop(self.aux(x))) if self.training else self.b(x)
+
+
+def test_branches_of_training_mode_are_cut_along() -> None:
+    model = Auxiliary()
+    small = surgeon.shrink(model, 0.5, example_inputs=torch.randn(1, 3, 6, 6))
+    assert small.aux.weight.shape == (4, 8, 1, 1)
+    main, aux = small.train()(torch.randn(2, 3, 6, 6))
+    (main.sum() + aux.sum()).backward()
+
+
+def test_unused_parameters_are_said_and_kept() -> None:
+    class Unused(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 8), nn.Linear(8, 2))
+            self.spare = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x))
+
+    surgery = surgeon.inspect(Unused(), torch.randn(2, 4))
+    assert any("spare" in remark for remark in surgery.remarks)
+    assert surgery.plan(0.5).apply(surgery.model).spare.weight.shape == (8, 8)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.4, 0.6, 0.9])
+def test_widths_that_the_code_computes_from_one_another_stay_linked(ratio: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
+    x = torch.randn(2, 5, 24)
+    small = surgeon.shrink(layer, ratio, example_inputs=x, ignore=["norm2"])  # the layer's output is the model's: it stays
+    assert small.self_attn.embed_dim == 24
+    stack = nn.Sequential(nn.Linear(6, 24), nn.TransformerEncoderLayer(24, 3, 40, batch_first=True), nn.Linear(24, 2))
+    small = surgeon.shrink(stack, ratio, example_inputs=torch.randn(2, 5, 6))
+    attention = small[1].self_attn
+    assert attention.in_proj_weight.shape[0] == 3 * attention.embed_dim
+    assert attention.embed_dim == small[0].out_features < 24
+    assert attention.embed_dim % attention.num_heads == 0
+
+
+def test_swin_style_sizes_are_linked() -> None:
+    class Window(nn.Module):
+        """Head dims computed from the input's width, and the square root of a head dim that follows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.qkv, self.proj, self.out = (nn.Linear(*s) for s in ((5, 24), (24, 72), (24, 24), (24, 3)))
+            self.heads = 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            y = (q * (c // self.heads) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+            return self.out(x + self.proj(y.transpose(1, 2).reshape(b, n, c)))
+
+    torch.manual_seed(0)
+    model, x = Window(), torch.randn(2, 7, 5)
+    surgery = surgeon.inspect(model, x)
+    assert len(surgery.links) >= 1
+    for ratio in (0.3, 0.5, 0.7):
+        plan = surgery.plan(ratio)
+        small = plan.apply(model)
+        proof = surgeon.verify(model, small, plan, x)
+        assert proof.error <= 1e-9
+        head_dim = small.embed.out_features // small.heads
+        assert small.qkv.out_features == 3 * small.embed.out_features
+        if head_dim != 8:  # the scale 8**-0.5 became head_dim**-0.5, and the proof says so
+            assert [(round(before**-2), round(after**-2)) for _, before, after in proof.rescaled] == [(8, head_dim)]
+        else:
+            assert not proof.rescaled
+
+
+def test_a_module_with_a_changed_literal_stays_the_users() -> None:
+    torch.manual_seed(0)
+    model, x = Flatten(), torch.randn(2, 3, 3, 3)
+    small = surgeon.shrink(model, 0.5, example_inputs=x)
+    assert isinstance(small, Flatten)
+    assert type(small).__name__ == "Flatten"
+    want = small(x)
+    torch.testing.assert_close(copy.deepcopy(small)(x), want, rtol=0, atol=0)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)  # our own file: what is tested is that it pickles
+    torch.testing.assert_close(loaded(x), want, rtol=0, atol=0)
+    smaller = surgeon.shrink(small, 0.5, example_inputs=x)  # and it can be cut again
+    assert smaller.a.out_channels == 2
+    assert model(x).shape == (2, 4)
+    assert type(model) is Flatten
+
+
+def test_a_plan_with_edits_replays_from_disk(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    model, x = FusedQKV("3hd"), torch.randn(2, 7, 5)
+    plan = surgeon.inspect(model, x).plan(0.5)
+    plan.save(f"{tmp_path}/plan.json")
+    small = surgeon.Plan.load(f"{tmp_path}/plan.json").apply(model)
+    torch.testing.assert_close(small(x), plan.apply(model)(x), rtol=0, atol=0)
+
+
+def test_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.c(self.a(x) * self.b(y))
+
+    x, y = torch.randn(2, 4), torch.randn(2, 6)
+    for inputs in ((x, y), {"x": x, "y": y}):
+        small = surgeon.shrink(Two(), 0.5, example_inputs=inputs)
+        assert small.a.out_features == small.b.out_features == 4
+
+
+def test_a_decision_on_a_width_is_refused() -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = y.relu() if y.shape[-1] == 8 else F.gelu(y)
+            return self.b(y)
+
+    with pytest.raises(MendError, match="another path"):
+        surgeon.shrink(Decides(), 0.5, example_inputs=torch.randn(2, 4))
+
+
+def test_print_out() -> None:
+    text = str(surgeon.inspect(FusedQKV("3hd"), torch.randn(2, 7, 5)))
+    assert "qkv.weight[0] rows: " in text
+    assert "4 steps" in text
+    assert "is the model's output 'output': out.weight[0]" in text
+    assert "params" in text
+    assert "MACs" in text
+
+
+def test_small_modules_train_and_keep_state_dicts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    small = surgeon.shrink(model, 0.5, example_inputs=torch.randn(2, 4))
+    assert list(small.state_dict()) == list(model.state_dict())
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(small(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
