@@ -219,7 +219,7 @@ def test_a_plan_for_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_unwritable_paths(tmp_path: Path) -> None:
-    model, plan, _ = saved(tmp_path)
+    plan = saved(tmp_path)[1]
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanError, match="cannot write"):
         plan.save(tmp_path / "file" / "plan.json")
