@@ -83,7 +83,7 @@ class FrozenGroup:
 
 
 def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Group], list[FrozenGroup]]:
-    """All groups in the order of the first slot that each touches, and what is frozen."""
+    """All groups in the order of the first slot that each touches, and units that no step of any group can remove."""
     slots = list(propagation.slots)
     touches = _touches(propagation, solution, slots)
     lanes_of = _lanes(solution)
@@ -108,7 +108,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
     found = _unique_names(found)
-    return found, _frozen(propagation, solution) + _stuck(groups_of, atoms, slot_of, slots)
+    return found, _stuck(groups_of, atoms, slot_of, slots)
 
 
 def _unique_names(groups: list[Group]) -> list[Group]:
@@ -365,7 +365,7 @@ def _stuck(groups_of: Track, atoms: Track, slot_of: Track, slots: list[Slot]) ->
     return [FrozenGroup(touched, int(np.unique(atoms[alone]).size), reason, None)]
 
 
-def _frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:
+def find_frozen(propagation: Propagation, solution: Solution) -> list[FrozenGroup]:
     """Slots with frozen indices, those of one class set together, with a reason."""
     found: dict[tuple[str, int, int], FrozenGroup] = {}
     by_key: dict[tuple[int, bytes], list[Slot]] = defaultdict(list)

@@ -102,7 +102,8 @@ class Ledger:
     def balance(self, track: Track, dim: int) -> None:
         """Every row of `track` along `dim` keeps equally many entries."""
         matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
-        matrix = np.unique(matrix, axis=0)
+        if not _ascending(matrix):
+            matrix = np.unique(matrix, axis=0)
         if len(matrix) > 1:
             self.balances.append(Balance(matrix, self.node))
 
@@ -120,11 +121,15 @@ class Ledger:
         key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
         known = self._cells.get(key)
         if known is None:
-            pairs, first, index = np.unique(np.stack([outer, inner]), axis=1, return_index=True, return_inverse=True)
-            order = np.argsort(np.argsort(first))  # ids in order of appearance
-            cells = self.new(pairs.shape[1])
-            known = cells[order][index.ravel()]
-            self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
+            if _ascending(inner):  # no pair occurs twice
+                known = self.new(inner.size)
+                self.parts.append(Part(known, outer, inner, False, self.node))
+            else:
+                pairs, first, index = np.unique(np.stack([outer, inner]), axis=1, return_index=True, return_inverse=True)
+                order = np.argsort(np.argsort(first))  # ids in order of appearance
+                cells = self.new(pairs.shape[1])
+                known = cells[order][index.ravel()]
+                self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner
         return known
@@ -151,12 +156,14 @@ class Ledger:
             return factors
         last = dims[-1]
         flat = np.moveaxis(track, last, -1)
-        rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
-        row_ids = self.new(len(rows))
-        row = np.moveaxis(row_ids[row_index.ravel()].reshape(*flat.shape[:-1], 1), -1, last)
-        cells, cell_index = np.unique(track, return_inverse=True)
-        column_ids = self.new(len(cells))
-        column = column_ids[cell_index.ravel()].reshape(track.shape)
+        if _ascending(track):  # every id once: every row and every cell is its own
+            row = np.moveaxis(self.new((*flat.shape[:-1], 1)), -1, last)
+            column = self.new(track.shape)
+        else:
+            rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
+            row = np.moveaxis(self.new(len(rows))[row_index.ravel()].reshape(*flat.shape[:-1], 1), -1, last)
+            cells, cell_index = np.unique(track, return_inverse=True)
+            column = self.new(len(cells))[cell_index.ravel()].reshape(track.shape)
         full_row = np.broadcast_to(row, track.shape)
         self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
         self.balance(column, last)
@@ -200,6 +207,12 @@ class Ledger:
             return None
         full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))
         return np.broadcast_to(merged, full)
+
+
+def _ascending(track: Track) -> bool:
+    """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
+    flat = track.ravel()
+    return bool((flat[1:] > flat[:-1]).all())
 
 
 def _varies(track: Track, dim: int) -> bool:

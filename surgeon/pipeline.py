@@ -23,7 +23,7 @@ from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
 from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph
-from surgeon.groups import FrozenGroup, Group, find_groups, find_links, reachable
+from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.labels import Track
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
@@ -40,7 +40,6 @@ class Surgery:
         model: the model, untouched.
         graph: its recorded run.
         groups: units that may leave, by group.
-        frozen: what may not, with reasons.
         macs, params: of the model as it is; MACs for the example inputs, batch included.
         remarks: what was assumed, and what the run did not see.
     """
@@ -50,16 +49,20 @@ class Surgery:
         self.model, self.graph, self.runs = model, graph, (graph, *further)
         self.propagation: Propagation = propagate(graph, *further)
         self.solution: Solution = solve(self.propagation.ledger)
-        groups, frozen = find_groups(self.propagation, self.solution)
+        groups, self._stuck = find_groups(self.propagation, self.solution)
         links, pinned = find_links(self.propagation, self.solution, groups)
         self.links: list[Link] = links
         pinned = reachable(pinned, links)
         self.groups: list[Group] = [g for g in groups if g.name not in pinned]
-        reason = "the model's code computes its size from one that is frozen"
-        self.frozen: list[FrozenGroup] = frozen + [
-            FrozenGroup(g.slots, g.width, reason, None) for g in groups if g.name in pinned
-        ]
+        self._pinned = [g for g in groups if g.name in pinned]
         self.shapes = Shapes(graph, self.propagation, self.solution)
+
+    @cached_property
+    def frozen(self) -> list[FrozenGroup]:
+        """What may not leave, with reasons."""
+        reason = "the model's code computes its size from one that is frozen"
+        pinned = [FrozenGroup(g.slots, g.width, reason, None) for g in self._pinned]
+        return find_frozen(self.propagation, self.solution) + self._stuck + pinned
 
     @cached_property
     def macs(self) -> int:

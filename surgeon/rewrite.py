@@ -146,11 +146,16 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
             new.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
         elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
             new.__dict__[name] = value
-        elif type(value) in (dict, OrderedDict) and not value:
-            new.__dict__[name] = type(value)()
+        elif type(value) in (dict, OrderedDict, set, list) and all(type(v) in _ATOMIC for v in value) and not _mapped(value):
+            new.__dict__[name] = copy.copy(value)
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)
     return new
+
+
+def _mapped(value: Any) -> bool:
+    """Whether a dict holds anything: its values may be shared objects."""
+    return isinstance(value, dict) and bool(value)
 
 
 _ATOMIC = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})

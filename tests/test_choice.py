@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from motifs import SeparateQKV
 from torch import Tensor, nn
 
 import surgeon
@@ -151,16 +152,16 @@ def test_macs_agree_with_torch(model: Net) -> None:
         assert surgeon.inspect(net, x).macs == counter.get_total_flops() // 2
 
 
-def test_scores_keep_whole_heads_together() -> None:
-    """With one head far weaker than the others, that head is what leaves."""
+def test_the_weakest_head_leaves_whole() -> None:
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    model = SeparateQKV()
     with torch.no_grad():
-        for third in range(3):
-            layer.self_attn.in_proj_weight[third * 16 + 4 : third * 16 + 8] *= 1e-4
-        layer.self_attn.out_proj.weight[:, 4:8] *= 1e-4
-    plan = surgeon.inspect(layer, torch.randn(2, 5, 16)).plan(0.25, ignore=["linear1"])
-    assert set(range(16)) - set(plan.kept["self_attn.out_proj.weight"][1]) == {4, 5, 6, 7}
+        for layer in (model.q, model.k, model.v):
+            layer.weight[6:12] *= 1e-4
+        model.o.weight[:, 6:12] *= 1e-4
+    plan = surgeon.inspect(model, torch.randn(2, 7, 5)).plan(0.25)
+    assert set(range(24)) - set(plan.kept["o.weight"][1]) == set(range(6, 12))
+    assert plan.apply(model).num_heads == 3
 
 
 def test_known_criteria_are_listed() -> None:

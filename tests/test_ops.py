@@ -22,7 +22,7 @@ from surgeon.capture import capture
 from surgeon.cost import Shapes, nothing
 from surgeon.errors import ProofError
 from surgeon.graph import Graph
-from surgeon.groups import Group, find_groups
+from surgeon.groups import Group, find_frozen, find_groups
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
 from surgeon.reference import Reference
@@ -180,7 +180,7 @@ def breaks(found: Found, kept: dict[str, dict[int, list[int]]], choice: Any) -> 
 def test_every_case_that_is_frozen_names_a_reason() -> None:
     for case in CASES:
         found = analyse(case)
-        frozen = find_groups(found.propagation, found.solution)[1]
+        frozen = find_frozen(found.propagation, found.solution)
         assert all(item.reason and item.slots for item in frozen)
 
 
