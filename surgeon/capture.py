@@ -71,15 +71,20 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
 
 @contextlib.contextmanager
 def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
-    """Eval (or training) mode, no gradients, a fixed seed, no fused transformer fast path; all of it put back afterwards.
+    """Eval (or training) mode, no gradients, a fixed seed; all of it put back afterwards.
+
+    Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
+    recurrent layers.
 
     In training mode the model's buffers are put back as well: batch norms update theirs.
     """
     flags = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
+    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), plain:
             torch.manual_seed(seed)
             torch.backends.mha.set_fastpath_enabled(False)
             model.train(training)

@@ -224,7 +224,9 @@ class Recorder(TorchDispatchMode):
                 self.saved[name] = self.tensors[name].detach().clone()
         graph_args, graph_kwargs = self._nodes(args), {key: self._nodes(value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
-        if written:
+        if torch.Tag.inplace_view in func.tags:
+            node = self._turn(func, args, graph_args, graph_kwargs)
+        elif written:
             node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
@@ -254,6 +256,22 @@ class Recorder(TorchDispatchMode):
                     value = _Value(None, base, func, rest)
                     value.index, value.seen, value.source = index, value.root().version, node
                     self._bind(item, value)
+        return node
+
+    def _turn(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any) -> fx.Node:
+        """An op such as `transpose_` makes a tensor a view of what it was; no entry changes."""
+        pure = _views.functional(func)
+        if pure is None or not _views.is_view(pure):
+            raise CaptureError(
+                f"cannot record {func}, which changes the shape of a tensor in place",
+                where=self.stack.current,
+                why="it has no functional form that surgeon knows",
+                fix="replace it in the model's forward by the op that returns a new tensor",
+            )
+        node = self._emit(pure, graph_args, graph_kwargs, _spec(args[0]))
+        value = _Value(node, self._value(args[0]), pure, (graph_args[1:], graph_kwargs, _spec(args[0])))
+        value.seen = value.root().version
+        self._bind(args[0], value)
         return node
 
     def _write(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any) -> fx.Node:

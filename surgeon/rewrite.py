@@ -204,6 +204,12 @@ def _multihead(m: Any) -> dict[str, Any]:
     return sizes
 
 
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    sizes = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
+    return sizes | ({"proj_size": m.weight_hr_l0.shape[0]} if m.proj_size else {})
+
+
 _LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
     ((nn.Linear,), _linear),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
@@ -213,6 +219,7 @@ _LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = 
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     ((nn.MultiheadAttention,), _multihead),
+    ((nn.RNNBase,), _recurrent),
     ((nn.PReLU,), lambda m: {"num_parameters": m.weight.shape[0]}),
 )
 

@@ -166,6 +166,34 @@ class MultiHead(nn.Module):
         return self.out(q + self.attention(q, k, k, need_weights=False)[0])
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer between two linear ones; only its sequence is used."""
+
+    def __init__(self, kind: type[nn.RNNBase], **kw: Any) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Linear(5, 6), kind(6, 8, batch_first=True, **kw)
+        width = (kw.get("proj_size") or 8) * (2 if kw.get("bidirectional") else 1)
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(self.embed(x))[0])
+
+
+class Loop(nn.Module):
+    """A loop over `range(self.depth)`, which must not be taken for a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 8
+        self.first, self.layers, self.last = nn.Linear(5, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i in range(self.depth):
+            x = x + self.layers[i](x).relu()
+        return self.last(x)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -498,6 +526,63 @@ MOTIFS = [
         )
         for order in ("3hd", "h3d", "chunk")
     ],
+    Motif(
+        "lstm",
+        lambda: Recurrent(nn.LSTM),
+        SEQUENCE,
+        {
+            "embed.weight[0]": "6x1: embed.bias[0] embed.weight[0] rnn.weight_ih_l0[1]",
+            "rnn.weight_ih_l0[0]": "8x1: out.weight[1] rnn.bias_hh_l0[0] rnn.bias_ih_l0[0] rnn.weight_hh_l0[0] "
+            "rnn.weight_hh_l0[1] rnn.weight_ih_l0[0]",
+        },
+    ),
+    Motif(
+        "lstm_bidirectional",
+        lambda: Recurrent(nn.LSTM, bidirectional=True),
+        SEQUENCE,
+        {
+            "embed.weight[0]": "6x1: embed.bias[0] embed.weight[0] rnn.weight_ih_l0[1] rnn.weight_ih_l0_reverse[1]",
+            "rnn.weight_ih_l0[0]": "8x1: out.weight[1] rnn.bias_hh_l0[0] rnn.bias_hh_l0_reverse[0] rnn.bias_ih_l0[0] "
+            "rnn.bias_ih_l0_reverse[0] rnn.weight_hh_l0[0] rnn.weight_hh_l0[1] rnn.weight_hh_l0_reverse[0] "
+            "rnn.weight_hh_l0_reverse[1] rnn.weight_ih_l0[0] rnn.weight_ih_l0_reverse[0]",
+        },
+    ),
+    Motif(
+        "lstm_projected",
+        lambda: Recurrent(nn.LSTM, proj_size=4),
+        SEQUENCE,
+        {
+            "embed.weight[0]": "6x1: embed.bias[0] embed.weight[0] rnn.weight_ih_l0[1]",
+            "rnn.weight_ih_l0[0]": "8x1: rnn.bias_hh_l0[0] rnn.bias_ih_l0[0] rnn.weight_hh_l0[0] rnn.weight_hr_l0[1] "
+            "rnn.weight_ih_l0[0]",
+            "rnn.weight_hh_l0[1]": "4x1: out.weight[1] rnn.weight_hh_l0[1] rnn.weight_hr_l0[0]",
+        },
+    ),
+    Motif(
+        "gru_stacked",
+        lambda: Recurrent(nn.GRU, num_layers=2),
+        SEQUENCE,
+        {
+            "embed.weight[0]": "6x1: embed.bias[0] embed.weight[0] rnn.weight_ih_l0[1]",
+            "rnn.weight_ih_l0[0]": "8x1: out.weight[1] rnn.bias_hh_l0[0] rnn.bias_hh_l1[0] rnn.bias_ih_l0[0] rnn.bias_ih_l1[0] "
+            "rnn.weight_hh_l0[0] rnn.weight_hh_l0[1] rnn.weight_hh_l1[0] rnn.weight_hh_l1[1] rnn.weight_ih_l0[0] "
+            "rnn.weight_ih_l1[0] rnn.weight_ih_l1[1]",
+        },
+    ),
+    Motif(
+        "loop_over_depth",
+        Loop,
+        (4, 5),
+        {
+            "first.weight[0]": "8x1: "
+            + " ".join(
+                sorted(
+                    ["first.bias[0]", "first.weight[0]", "last.weight[1]"]
+                    + [f"layers.{i}.{s}" for i in range(8) for s in ("bias[0]", "weight[0]", "weight[1]")]
+                )
+            )
+        },
+    ),
     Motif(
         "separate_qkv",
         SeparateQKV,
