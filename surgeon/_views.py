@@ -47,6 +47,7 @@ def is_view(func: Any) -> bool:
 
 _RENAMED = {
     "_index_put_impl_": aten.index_put.default,
+    "transpose_": aten.transpose.int,
     "bernoulli_": aten.bernoulli.p,
     "normal_": aten.normal_functional.default,
     "uniform_": aten.uniform.default,
