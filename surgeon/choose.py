@@ -74,7 +74,8 @@ class Request:
 class Band:
     """Groups that move together: step j removes `per[i]` steps of group i.
 
-    `order[i]` is [lanes, steps] of group i's atoms, lowest score first; `score` is one number per step of the band.
+    `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of the band. At least
+    `kept` steps stay.
     """
 
     groups: list[Group]
@@ -82,6 +83,7 @@ class Band:
     order: list[Track]
     score: Track
     width: float
+    kept: int = 1
 
     @property
     def steps(self) -> int:
@@ -93,7 +95,7 @@ class Band:
 
     def legal(self, target: float, round_to: int) -> int:
         """Steps to remove, as near to `target` as keeping at least one step and whole blocks of `round_to` allows."""
-        most = self.steps - 1
+        most = max(self.steps - self.kept, 0)
         removed = min(max(round(target), 0), most)
         if round_to == 1:
             return removed
@@ -154,7 +156,11 @@ class _Planner:
             return choice
         total = sum(band.width * band.steps for band in bands)
         entries = sorted(
-            ((float(s), i) for i, band in enumerate(bands) for s in np.maximum.accumulate(band.score)[: band.steps - 1]),
+            (
+                (float(s), i)
+                for i, band in enumerate(bands)
+                for s in np.maximum.accumulate(band.score)[: max(band.steps - band.kept, 0)]
+            ),
             key=lambda e: e[0],
         )
         counts: dict[int, int] = defaultdict(int)
@@ -238,9 +244,26 @@ class _Planner:
         order, score = [], np.zeros(steps)
         for group, count in zip(groups, per, strict=True):
             found = self.score(group)
-            rank = np.argsort(found, axis=1, kind="stable")
+            rank = np.stack([_ranked(*lane) for lane in zip(found, group.strata, strict=True)])
             order.append(np.take_along_axis(group.lanes, rank, axis=1))
             ranked = np.take_along_axis(found, rank, axis=1).mean(axis=0)
             score += ranked.reshape(steps, count).mean(axis=1) / len(groups)
-        width = groups[0].width / steps
-        return Band(groups, per, order, score, width)
+        kept = max(max(len(np.unique(lane)) for lane in group.strata) / count for group, count in zip(groups, per, strict=True))
+        return Band(groups, per, order, score, groups[0].width / steps, math.ceil(kept))
+
+
+def _ranked(scores: Track, strata: Track) -> Track:
+    """Order of a lane's units, first to leave first.
+
+    Units that touch other slots form strata; each loses the same share, and the best unit of each comes last, so that no
+    slot is ever emptied.
+    """
+    order = np.argsort(scores, kind="stable")
+    if (strata == strata[0]).all():
+        return order
+    place = np.empty(len(scores))
+    for stratum in np.unique(strata):
+        own = order[strata[order] == stratum]
+        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+        place[own[-1]] = 2
+    return np.argsort(place, kind="stable")

@@ -41,6 +41,7 @@ class Group:
         name: the first tensor that it touches, and which part of a grid it is.
         lanes: [lanes, steps] atoms; step j removes one unit of every lane (which one is a matter of scores).
         members: the slots and their indices, by unit; units are numbered lane by lane.
+        strata: [lanes, steps] numbers: units of a lane with the same number touch the same slots. Usually all are alike.
         kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per group).
         grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
         batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows may well go.
@@ -49,6 +50,7 @@ class Group:
     name: str
     lanes: Track
     members: tuple[Member, ...]
+    strata: Track
     kind: str = "channels"
     grid: int = -1
     batched: bool = False
@@ -90,7 +92,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     atoms, slot_of, index_of = touches
     loose = ~solution.frozen[atoms]
     atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
-    families = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution))
+    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution))
     groups_of = np.full(len(solution.root), -1, dtype=np.int64)
     unit_of = np.full(len(solution.root), -1, dtype=np.int64)
     for number, lanes in enumerate(families):
@@ -104,7 +106,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
             first = members[number][0]
             name = f"{first.tensor}[{first.dim}]" + ("" if kinds[number] == "channels" else f" {kinds[number]}")
             batched = bool(solution.batched[lanes].any())
-            found.append(Group(name, lanes, tuple(members[number]), kinds[number], grids[number], batched))
+            found.append(Group(name, lanes, tuple(members[number]), stratum[lanes], kinds[number], grids[number], batched))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
     found = _unique_names(found)
@@ -245,10 +247,11 @@ def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]],
     return {}
 
 
-def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: Track) -> list[Track]:
-    """[lanes, steps] atoms per group, in order of first appearance."""
+def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: Track) -> tuple[list[Track], Track]:
+    """[lanes, steps] atoms per group, in order of first appearance; and of each atom, a number for the slots that it touches."""
+    stratum = np.zeros(len(lanes.label), dtype=np.int64)
     if not atoms.size:
-        return []
+        return [], stratum
     weights = np.random.default_rng(1).integers(1, 1 << 62, size=slots, dtype=np.uint64)
     pairs = np.sort(atoms * slots + slot_of)  # sorting beats np.unique's hashing here
     pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]]
@@ -261,6 +264,7 @@ def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: T
     order = np.argsort(first_seen[unique])
     unique, signature = unique[order], signature[order]
     label = lanes.label[unique]
+    stratum[unique] = np.unique(signature, return_inverse=True)[1]
     families: list[tuple[int, Track]] = []
     plain = label == 0
     for key in dict.fromkeys(signature[plain].tolist()):
@@ -277,7 +281,7 @@ def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: T
         if steps:
             parts = [units[lane][i::count][:steps] for lane, count in bundle.items() for i in range(count)]
             families.append((int(np.flatnonzero(label == key)[0]), np.stack(parts)))
-    return [family for _, family in sorted(families, key=lambda f: f[0])]
+    return [family for _, family in sorted(families, key=lambda f: f[0])], stratum
 
 
 def _members(

@@ -210,7 +210,7 @@ def _restricted(group: Group, free: Track) -> Group:
         stays = number[member.unit] >= 0
         if stays.any():
             members.append(dataclasses.replace(member, index=member.index[stays], unit=number[member.unit[stays]]))
-    return dataclasses.replace(group, lanes=group.lanes[:, free], members=tuple(members))
+    return dataclasses.replace(group, lanes=group.lanes[:, free], strata=group.strata[:, free], members=tuple(members))
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Surgery:

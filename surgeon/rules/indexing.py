@@ -148,6 +148,8 @@ def constant_pad(site: Site) -> Axes:
     axes = dict(site.axes(x))
     for i in range(len(pads) // 2):
         dim, (before, after) = ndim - 1 - i, pads[2 * i : 2 * i + 2]
+        if not before and not after:
+            continue
         low, high = max(0, -before), shape[dim] - max(0, -after)
         axes = sliced(axes, dim, low, high)
         for d, track in list(axes.items()):
