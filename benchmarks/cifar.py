@@ -114,6 +114,7 @@ def main() -> None:
     missing = [name for name in FILES if not (data / name).is_file()]
     if missing:
         sys.exit(HOW_TO_GET.format(folder=data, missing=", ".join(missing)))
+    torch.set_num_threads(1)
     images, labels = read_images(data / FILES[0])
     rows = [row for kind in MODELS for row in rows_of(kind, data, images, labels)]
     times = [f"{runtime}, batch {batch}" for runtime in ("torch eager", "ONNX Runtime") for batch in ROUNDS]

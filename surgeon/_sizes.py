@@ -52,6 +52,42 @@ class TracedInt(int):
             return TracedInt(value, self.source)
         return value
 
+    def _compared(self, other: Any) -> None:
+        """The code decides on a size: another size may take it elsewhere."""
+        if not isinstance(other, TracedInt):
+            self.source.node.graph.decided = True  # type: ignore[attr-defined]  # read by the recorder when the run is over
+
+    def __eq__(self, other: object) -> bool:
+        self._compared(other)
+        return bool(int(self) == other)
+
+    def __ne__(self, other: object) -> bool:
+        self._compared(other)
+        return bool(int(self) != other)
+
+    def __lt__(self, other: Any) -> bool:
+        self._compared(other)
+        return bool(int(self) < other)
+
+    def __le__(self, other: Any) -> bool:
+        self._compared(other)
+        return bool(int(self) <= other)
+
+    def __gt__(self, other: Any) -> bool:
+        self._compared(other)
+        return bool(int(self) > other)
+
+    def __ge__(self, other: Any) -> bool:
+        self._compared(other)
+        return bool(int(self) >= other)
+
+    def __mod__(self, other: Any) -> Any:
+        self._compared(other)
+        return int(self) % other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
@@ -81,6 +117,10 @@ class SizeMode(TorchFunctionMode):
             if isinstance(result, int):
                 dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
                 return self._traced(args[0], torch.Size([result]), [dim % args[0].dim()])[0]
+        elif name == "flatten" and isinstance(result, Tensor):
+            node = self.node_of(result)
+            if node is not None:
+                node.meta["derived"] = True  # torch computes the size from the shape
         elif name in ("view", "reshape", "unflatten") and isinstance(result, Tensor) and isinstance(args[0], Tensor):
             self._follow(name, args, kwargs or {}, result)
         return result

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
@@ -20,7 +19,7 @@ from surgeon.capture import quiet_run
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
 from surgeon.graph import Call, Graph, source_line
-from surgeon.recorder import CallStack
+from surgeon.recorder import CallStack, PlainMode
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
@@ -93,7 +92,7 @@ class _Reshapes(TorchFunctionMode):
             return self.comparer.reshaped(args[0], sizes)
 
 
-class _Comparer(TorchDispatchMode):
+class _Comparer(PlainMode):
     def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
         super().__init__()
         self.calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL]

@@ -55,6 +55,7 @@ class Graph:
         args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
         training: whether the run was in training mode.
+        decided: whether the model's code compared a size with a number, so that other sizes may take another path.
     """
 
     fx: torch.fx.Graph
@@ -69,6 +70,7 @@ class Graph:
     kwargs: Mapping[str, Any]
     assumed: str = ""
     training: bool = False
+    decided: bool = True
 
 
 def spec(node: fx.Node) -> Spec:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon.compare import ALIKE, Note, compare
 from surgeon.cost import Choice, Shapes
@@ -40,6 +40,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
     edits = list(_layer_edits(small, runs, shapes, choice))
     for edit in edits:
         apply_edit(small, edit)
+    if not any(_may_differ(small, graph, shapes, choice) for graph in runs):
+        return tuple(edits)
     notes = compare(small, runs, shapes, choice)
     refused: set[tuple[str, str, str]] = set()
     for _ in range(_ROUNDS):
@@ -65,6 +67,27 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
             fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
         )
     return tuple(edits)
+
+
+def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> bool:
+    """Whether the model's own code gives a size that must change, or decides on sizes; else a run could find nothing."""
+    if graph.decided:
+        return True
+    for call in graph.calls:
+        for position, new in wanted(call.node, shapes, choice).items():
+            old: Any = call.node.args[position]
+            changed = [a != b and a != -1 for a, b in zip(old, new, strict=True)] if isinstance(new, list) else [old != new]
+            if any(changed) and not call.node.meta.get("derived") and not _own_layer(small.get_submodule(call.module), call.node):
+                return True
+    return False
+
+
+def _own_layer(module: nn.Module, node: fx.Node) -> bool:
+    """Whether one of torch's own layers passes this size, from a number that is set beside its tensors."""
+    kinds = tuple(kind for kind, op in _LAYER_NUMBERS if op == op_name(node))
+    if op_name(node) == "native_layer_norm":
+        kinds = (nn.LayerNorm,)
+    return isinstance(module, kinds) and type(module).forward.__module__.startswith("torch.nn.")
 
 
 _LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon.capture import capture, quiet_run
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, tensor_leaves, where
 from surgeon.plan import Plan
-from surgeon.recorder import named_tensors
+from surgeon.recorder import PlainMode, named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import Family, family, op_name
 from surgeon.semantics import widened
@@ -168,7 +167,7 @@ class _Step:
     result: Tensor | None
 
 
-class _Upgrade(TorchDispatchMode):
+class _Upgrade(PlainMode):
     """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
 
     def __init__(self) -> None:
