@@ -76,9 +76,11 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
     recurrent layers.
 
-    In training mode the model's buffers are put back as well: batch norms update theirs.
+    What forward keeps on its modules (caches, counters) is taken away again. In training mode the buffers' values are put back
+    as well: batch norms update theirs.
     """
     flags = {module: module.training for module in model.modules()}
+    kept = [(held, dict(held)) for module in flags for held in (module.__dict__, module._buffers)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
@@ -91,6 +93,10 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for held, before in kept:
+            if any(held.get(name) is not value for name, value in before.items()) or len(held) != len(before):
+                held.clear()
+                held.update(before)
         for module, flag in flags.items():
             module.training = flag
         with torch.no_grad():

@@ -213,7 +213,7 @@ class _Planner:
 
     def _sides(self, ratio: float) -> list[Group]:
         """All plain groups, and of each grid its rows or its columns."""
-        grids: dict[int, dict[str, list[Group]]] = defaultdict(lambda: {"rows": [], "columns": []})
+        grids: dict[int, dict[str, list[Group]]] = defaultdict(lambda: {"rows": [], "middle": [], "columns": []})
         for group in self.groups:
             if group.kind != "channels":
                 grids[group.grid][group.kind].append(group)
@@ -227,8 +227,10 @@ class _Planner:
                 return max(abs(k / steps - ratio) for steps, k in bands)
 
             whole = any(g.batched for g in sides["rows"]) and miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9
-            worse = "columns" if whole else "rows"
-            drop |= {g.name for g in sides[worse]}
+            if sides["middle"]:  # grids within grids: what the rows lose, all of them lose
+                whole = True
+            dropped = sides["middle"] + sides["columns"] if whole else sides["rows"]
+            drop |= {g.name for g in dropped}
         return [g for g in self.groups if g.name not in drop]
 
     def _build(self, chosen: list[Group]) -> list[Band]:

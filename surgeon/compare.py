@@ -110,17 +110,18 @@ class _Comparer(PlainMode):
         name = func._schema.name.removeprefix("aten::")
         if name.rstrip("_") in _OPTIONAL or name == "as_strided_":
             return func(*args, **kwargs)
-        call = self._match(func, name)
+        call = self._match(func, name, args)
         args = self._corrected(call, list(args))
         out = func(*args, **kwargs)
         self._check(call, out)
         self.at += 1
         return out
 
-    def _match(self, func: Any, name: str) -> Call:
+    def _match(self, func: Any, name: str, args: Any) -> Call:
         while self.at < len(self.calls):
             call = self.calls[self.at]
-            if call.op is func or _alike(call.op) == ALIKE.get(name, name):
+            left_out = name == "slice" and self._belongs_to_next(call, args)
+            if not left_out and (call.op is func or _alike(call.op) == ALIKE.get(name, name)):
                 return call
             if op_name(call.node) != "slice":
                 break
@@ -135,6 +136,12 @@ class _Comparer(PlainMode):
             why=f"it ran {name} here; a decision in the code depends on a size that changed",
             fix="keep the layer with ignore=[...], or make the decision in __init__",
         )
+
+    def _belongs_to_next(self, call: Call, args: Any) -> bool:
+        """Whether a slice is the recorded one after this one, number for number."""
+        if self.at + 1 >= len(self.calls) or op_name(self.calls[self.at + 1].node) != "slice":
+            return False
+        return tuple(args[1:]) != tuple(call.node.args[1:]) and tuple(args[1:]) == tuple(self.calls[self.at + 1].node.args[1:])
 
     def _corrected(self, call: Call, args: list[Any]) -> list[Any]:
         want = wanted(call.node, self.shapes, self.choice)

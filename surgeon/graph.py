@@ -100,14 +100,13 @@ def source_line(source: tuple[str, int] | None) -> str:
 
 
 def architecture(model: nn.Module) -> str:
-    """A digest of the names, shapes and sharing of a model's parameters and buffers; not of their values."""
+    """A digest of the names, shapes and sharing of a model's parameters, and of the names of its buffers (whose shapes a run may
+    change); not of their values."""
     first: dict[int, str] = {}
-    lines = [type(model).__qualname__]
-    stores = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
-    for store in stores:
-        for name, tensor in store:
-            owner = first.setdefault(id(tensor), name)
-            lines.append(f"{name}:{tuple(tensor.shape)}" if owner == name else f"{name}={owner}")
+    lines = [type(model).__qualname__, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(tensor), name)
+        lines.append(f"{name}:{tuple(tensor.shape)}" if owner == name else f"{name}={owner}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

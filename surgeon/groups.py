@@ -42,7 +42,8 @@ class Group:
         lanes: [lanes, steps] atoms; step j removes one unit of every lane (which one is a matter of scores).
         members: the slots and their indices, by unit; units are numbered lane by lane.
         strata: [lanes, steps] numbers: units of a lane with the same number touch the same slots. Usually all are alike.
-        kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per group).
+        kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per group), or "middle":
+            columns of one grid that are rows of the next.
         grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
         batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows may well go.
     """
@@ -99,7 +100,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
         groups_of[lanes.ravel()] = number
         unit_of[lanes.ravel()] = np.arange(lanes.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
-    kinds, grids = _kinds(solution, groups_of, len(families))
+    kinds, grids = _kinds(solution, groups_of, families)
     found = []
     for number, lanes in enumerate(families):
         if members[number]:
@@ -139,7 +140,7 @@ def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) ->
     if len(found) == 1:
         return found[0]
     atom, number, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.lexsort((index, number))
+    order = np.argsort(number * (int(index.max()) + 1) + index, kind="stable")
     return atom[order], number[order], index[order]
 
 
@@ -252,15 +253,12 @@ def _families(atoms: Track, slot_of: Track, lanes: _Lanes, slots: int, is_row: T
     stratum = np.zeros(len(lanes.label), dtype=np.int64)
     if not atoms.size:
         return [], stratum
-    weights = np.random.default_rng(1).integers(1, 1 << 62, size=slots, dtype=np.uint64)
-    pairs = np.sort(atoms * slots + slot_of)  # sorting beats np.unique's hashing here
-    pairs = pairs[np.r_[True, pairs[1:] != pairs[:-1]]]
-    owners = pairs // slots
-    start = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-    unique = owners[start]
-    signature = np.add.reduceat(weights[pairs % slots], start) + is_row[unique].astype(np.uint64)
-    first_seen = np.full(int(unique[-1]) + 1, len(atoms))
-    np.minimum.at(first_seen, atoms, np.arange(len(atoms)))
+    weights = np.random.default_rng(1).random(slots)  # entries come slot by slot, so equal slots give bit-equal sums
+    sums = np.bincount(atoms, weights=weights[slot_of])
+    unique = np.flatnonzero(sums)
+    signature = sums[unique] + is_row[unique]
+    first_seen = np.zeros(len(sums), dtype=np.int64)
+    first_seen[atoms[::-1]] = np.arange(len(atoms))[::-1]
     order = np.argsort(first_seen[unique])
     unique, signature = unique[order], signature[order]
     label = lanes.label[unique]
@@ -291,7 +289,7 @@ def _members(
     members: list[list[Member]] = [[] for _ in range(count)]
     valid = group >= 0
     group, atoms, slot_of, index_of = group[valid], atoms[valid], slot_of[valid], index_of[valid]
-    order = np.lexsort((index_of, slot_of, group))
+    order = np.argsort(group.astype(np.uint16) if count < 1 << 16 else group, kind="stable")  # they come in order of slots
     group, atoms, slot_of, index_of = group[order], atoms[order], slot_of[order], index_of[order]
     cuts = np.flatnonzero((np.diff(group) != 0) | (np.diff(slot_of) != 0)) + 1
     for part in np.split(np.arange(len(group)), cuts) if len(group) else []:
@@ -300,9 +298,12 @@ def _members(
     return members
 
 
-def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str], list[int]]:
+def _kinds(solution: Solution, groups_of: Track, families: list[Track]) -> tuple[list[str], list[int]]:
     """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
+    count = len(families)
     kinds, grids = ["channels"] * count, list(range(count))
+    batched = [bool(solution.batched[lanes].any()) for lanes in families]
+    steps = [lanes.shape[1] for lanes in families]
     composite = np.flatnonzero((solution.row >= 0) & ~solution.outer)
     pairs: set[tuple[int, int]] = set()
     for rows in solution.atoms(solution.row[composite]):
@@ -312,16 +313,19 @@ def _kinds(solution: Solution, groups_of: Track, count: int) -> tuple[list[str],
             both = (r >= 0) & (c >= 0) & (r != c)
             pairs |= set(zip(r[both].tolist(), c[both].tolist(), strict=True))
 
+    def leading(r: int, c: int) -> bool:
+        return (not batched[r], steps[r], r) < (not batched[c], steps[c], c)
+
     def find(x: int) -> int:
         while grids[x] != x:
             x = grids[x]
         return x
 
-    for r, _ in sorted(pairs):
-        kinds[r] = "rows"
+    # a merge of dims may name rows and columns the other way round: rows are what ops compute one by one, or the fewer
+    pairs = {(r, c) for r, c in pairs if (c, r) not in pairs or leading(r, c)}
     for r, c in sorted(pairs):
-        if kinds[c] != "rows":
-            kinds[c] = "columns"
+        kinds[r] = "middle" if kinds[r] in ("columns", "middle") else "rows"
+        kinds[c] = "middle" if kinds[c] in ("rows", "middle") else "columns"
         a, b = find(r), find(c)
         grids[max(a, b)] = min(a, b)
     return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]

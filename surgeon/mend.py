@@ -25,7 +25,7 @@ from surgeon.rewrite import Edit, apply_edit, literals, trace_one
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
-_ROUNDS = 12
+_ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
 def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> tuple[Edit, ...]:

@@ -25,7 +25,7 @@ class Norm:
 
     def __init__(self, p: int) -> None:
         self.p = p
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # every weight speaks in the group of its outputs and of its inputs
+        self._sums: dict[int, tuple[Tensor, Track, Track]] = {}  # a weight speaks for its outputs and for its inputs
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
         floats = [m for m in group.members if tensors[m.tensor].is_floating_point()]
@@ -39,20 +39,25 @@ class Norm:
 
     def _power_sums(self, tensor: Tensor, dim: int) -> Track:
         """sum |w|^p over all dims but one."""
-        work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-        if dim < 2 < tensor.dim():  # convolutions: sum over the kernel once
-            key = tensor.data_ptr()
-            if key not in self._sums:
-                self._sums[key] = tensor, self._power(work).flatten(2).sum(2)
-            work = self._sums[key][1]
-        else:
-            work = self._power(work)
-        others = [d for d in range(work.dim()) if d != dim]
-        found: Track = (work.sum(others) if others else work).double().cpu().numpy()
-        return found
+        if dim >= 2 or tensor.dim() < 2:
+            work = self._power(tensor)
+            return _array(work.sum([d for d in range(work.dim()) if d != dim]) if work.dim() > 1 else work)
+        key = tensor.data_ptr()
+        if key not in self._sums:
+            work = self._power(tensor)
+            work = work.flatten(2).sum(2) if work.dim() > 2 else work
+            self._sums[key] = tensor, _array(work.sum(1)), _array(work.sum(0))
+        _, outputs, inputs = self._sums[key]
+        return inputs if dim else outputs
 
     def _power(self, tensor: Tensor) -> Tensor:
-        return tensor.abs() if self.p == 1 else tensor.abs() ** self.p
+        work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        return work.abs() if self.p == 1 else work.abs() ** self.p
+
+
+def _array(tensor: Tensor) -> Track:
+    found: Track = tensor.double().cpu().numpy()
+    return found
 
 
 class BatchNormScale:

@@ -43,7 +43,12 @@ def slice_(site: Site) -> Axes:
     length = stop - start
     if dim in axes and step == 1 and 0 < length < size and size % length == 0 and size // length <= 4 and start % length == 0:
         _even_parts(site, axes, dim, length, size // length)
-    return sliced(axes, dim, start, stop, step)
+    return _single(site, sliced(axes, dim, start, stop, step), dim, length)
+
+
+def _single(site: Site, axes: Axes, dim: int, length: int) -> Axes:
+    """A part of one entry stays: without it the part would be empty, and what it is broadcast to with it."""
+    return site.freeze(axes, [dim], "is a part of a single entry") if length == 1 else axes
 
 
 def normal_slice(site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -87,7 +92,8 @@ def split(site: Site) -> tuple[Axes, ...]:
     if len(set(sizes)) == 1:
         _even_parts(site, axes, dim, sizes[0], len(sizes))
     ends = np.cumsum(sizes)
-    return tuple(sliced(axes, dim, int(end) - size, int(end)) for size, end in zip(sizes, ends, strict=True))
+    parts = zip(sizes, ends, strict=True)
+    return tuple(_single(site, sliced(axes, dim, int(end) - size, int(end)), dim, size) for size, end in parts)
 
 
 @rule(Family.ELEMENTWISE, "glu")
