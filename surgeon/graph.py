@@ -44,7 +44,9 @@ class Graph:
     """A recorded run.
 
     Attributes:
-        fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`, `const`.
+        fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`; some nodes have
+            `const` (the value of an index tensor), `follows` (dims whose size the model's code computed from another one),
+            `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
         owned: the names in `tensors` that belong to the model and may be sliced.
         aliases: other names of the same tensors (tied weights), alias -> name.
@@ -55,7 +57,6 @@ class Graph:
         args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
         training: whether the run was in training mode.
-        decided: whether the model's code compared a size with a number, so that other sizes may take another path.
     """
 
     fx: torch.fx.Graph
@@ -70,7 +71,6 @@ class Graph:
     kwargs: Mapping[str, Any]
     assumed: str = ""
     training: bool = False
-    decided: bool = True
 
 
 def spec(node: fx.Node) -> Spec:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from surgeon.compare import ALIKE, Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
-from surgeon.graph import Graph, spec
+from surgeon.graph import Graph, Spec, spec
 from surgeon.rewrite import Edit, apply_edit, literals, trace_one
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
@@ -71,8 +71,11 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
 
 def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> bool:
     """Whether the model's own code gives a size that must change, or decides on sizes; else a run could find nothing."""
-    if graph.decided:
-        return True
+    for node in graph.fx.nodes:
+        if "decided" in node.meta and isinstance(node.meta["spec"], Spec):
+            small_shape = shapes.shape(node, choice)
+            if any(small_shape[dim] != node.meta["spec"].shape[dim] for dim in node.meta["decided"]):
+                return True
     for call in graph.calls:
         for position, new in wanted(call.node, shapes, choice).items():
             old: Any = call.node.args[position]
@@ -87,6 +90,8 @@ def _own_layer(module: nn.Module, node: fx.Node) -> bool:
     kinds = tuple(kind for kind, op in _LAYER_NUMBERS if op == op_name(node))
     if op_name(node) == "native_layer_norm":
         kinds = (nn.LayerNorm,)
+    elif op_name(node) == "view":  # from the shapes of its inputs and the number of heads
+        kinds = (nn.MultiheadAttention,)
     return isinstance(module, kinds) and type(module).forward.__module__.startswith("torch.nn.")
 
 
@@ -144,7 +149,7 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
             if (owner, "attribute", name) in refused or value <= 0:
                 continue
             for note in notes:
-                if note.old % value or note.got % value or (note.old // value) == 0:
+                if note.old % value or note.got % value or note.got < value:
                     continue
                 times = note.got // value
                 if note.want % times or note.want // times == value:

@@ -342,7 +342,6 @@ class Recorder(PlainMode):
             args=args,
             kwargs=kwargs,
             assumed=assumed,
-            decided=bool(getattr(self.graph, "decided", False)),
         )
 
 

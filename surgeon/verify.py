@@ -85,6 +85,7 @@ def verify(
     Raises:
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
+    _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs)
     args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
     outputs, trace = _run_small(small, args, kwargs)
@@ -112,6 +113,24 @@ def verify(
             fix="make the plan with surgery.plan(...); if it was, please report the model: this is a bug in surgeon",
         )
     return proof
+
+
+def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan) -> None:
+    """Every tensor of the small model is the original's at the kept indices, bit for bit: runs would not see dead channels."""
+    cut, first = dict(named_tensors(small)), dict[int, str]()
+    for name, tensor in named_tensors(model):
+        want = tensor.detach()
+        tied = first.setdefault(id(tensor), name)  # a plan names a tied tensor once
+        for dim, kept in plan.kept.get(name, plan.kept.get(tied, {})).items():
+            want = want.index_select(dim, torch.as_tensor(kept, device=want.device))
+        got = cut.get(name)
+        if got is None or got.shape != want.shape or not torch.equal(got.detach(), want):
+            raise ProofError(
+                "a tensor of the small model is not the original's at the kept indices",
+                where=name,
+                why="the small model was changed since the cut, or comes from other weights or another plan",
+                fix="prove right after plan.apply(model), before training, recovery or fusion",
+            )
 
 
 # -- the small model ------------------------------------------------------------------------------------------------

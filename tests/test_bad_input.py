@@ -235,7 +235,18 @@ def test_a_changed_small_model_fails_the_proof() -> None:
         small.body[0].weight[0, 0, 0, 0] += 1e-6
     with pytest.raises(ProofError) as caught:
         surgeon.verify(model, small, plan, X)
-    assert "convolution in module 'body.0'" in str(caught.value)
+    assert "body.0.weight" in str(caught.value)
+
+
+def test_a_changed_forward_fails_the_proof_and_names_the_op() -> None:
+    torch.manual_seed(0)
+    model = Small()
+    plan = surgeon.inspect(model, X).plan(0.5)
+    small = plan.apply(model)
+    small.body[1].eps = 1e-4
+    with pytest.raises(ProofError) as caught:
+        surgeon.verify(model, small, plan, X)
+    assert "convolution in module 'body.3'" in str(caught.value)
 
 
 def test_weights_of_another_model_fail_the_proof() -> None:

@@ -39,20 +39,22 @@ class Norm:
 
     def _power_sums(self, tensor: Tensor, dim: int) -> Track:
         """sum |w|^p over all dims but one."""
-        if dim >= 2 or tensor.dim() < 2:
-            work = self._power(tensor)
-            return _array(work.sum([d for d in range(work.dim()) if d != dim]) if work.dim() > 1 else work)
+        work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        if work.dim() < 2:
+            return _array(work.abs() ** self.p)
+        if dim >= 2:
+            return _array(self._norm(work, [d for d in range(work.dim()) if d != dim]) ** self.p)
         key = tensor.data_ptr()
         if key not in self._sums:
-            work = self._power(tensor)
-            work = work.flatten(2).sum(2) if work.dim() > 2 else work
-            self._sums[key] = tensor, _array(work.sum(1)), _array(work.sum(0))
+            if work.dim() > 2:
+                work = self._norm(work, list(range(2, work.dim())))
+            self._sums[key] = tensor, _array(self._norm(work, [1]) ** self.p), _array(self._norm(work, [0]) ** self.p)
         _, outputs, inputs = self._sums[key]
         return inputs if dim else outputs
 
-    def _power(self, tensor: Tensor) -> Tensor:
-        work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-        return work.abs() if self.p == 1 else work.abs() ** self.p
+    def _norm(self, tensor: Tensor, dims: list[int]) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(tensor, ord=self.p, dim=dims)
+        return norm
 
 
 def _array(tensor: Tensor) -> Track:
