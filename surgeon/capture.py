@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,19 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
             ) from error
         finally:
             recorder.restore()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection for a while: a graph is many small objects, none of them garbage, and each full collection walks
+    everything else that the process holds."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon import criteria
-from surgeon.capture import capture
+from surgeon.capture import capture, uncollected
 from surgeon.choose import Link, Request, choose
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
@@ -72,6 +72,7 @@ class Surgery:
     def params(self) -> int:
         return self.shapes.params(nothing(self.solution))
 
+    @uncollected()
     def plan(
         self,
         ratio: float | None = None,
@@ -124,6 +125,7 @@ class Surgery:
             _finish=lambda plan, model: self._finish(plan, model, choice),
         )
 
+    @uncollected()
     def _finish(self, plan: Plan, model: nn.Module | None, choice: Choice) -> tuple[nn.Module, Plan]:
         """Apply a plan whose edits are not known yet, and find them on the way."""
         small = shrink_module(self.model if model is None else model, plan.kept)
@@ -213,6 +215,7 @@ def _restricted(group: Group, free: Track) -> Group:
     return dataclasses.replace(group, lanes=group.lanes[:, free], strata=group.strata[:, free], members=tuple(members))
 
 
+@uncollected()
 def inspect(model: nn.Module, example_inputs: Any = None) -> Surgery:
     """Run the model once and find out what can leave.
 

@@ -25,7 +25,7 @@ class Norm:
 
     def __init__(self, p: int) -> None:
         self.p = p
-        self._sums: dict[int, tuple[Tensor, Track, Track]] = {}  # a weight speaks for its outputs and for its inputs
+        self._sums: dict[int, tuple[Track, Track]] = {}  # a weight speaks for its outputs and for its inputs
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
         floats = [m for m in group.members if tensors[m.tensor].is_floating_point()]
@@ -39,22 +39,19 @@ class Norm:
 
     def _power_sums(self, tensor: Tensor, dim: int) -> Track:
         """sum |w|^p over all dims but one."""
+        known = self._sums.get(tensor.data_ptr())
+        if known is not None and dim < 2 <= tensor.dim():
+            return known[dim]
         work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        work = work.abs() if self.p == 1 else work.abs() ** self.p  # plain sums are several times faster than vector_norm here
         if work.dim() < 2:
-            return _array(work.abs() ** self.p)
+            return _array(work)
         if dim >= 2:
-            return _array(self._norm(work, [d for d in range(work.dim()) if d != dim]) ** self.p)
-        key = tensor.data_ptr()
-        if key not in self._sums:
-            if work.dim() > 2:
-                work = self._norm(work, list(range(2, work.dim())))
-            self._sums[key] = tensor, _array(self._norm(work, [1]) ** self.p), _array(self._norm(work, [0]) ** self.p)
-        _, outputs, inputs = self._sums[key]
-        return inputs if dim else outputs
-
-    def _norm(self, tensor: Tensor, dims: list[int]) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(tensor, ord=self.p, dim=dims)
-        return norm
+            return _array(work.sum([d for d in range(work.dim()) if d != dim]))
+        work = work.flatten(2).sum(2) if work.dim() > 2 else work
+        sums = _array(work.sum(1)), _array(work.sum(0))
+        self._sums[tensor.data_ptr()] = sums
+        return sums[dim]
 
 
 def _array(tensor: Tensor) -> Track:
