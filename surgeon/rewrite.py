@@ -147,7 +147,7 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
         elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
             new.__dict__[name] = value
         elif type(value) in (dict, OrderedDict, set, list) and all(type(v) in _ATOMIC for v in value) and not _mapped(value):
-            new.__dict__[name] = copy.copy(value)
+            new.__dict__[name] = value.copy() if value else type(value)()
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)
     return new
