@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from surgeon.compare import ALIKE, Note, compare
 from surgeon.cost import Choice, Shapes
+from surgeon.edits import Edit, apply_edit, literals, trace_one
 from surgeon.errors import MendError
 from surgeon.graph import Graph, Spec, spec
-from surgeon.rewrite import Edit, apply_edit, literals, trace_one
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 

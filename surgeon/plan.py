@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.edits import Edit
 from surgeon.errors import PlanError
 from surgeon.graph import architecture
 from surgeon.recorder import named_tensors
-from surgeon.rewrite import Edit, shrink_module
+from surgeon.rewrite import shrink_module
 
 _VERSION = 1
 

@@ -11,13 +11,14 @@ from torch import Tensor, fx, nn
 
 from surgeon import masks
 from surgeon._views import getitem
+from surgeon.absence import Op
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.masks import Mask
 from surgeon.plan import Plan
 from surgeon.recorder import named_tensors
 from surgeon.rules.registry import family, op_name
-from surgeon.semantics import BY_FAMILY, SEMANTICS, Op
+from surgeon.semantics import BY_FAMILY, SEMANTICS
 
 TOLERANCE = 1e-9
 

@@ -13,66 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon import masks
-from surgeon.errors import ProofError
-from surgeon.graph import where
-from surgeon.masks import Mask
+from surgeon import masks, normalise
+from surgeon.absence import Op, nest, refusal
 from surgeon.rules.registry import Family, family
-
-_HALVES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def widened(item: Any) -> Any:
-    """float64 for every narrower float dtype in an op's arguments."""
-    if isinstance(item, torch.dtype):
-        return torch.float64 if item in _HALVES else item
-    return tuple(map(widened, item)) if isinstance(item, tuple) else item
-
-
-class Op:
-    """One op at work: its arguments as data, as masks, or as zeroed data."""
-
-    def __init__(self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]) -> None:
-        self.node, self.name, self.args, self.kwargs, self.values = node, name, args, kwargs, values
-
-    def data(self, item: Any) -> Any:
-        return self.values[item][0] if isinstance(item, fx.Node) else item
-
-    def mask(self, item: Any) -> Mask:
-        return self.values[item][1] if isinstance(item, fx.Node) else ()
-
-    def zeroed(self, item: Any) -> Any:
-        return masks.zeroed(*self.values[item]) if isinstance(item, fx.Node) else item
-
-    def run(self, read: Callable[[Any], Any]) -> Any:
-        """The op on its arguments as `read` gives them."""
-        args = [_nest(a, read) for a in self.args]
-        kwargs = {k: widened(_nest(v, read)) for k, v in self.kwargs.items()}
-        return self.op(*map(widened, args), **kwargs)
-
-    @property
-    def op(self) -> Any:
-        """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
-        return torch.reshape if self.name in ("view", "_unsafe_view", "_reshape_alias") else self.node.target
-
-    @property
-    def masked(self) -> bool:
-        return any(self.values[n][1] for n in self.node.all_input_nodes if isinstance(self.values[n][1], tuple))
-
-    def outputs(self, result: Any, mask: Mask) -> Any:
-        """The result with its mask; further outputs (indices, statistics) share it where their shape allows."""
-        if isinstance(result, list | tuple):
-            return [
-                (r, mask if i == 0 or (isinstance(r, Tensor) and r.shape == result[0].shape) else ())
-                for i, r in enumerate(result)
-            ]
-        return result, mask
-
-
-def _nest(item: Any, read: Callable[[Any], Any]) -> Any:
-    if isinstance(item, list | tuple):
-        return type(item)(_nest(x, read) for x in item)
-    return read(item)
 
 
 def _elementwise(call: Op) -> Any:
@@ -119,7 +62,7 @@ def _movement(call: Op) -> Any:
         parts = [masks.full(call.mask(n), call.data(n).shape) for n in first]
         both = call.op(parts, *call.args[1:], **call.kwargs)
         return result, masks.tidy([masks.compress(both, exact=True)])
-    rest = [_nest(a, call.data) for a in call.args[1:]]
+    rest = [nest(a, call.data) for a in call.args[1:]]
     if call.name in _TWO:
         parts = [masks.full(call.mask(n), call.data(n).shape) for n in call.args[:2]]
         both = call.op(*parts, *rest[1:])
@@ -127,7 +70,7 @@ def _movement(call: Op) -> Any:
     if call.name == "constant_pad_nd":
         return result, masks.tidy(_padded(factor, rest[0]) for factor in call.mask(first))
     shape = call.data(first).shape
-    kwargs = {k: _nest(v, call.data) for k, v in call.kwargs.items()}
+    kwargs = {k: nest(v, call.data) for k, v in call.kwargs.items()}
 
     def op(factor: Tensor) -> Any:
         return call.op(factor, *rest, **kwargs)
@@ -185,7 +128,7 @@ def _convolution(call: Op) -> Any:
     else:
         filters = present.flatten(1).any(dim=1)
     if masks.varies(call.mask(x), range(2, result.dim())):
-        raise _refusal(call, "presence varies over spatial dims")
+        raise refusal(call, "presence varies over spatial dims")
     batch = masks.any_along(call.mask(x), range(1, result.dim()))
     wide = filters.reshape(1, -1, *(1,) * (result.dim() - 2))
     vector = [f.reshape(wide.shape) for f in call.mask(bias)]
@@ -221,138 +164,8 @@ def _attention(call: Op) -> Any:
 def _embedding(call: Op) -> Any:
     result = call.run(call.data)
     if masks.varies(call.mask(call.args[0]), [0]):
-        raise _refusal(call, "rows of an embedding were removed")
+        raise refusal(call, "rows of an embedding were removed")
     return result, tuple(f.reshape((1,) * (result.dim() - 1) + (-1,)) for f in call.mask(call.args[0]))
-
-
-def _dims(call: Op, position: int = 1) -> list[int]:
-    ndim = call.data(call.args[0]).dim()
-    names = [a.name for a in call.node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
-    bound = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    dims = bound.get("dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    return [d % ndim for d in dims] if dims else list(range(ndim))
-
-
-def _reduction(call: Op) -> Any:
-    """Sums read absent entries as zero, means and variances count the present ones, extrema skip the absent ones."""
-    x = call.args[0]
-    data, mask = call.values[x]
-    dims = _dims(call)
-    result = call.run(call.data)
-    first = result[0] if isinstance(result, list | tuple) else result
-    keep = first.dim() == data.dim()
-    if masks.varies(mask, dims):
-        count = masks.counted(mask, data.shape, dims)
-        zero = masks.zeroed(data, mask)
-        name = call.name
-        if name in ("sum", "nansum"):
-            result = zero.sum(dims, keepdim=keep)
-        elif name == "mean":
-            result = zero.sum(dims, keepdim=True) / count
-            result = result if keep else result.squeeze(dims)
-        elif name in ("amax", "amin"):
-            worst = -math.inf if name == "amax" else math.inf
-            filled = data.masked_fill(~masks.full(mask, data.shape), worst)
-            result = call.op(filled, *call.args[1:], **call.kwargs)
-        elif name in ("norm", "linalg_vector_norm"):
-            result = call.run(lambda item: zero if item is x else call.data(item))
-        elif name in ("var", "var_mean", "std", "std_mean"):
-            result = _variance(call, zero, mask, count, dims, keep)
-        else:
-            raise _refusal(call, "it runs over dims that lost entries")
-    passed = masks.any_along(mask, dims, keepdim=keep)
-    if isinstance(result, list | tuple):
-        return [(r, passed) for r in result]
-    return result, passed
-
-
-def _variance(call: Op, zero: Tensor, mask: Mask, count: Tensor, dims: list[int], keep: bool) -> Any:
-    correction = call.kwargs.get("correction", 1)
-    correction = 1 if correction is None else correction
-    if len(call.args) > 2 and isinstance(call.args[2], bool):
-        correction = int(call.args[2])
-    mean = zero.sum(dims, keepdim=True) / count
-    spread = masks.zeroed((zero - mean) ** 2, mask).sum(dims, keepdim=True) / (count - correction).clamp_min(0)
-    value = spread.sqrt() if call.name.startswith("std") else spread
-    value, mean = (value, mean) if keep else (value.squeeze(dims), mean.squeeze(dims))
-    return (value, mean) if call.name.endswith("_mean") else value
-
-
-def _softmax(call: Op) -> Any:
-    x, dim = call.args[0], call.args[1] % call.data(call.args[0]).dim()
-    data, mask = call.values[x]
-    if masks.varies(mask, [dim]):
-        data = data.masked_fill(~masks.full(mask, data.shape), -math.inf)
-        log = "log" in call.name
-        return (torch.log_softmax(data, dim) if log else torch.softmax(data, dim)), mask
-    return call.run(call.data), mask
-
-
-def _weight_norm(call: Op) -> Any:
-    v, g = call.args[:2]
-    data, mask = call.data(v), call.mask(v)
-    keep = call.args[2] if len(call.args) > 2 else 0
-    dims = [d for d in range(data.dim()) if d != keep]
-    norm = (masks.zeroed(data, mask) ** 2).sum(dims, keepdim=True).sqrt()
-    both = masks.tidy([*mask, *masks.aligned(call.mask(g), data.dim())])
-    return [(data * call.data(g) / norm, both), (norm, masks.any_along(both, dims))]
-
-
-def _layer_norm(call: Op) -> Any:
-    x, shape = call.args[:2]
-    data, mask = call.values[x]
-    rms = "rms" in call.name
-    weight, bias, eps = (call.args[2], None, call.args[3]) if rms else call.args[2:5]
-    dims = list(range(data.dim() - len(shape), data.dim()))
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    result = _normalised(data, mask, dims, eps, center=not rms)
-    factors = list(mask)
-    if weight is not None:
-        result = result * call.data(weight)
-        factors += masks.aligned(call.mask(weight), data.dim())
-    if bias is not None:
-        result = result + call.data(bias)
-        factors += masks.aligned(call.mask(bias), data.dim())
-    tuple_out = isinstance(call.node.meta["spec"], tuple)
-    return [(result, masks.tidy(factors)), (None, ()), (None, ())] if tuple_out else (result, masks.tidy(factors))
-
-
-def _normalised(data: Tensor, mask: Mask, dims: list[int], eps: float, center: bool = True) -> Tensor:
-    count = masks.counted(mask, data.shape, dims) if mask else math.prod(data.shape[d] for d in dims)
-    zero = masks.zeroed(data, mask)
-    mean = zero.sum(dims, keepdim=True) / count if center else torch.zeros((), dtype=data.dtype)
-    spread = masks.zeroed((zero - mean) ** 2, mask).sum(dims, keepdim=True) / count
-    return (zero - mean) / torch.sqrt(spread + eps)
-
-
-def _group_norm(call: Op) -> Any:
-    x, weight, bias = call.args[:3]
-    groups, eps = call.args[6], call.args[7]
-    data, mask = call.values[x]
-    cut = (data.shape[0], groups, data.shape[1] // groups, *data.shape[2:])
-    grid = masks.moved(mask, data.shape, lambda f: f.contiguous().reshape(cut), exact=True)
-    result = _normalised(data.reshape(cut), grid, list(range(2, len(cut))), eps).reshape(data.shape)
-    factors = list(mask)
-    for vector, scale in ((weight, True), (bias, False)):
-        if vector is not None:
-            wide = (1, -1, *(1,) * (data.dim() - 2))
-            value = call.data(vector).reshape(wide)
-            result = result * value if scale else result + value
-            factors += [f.reshape(wide) for f in call.mask(vector)]
-    return [(result, masks.tidy(factors)), (None, ()), (None, ())]
-
-
-def _window(call: Op) -> Any:
-    """Pooling and resampling: batch and channels pass."""
-    x = call.args[0]
-    data, mask = call.values[x]
-    result = call.run(call.data)
-    first = result[0] if isinstance(result, list | tuple) else result
-    moved_dims = [d for d in range(data.dim()) if d >= data.dim() - (3 if "3d" in call.name else 1 if "1d" in call.name else 2)]
-    if masks.varies(mask, moved_dims) or first.dim() != data.dim():
-        raise _refusal(call, "it runs over dims that lost entries")
-    return call.outputs(result, mask)
 
 
 def _whole(call: Op) -> Any:
@@ -362,23 +175,16 @@ def _whole(call: Op) -> Any:
     x = call.args[0] if call.args else None
     if isinstance(x, fx.Node) and call.masked and len(call.node.all_input_nodes) == 1 and family(call.name) is Family.REDUCTION:
         data, mask = call.values[x]
-        dims = _dims(call)
+        dims = normalise.reduced_dims(call)
         if not masks.varies(mask, dims):
             result = call.run(call.data)
             first = result[0] if isinstance(result, list | tuple) else result
             passed = masks.any_along(mask, dims, keepdim=first.dim() == data.dim())
             return [(r, passed) for r in result] if isinstance(result, list | tuple) else (result, passed)
     if call.masked:
-        raise _refusal(call, "it reads a tensor that lost entries, and the proof does not know how")
+        raise refusal(call, "it reads a tensor that lost entries, and the proof does not know how")
     result = call.run(call.data)
     return [(r, ()) for r in result] if isinstance(result, list | tuple) else (result, ())
-
-
-def _refusal(call: Op, why: str) -> ProofError:
-    return ProofError(
-        f"the cut cannot be proved at op {call.name}", where=where(call.node), why=why,
-        fix="keep the layer with ignore=[...], or report the model: a rule is missing",
-    )  # fmt: skip
 
 
 BY_FAMILY: Mapping[Family, Callable[[Op], Any]] = {
@@ -406,16 +212,16 @@ native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_n
 _batch_norm_no_update""".split()
 
 SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
-    **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(_WINDOWS, _window),
+    **dict.fromkeys(_REDUCTIONS, normalise.reduction),
+    **dict.fromkeys(_WINDOWS, normalise.window),
     **dict.fromkeys(_ATTENTIONS, _attention),
     **dict.fromkeys(_NORMS, _batch_norm),
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), _softmax),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), normalise.softmax),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), normalise.layer_norm),
     **dict.fromkeys(("_prelu_kernel", "prelu"), _prelu),
-    "native_group_norm": _group_norm,
+    "native_group_norm": normalise.group_norm,
     "glu": _gated,
-    "_weight_norm_interface": _weight_norm,
+    "_weight_norm_interface": normalise.weight_norm,
     "convolution": _convolution,
     "_convolution": _convolution,
     "linear": _linear,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.absence import widened
 from surgeon.capture import capture, quiet_run
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, tensor_leaves, where
@@ -25,7 +26,6 @@ from surgeon.plan import Plan
 from surgeon.recorder import PlainMode, named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import Family, family, op_name
-from surgeon.semantics import widened
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided"}  # compute nothing
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)

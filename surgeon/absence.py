@@ -1,0 +1,76 @@
+"""Op: one op at work on values of which some entries are absent, as data, as masks, or with zero in the absent entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon import masks
+from surgeon.errors import ProofError
+from surgeon.graph import where
+from surgeon.masks import Mask
+
+_HALVES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def widened(item: Any) -> Any:
+    """float64 for every narrower float dtype in an op's arguments."""
+    if isinstance(item, torch.dtype):
+        return torch.float64 if item in _HALVES else item
+    return tuple(map(widened, item)) if isinstance(item, tuple) else item
+
+
+class Op:
+    """One op at work: its arguments as data, as masks, or as zeroed data."""
+
+    def __init__(self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]) -> None:
+        self.node, self.name, self.args, self.kwargs, self.values = node, name, args, kwargs, values
+
+    def data(self, item: Any) -> Any:
+        return self.values[item][0] if isinstance(item, fx.Node) else item
+
+    def mask(self, item: Any) -> Mask:
+        return self.values[item][1] if isinstance(item, fx.Node) else ()
+
+    def zeroed(self, item: Any) -> Any:
+        return masks.zeroed(*self.values[item]) if isinstance(item, fx.Node) else item
+
+    def run(self, read: Callable[[Any], Any]) -> Any:
+        """The op on its arguments as `read` gives them."""
+        args = [nest(a, read) for a in self.args]
+        kwargs = {k: widened(nest(v, read)) for k, v in self.kwargs.items()}
+        return self.op(*map(widened, args), **kwargs)
+
+    @property
+    def op(self) -> Any:
+        """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
+        return torch.reshape if self.name in ("view", "_unsafe_view", "_reshape_alias") else self.node.target
+
+    @property
+    def masked(self) -> bool:
+        return any(self.values[n][1] for n in self.node.all_input_nodes if isinstance(self.values[n][1], tuple))
+
+    def outputs(self, result: Any, mask: Mask) -> Any:
+        """The result with its mask; further outputs (indices, statistics) share it where their shape allows."""
+        if isinstance(result, list | tuple):
+            return [
+                (r, mask if i == 0 or (isinstance(r, Tensor) and r.shape == result[0].shape) else ())
+                for i, r in enumerate(result)
+            ]
+        return result, mask
+
+
+def nest(item: Any, read: Callable[[Any], Any]) -> Any:
+    if isinstance(item, list | tuple):
+        return type(item)(nest(x, read) for x in item)
+    return read(item)
+
+
+def refusal(call: Op, why: str) -> ProofError:
+    return ProofError(
+        f"the cut cannot be proved at op {call.name}", where=where(call.node), why=why,
+        fix="keep the layer with ignore=[...], or report the model: a rule is missing",
+    )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Edits: change one number in a module, an attribute or a literal of its forward; and keep torch's own layers' numbers in step.
+
+`refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes; `apply_edit` makes an
+`Edit`. A literal is changed in the traced forward of that one module, which becomes an instance of a subclass of its class.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from surgeon.errors import MendError
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One number in a module that changes.
+
+    Attributes:
+        module: path of the module.
+        kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0") or "literal"
+            (`name` is "function:occurrence:position" of a call in the module's forward).
+        old, new: the number before and after.
+    """
+
+    module: str
+    kind: str
+    name: str
+    old: int
+    new: int
+
+
+def _linear(m: Any) -> dict[str, Any]:
+    return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
+
+
+def _convolution(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _transposed(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"in_channels": first, "out_channels": second * m.groups}
+
+
+def _batch_norm(m: Any) -> dict[str, Any]:
+    known = m.weight if m.weight is not None else m.running_mean
+    return {} if known is None else {"num_features": known.shape[0]}
+
+
+def _group_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
+
+
+def _layer_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
+def _embedding(m: Any) -> dict[str, Any]:
+    return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
+
+
+def _multihead(m: Any) -> dict[str, Any]:
+    sizes = {"embed_dim": m.out_proj.weight.shape[0], "head_dim": m.out_proj.weight.shape[1] // m.num_heads}
+    if m.in_proj_weight is not None:
+        sizes |= {"kdim": sizes["embed_dim"], "vdim": sizes["embed_dim"]}
+    else:
+        sizes |= {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
+    return sizes
+
+
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    sizes = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
+    return sizes | ({"proj_size": m.weight_hr_l0.shape[0]} if m.proj_size else {})
+
+
+_LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
+    ((nn.Linear,), _linear),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    ((nn.MultiheadAttention,), _multihead),
+    ((nn.RNNBase,), _recurrent),
+    ((nn.PReLU,), lambda m: {"num_parameters": m.weight.shape[0]}),
+)
+
+
+def refresh(module: nn.Module, path: str = "") -> None:
+    """Set the numbers that one of torch's own layers keeps beside its tensors from their shapes."""
+    for kinds, sizes in _LAYERS:
+        if isinstance(module, kinds):
+            try:
+                for name, value in sizes(module).items():
+                    if getattr(module, name, None) != value:
+                        setattr(module, name, value)
+            except AttributeError as error:
+                raise MendError(
+                    f"a {type(module).__name__} lacks an attribute that this layer has", where=path, why=str(error)
+                ) from error
+            return
+
+
+def apply_edit(model: nn.Module, edit: Edit) -> None:
+    """Make one edit in `model`.
+
+    Raises:
+        MendError: the place does not hold the old number.
+    """
+    module = model.get_submodule(edit.module)
+    if edit.kind == "attribute":
+        found = get_path(module, edit.name)
+        if found != edit.old and found != edit.new:
+            raise _misfit(edit, f"it holds {found!r}")
+        set_path(module, edit.name, edit.new)
+        refresh(module, edit.module)
+    else:
+        rewrite_literal(module, edit)
+
+
+def _misfit(edit: Edit, why: str) -> MendError:
+    return MendError(
+        f"cannot change {edit.name} from {edit.old} to {edit.new}", where=f"module '{edit.module}'", why=why,
+        fix="make the plan anew for this version of the model's code",
+    )  # fmt: skip
+
+
+def get_path(owner: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(owner, list | tuple):
+            owner = owner[int(part)]
+        elif isinstance(owner, dict):
+            owner = owner.get(part)
+        else:
+            owner = getattr(owner, part, None)
+    return owner
+
+
+def set_path(owner: Any, path: str, value: Any) -> None:
+    """Set the number at `path`; tuples on the way are replaced by new ones."""
+    *front, last = path.split(".")
+    if not front:
+        setattr(owner, last, value)
+        return
+    holder = get_path(owner, ".".join(front))
+    if isinstance(holder, tuple):
+        new = [*holder]
+        new[int(last)] = value
+        set_path(owner, ".".join(front), type(holder)(new) if type(holder) is tuple else type(holder)(*new))
+    elif isinstance(holder, list):
+        holder[int(last)] = value
+    elif isinstance(holder, dict):
+        holder[last] = value
+    else:
+        setattr(holder, last, value)
+
+
+class _OneModule(fx.Tracer):
+    """Traces a single module: its children stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace_one(module: nn.Module) -> fx.GraphModule:
+    """The module's own forward as an fx GraphModule with its children untouched.
+
+    Raises:
+        Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
+    """
+    return fx.GraphModule(module, _OneModule().trace(module), type(module).__name__)
+
+
+def literals(traced: fx.GraphModule) -> list[tuple[str, int]]:
+    """Every whole number in the arguments of the calls of a traced forward: (name of the place, number)."""
+    found: list[tuple[str, int]] = []
+    seen: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        occurrence = seen[name] = seen.get(name, -1) + 1
+        for place, value in _numbers((node.args, node.kwargs), ""):
+            found.append((f"{name}:{occurrence}:{place}", value))
+    return found
+
+
+def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
+    if isinstance(item, bool):
+        return
+    if isinstance(item, int):
+        yield path.lstrip("."), item
+    elif isinstance(item, slice):
+        yield from _numbers((item.start, item.stop, item.step), path)
+    elif isinstance(item, list | tuple):
+        for i, x in enumerate(item):
+            yield from _numbers(x, f"{path}.{i}")
+    elif isinstance(item, dict):
+        for key, x in item.items():
+            yield from _numbers(x, f"{path}.{key}")
+
+
+def rewrite_literal(module: nn.Module, edit: Edit) -> None:
+    """Replace one number in one call of the module's forward.
+
+    The module becomes an instance of a subclass of its class that differs in `forward` alone: it stays the user's class, trains,
+    deep-copies and pickles (by making the edits again).
+    """
+    name, occurrence, place = edit.name.split(":")
+    try:
+        traced = trace_one(module)
+    except Exception as error:
+        raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
+    count = -1
+    for node in traced.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        count += called == name
+        if called == name and count == int(occurrence):
+            node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
+            traced.recompile()
+            _become(module, traced, edit)
+            return
+    raise _misfit(edit, "the call is not there")
+
+
+def _become(module: nn.Module, traced: fx.GraphModule, edit: Edit) -> None:
+    """Give the module the traced forward, as a subclass of its class."""
+    for name, value in traced.__dict__.items():
+        if name.startswith("_tensor_constant"):
+            setattr(module, name, value)
+    base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+    edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _unpickle, (base, edits), self.__dict__, None, None, _set_state
+
+    members = {
+        "forward": type(traced).forward,
+        "_surgeon_edits": edits,
+        "__reduce_ex__": reduce,
+        "__deepcopy__": _deepcopy,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    module.__class__ = type(base.__name__, (base,), members)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = type(self).__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _unpickle(base: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
+    made: nn.Module = base.__new__(base)
+    made.__dict__["_surgeon_pending"] = edits
+    return made
+
+
+def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
+    edits = made.__dict__.pop("_surgeon_pending")
+    made.__dict__.update(state)
+    for edit in edits:
+        rewrite_literal(made, edit)
+
+
+def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:
+    if not keys:
+        if item != edit.old and item != edit.new:
+            raise _misfit(edit, f"it holds {item!r}")
+        return edit.new
+    head, rest = keys[0], keys[1:]
+    if isinstance(item, slice):
+        parts = _replaced((item.start, item.stop, item.step), keys, edit)
+        return slice(*parts)
+    if isinstance(item, dict):
+        return {k: _replaced(v, rest, edit) if k == head else v for k, v in item.items()}
+    new = [_replaced(x, rest, edit) if i == int(head) else x for i, x in enumerate(item)]
+    return tuple(new) if isinstance(item, tuple) else new

@@ -1,0 +1,112 @@
+"""find_lanes(solution) -> Lanes: from balances to steps that keep them.
+
+Atoms that stand equally often in the same balanced rows share a lane. A family of lanes, connected by common balances, moves in
+bundles: so many units of each lane leave at once that all rows of every balance lose equally many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import networkx as nx
+import numpy as np
+import sympy
+
+from surgeon.labels import Track
+from surgeon.solve import Solution
+
+
+@dataclasses.dataclass
+class Lanes:
+    """label[atom]: its lane (0: none); bundles: per family of lanes, label -> how many of it one step must remove."""
+
+    label: Track
+    bundles: dict[int, dict[int, int]]
+
+
+@dataclasses.dataclass
+class _Incidence:
+    """Of one balance: how often each atom stands in each row, for the atoms that do not stand equally often in all."""
+
+    atom: Track
+    row: Track
+    count: Track
+    rows: int
+
+
+def find_lanes(solution: Solution) -> Lanes:
+    """From balances to lanes: atoms with the same incidence in all balanced rows share a lane."""
+    label = np.zeros(len(solution.root), dtype=np.uint64)
+    random = np.random.default_rng(0)
+    found: list[_Incidence] = []
+    for matrix, _ in solution.balances:
+        height = len(matrix)
+        rows = np.broadcast_to(np.arange(height)[:, None], matrix.shape)
+        for atoms in solution.atoms(matrix):
+            loose = (atoms >= 0) & ~solution.frozen[atoms]
+            pairs, count = np.unique(atoms[loose] * height + rows[loose], return_counts=True)
+            atom, row = pairs // height, pairs % height
+            if not atom.size:
+                continue
+            starts = np.flatnonzero(np.r_[True, np.diff(atom) != 0])
+            sizes = np.diff(np.r_[starts, atom.size])
+            low, high = np.minimum.reduceat(count, starts), np.maximum.reduceat(count, starts)
+            uneven = np.repeat((sizes != height) | (low != high), sizes)
+            atom, row, count = atom[uneven], row[uneven], count[uneven]
+            if atom.size:
+                weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
+                np.add.at(label, atom, weights[row] * count.astype(np.uint64))
+                found.append(_Incidence(atom, row, count, height))
+    return Lanes(label, _bundles(label, found))
+
+
+def _bundles(label: Track, found: list[_Incidence]) -> dict[int, dict[int, int]]:
+    """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if there is none."""
+    families = nx.Graph()
+    equations: dict[int, list[tuple[Track, Track, Track, int]]] = defaultdict(list)
+    for item in found:
+        labels = label[item.atom]
+        kinds, first = np.unique(labels, return_index=True)
+        nx.add_path(families, kinds.tolist())
+        shown = np.isin(item.atom, item.atom[first])  # one atom stands for its lane
+        equations[int(kinds[0])].append((labels[shown], item.row[shown], item.count[shown], item.rows))
+    bundles: dict[int, dict[int, int]] = {}
+    population = dict(zip(*[x.tolist() for x in np.unique(label, return_counts=True)], strict=True))
+    for family in nx.connected_components(families):
+        lanes = sorted(family)
+        rows = [e for lane in lanes for e in equations.get(lane, [])]
+        bundle = _solve_bundle(lanes, rows, population)
+        for lane in lanes:
+            bundles[lane] = bundle
+    return bundles
+
+
+def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int]) -> dict[int, int]:
+    """Smallest positive counts per lane such that all rows of every balance lose equally many.
+
+    Lanes of a single odd unit that make this impossible keep all of theirs (count 0).
+    """
+    place = {lane: i for i, lane in enumerate(lanes)}
+    blocks = []
+    for labels, row, count, height in rows:
+        block = np.zeros((height, len(lanes)), dtype=np.int64)
+        np.add.at(block, (row, np.array([place[int(x)] for x in labels])), count)
+        blocks.append(block[1:] - block[:1])
+    matrix = np.unique(np.concatenate(blocks), axis=0)
+    kept = list(range(len(lanes)))
+    while kept:
+        part = matrix[:, kept]
+        if not part.any(axis=0).all():  # a lane that no equation binds: it is free by itself
+            return {}
+        if not (part.sum(axis=1)).any():
+            return {lanes[i]: 1 for i in kept}
+        space = sympy.Matrix(part[part.any(axis=1)].tolist()).nullspace()
+        if len(space) == 1:
+            vector = [sympy.Rational(x) for x in space[0]]
+            vector = [-x for x in vector] if vector[0] < 0 else vector
+            if all(x > 0 for x in vector):
+                scale = sympy.ilcm(*[x.q for x in vector])
+                return {lanes[i]: int(x * scale) for i, x in zip(kept, vector, strict=True)}
+        kept.remove(min(kept, key=lambda i: (population[lanes[i]], i)))
+    return {}
