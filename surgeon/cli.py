@@ -7,14 +7,11 @@ Nothing is downloaded and nothing is unpickled: weights are random, or come from
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect as python_inspect
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +28,10 @@ from torch import Tensor, nn
 from surgeon import criteria
 from surgeon.bench import Table, bench
 from surgeon.choose import Request
-from surgeon.errors import ExportError, InputError, MissingExtraError, SurgeonError
+from surgeon.errors import ExportError, InputError, SurgeonError
 from surgeon.export import export
 from surgeon.fuse import fuse
+from surgeon.models import build, load_weights
 from surgeon.pipeline import Surgery, inspect, prove
 from surgeon.plan import Plan
 from surgeon.report import count, table
@@ -272,11 +270,11 @@ def _load(model: str, weights: Path | None, shape: str | None, dtype: _Dtype, se
     sizes = _sizes(shape)
     torch.manual_seed(seed)
     with _stage("load"):
-        net = _build(model).eval()
+        net = build(model).eval()
     if weights is None:
         _say("note: no --weights were given, so the weights are random")
     else:
-        _load_weights(net, weights)
+        load_weights(net, weights)
     if sizes is None:
         return net, None
     if dtype == "float32":
@@ -295,153 +293,6 @@ def _sizes(shape: str | None) -> list[int] | None:
     if min(sizes) < 1:
         raise InputError(f"--input {shape!r} is not a shape", fix="pass positive whole numbers, such as --input 1,3,224,224")
     return sizes
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Strictly; only a tied tensor may be in the file under one of its names."""
-    try:
-        loaded = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            "cannot read --weights",
-            where=str(path),
-            why=str(error),
-            fix="pass a safetensors file, as safetensors.torch.save_file(model.state_dict(), path) writes it",
-        ) from error
-    try:
-        missing, unexpected = model.load_state_dict(loaded, strict=False)
-    except RuntimeError as error:
-        missing, unexpected, wrong = [], [], [line.strip() for line in str(error).splitlines()[1:]]
-    else:
-        own = model.state_dict(keep_vars=True)
-        filled = {own[name].data_ptr() for name in loaded if name in own}
-        wrong = [f"no {name} in the file" for name in missing if own[name].data_ptr() not in filled]
-        wrong += [f"no {name} in the model" for name in unexpected]
-    if wrong:
-        raise InputError(
-            "the weights do not fit the model",
-            where=str(path),
-            why="; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
-            fix="pass the weights of this architecture, all of them",
-        )
-
-
-def _build(name: str) -> nn.Module:
-    """The model that MODEL names.
-
-    Raises:
-        InputError: there is no such model, or making it fails.
-        MissingExtraError: its package is not installed.
-    """
-    kind, slash, rest = name.partition("/")
-    if ":" in name or name.endswith(".py"):
-        return _from_file(name)
-    if slash and kind in _ZOO:
-        return _ZOO[kind](rest)
-    if slash:
-        raise InputError(f"unknown model {name!r}", fix=f"use file.py:factory or one of {', '.join(f'{k}/NAME' for k in _ZOO)}")
-    if importlib.util.find_spec("torchvision") is None or name not in _package("torchvision.models").list_models():
-        return _timm(name)
-    return _torchvision(name)
-
-
-def _from_file(name: str) -> nn.Module:
-    path, _, factory = name.rpartition(":")
-    if not path or not factory or not Path(path).is_file():
-        missing = f"there is no file {path!r}" if path and factory else "the name of the factory is missing"
-        raise InputError(f"cannot load {name!r}: {missing}", fix="use path/to/file.py:factory")
-    file = Path(path).resolve()
-    spec = importlib.util.spec_from_file_location(f"_surgeon_model_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path} is no Python file", fix="use path/to/file.py:factory")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and the like look their module up
-    sys.path.insert(0, str(file.parent))  # the file may import its neighbours, as it may when it is run
-    try:
-        spec.loader.exec_module(module)
-        made = getattr(module, factory)()
-    except Exception as error:  # the user's own code: anything may come out of it, and all of it is reported
-        raise InputError(
-            "the model cannot be made",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="the factory is called without arguments and returns the module",
-        ) from error
-    finally:
-        sys.path.remove(str(file.parent))
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module", fix="let the factory return the module")
-    return made
-
-
-def _package(name: str) -> Any:
-    """An optional package.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        InputError: it is installed but does not fit the installed torch.
-    """
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
-        raise _import_problem(name.partition(".")[0], error) from error
-
-
-def _import_problem(package: str, error: BaseException) -> Exception:
-    """The error to raise for one that came out of an import."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if "torchvision::" in str(cause):
-            return InputError(
-                f"{package} cannot be imported",
-                why=f"torchvision was built for another torch than {torch.__version__} ({cause})",
-                fix="install both from one index, for example: pip install --force-reinstall torch torchvision "
-                "--index-url https://download.pytorch.org/whl/cpu",
-            )
-        cause = cause.__cause__ or cause.__context__
-    return MissingExtraError(f"{package} cannot be imported", why=str(error), fix='pip install "surgeon[zoo]"')
-
-
-def _torchvision(name: str) -> nn.Module:
-    models = _package("torchvision.models")
-    if name not in models.list_models():
-        raise _unknown("torchvision", name, models.list_models())
-    builder = models.get_model_builder(name)
-    backbone = {"weights_backbone": None} if "weights_backbone" in python_inspect.signature(builder).parameters else {}
-    made: nn.Module = builder(weights=None, **backbone)
-    return made
-
-
-def _timm(name: str) -> nn.Module:
-    timm = _package("timm")
-    if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
-    made: nn.Module = timm.create_model(name, pretrained=False)
-    return made
-
-
-def _transformers(name: str) -> nn.Module:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package is imported; a default configuration needs no file
-    transformers = _package("transformers")
-    if name not in transformers.CONFIG_MAPPING:
-        raise _unknown("transformers", name, list(transformers.CONFIG_MAPPING.keys()))
-    try:
-        made: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
-    except (ImportError, RuntimeError) as error:
-        raise _import_problem("transformers", error) from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"transformers/{name} has no model for its default configuration", why=str(error)[:400]) from error
-    return made
-
-
-def _unknown(package: str, name: str, known: list[str]) -> InputError:
-    near = " or ".join(difflib.get_close_matches(name, known, n=3))
-    return InputError(
-        f"{package} has no model {name!r}", fix=f"did you mean {near}?" if near else "see the package's list of models"
-    )
-
-
-_ZOO: dict[str, Callable[[str], nn.Module]] = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
 
 
 if __name__ == "__main__":

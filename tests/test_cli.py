@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from surgeon import Plan, cli
+from surgeon import Plan, cli, models
 from surgeon.errors import InputError, MissingExtraError, ProofError
 
 SOURCE = """
@@ -221,9 +221,9 @@ def test_packages_that_do_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    monkeypatch.setattr(models.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r'pip install "surgeon\[zoo\]"'):
-        cli._build("timm/resnet18")
+        models.build("timm/resnet18")
     done = run("inspect", "transformers/bert")
     assert done.exit_code == 1
     assert 'pip install "surgeon[zoo]"' in done.stderr
@@ -231,6 +231,6 @@ def test_packages_that_do_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     def mismatched(name: str) -> Any:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(cli.importlib, "import_module", mismatched)
+    monkeypatch.setattr(models.importlib, "import_module", mismatched)
     with pytest.raises(InputError, match="built for another torch"):
-        cli._build("torchvision/resnet18")
+        models.build("torchvision/resnet18")
