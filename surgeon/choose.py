@@ -2,8 +2,8 @@
 
 Groups are gathered into *bands* that move in steps: usually one group, several where the model's code ties their sizes
 (`links`: all keep the same share). Of a grid only rows or only columns are taken, whichever meets the ratio more closely (rows
-when equal, if some op computes them one by one: whole heads and groups are what kernels like). At least one step of every band
-stays.
+when equal, if some op computes them one by one and more than one stays: whole heads and groups are what kernels like). At least
+one step of every band stays.
 
 Scopes: `uniform` removes the same share of every band; `global` removes the lowest scores wherever they are.
 """
@@ -226,7 +226,8 @@ class _Planner:
                 bands = [(g.steps, min(round(ratio * g.steps), g.steps - 1)) for g in side]
                 return max(abs(k / steps - ratio) for steps, k in bands)
 
-            whole = any(g.batched for g in sides["rows"]) and miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9
+            several = all(g.steps - round(ratio * g.steps) > 1 for g in sides["rows"])  # code treats dims of size 1 differently
+            whole = several and any(g.batched for g in sides["rows"]) and miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9
             if sides["middle"]:  # grids within grids: what the rows lose, all of them lose
                 whole = True
             dropped = sides["middle"] + sides["columns"] if whole else sides["rows"]
