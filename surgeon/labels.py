@@ -174,16 +174,22 @@ class Ledger:
         return axes
 
     def _unmerged(self, track: Track, dims: Sequence[int]) -> Axes | None:
-        """The two tracks that a merged dim was made of, if it is cut where it was merged."""
-        if len(dims) != 2 or track.size != track.shape[dims[0]] * track.shape[dims[1]]:
+        """The tracks that a merged dim was made of, if it is cut where it was merged."""
+        if track.size != np.prod([track.shape[d] for d in dims]):
             return None
+        *front, last = dims
+        if not front:
+            return {last: track}
         factors = self._factors.get(track.tobytes())
         if factors is None:
             return None
         outer, inner = (f.reshape(track.shape) for f in factors)
-        if _varies(outer, dims[1]) or _varies(inner, dims[0]):
+        if _varies(outer, last) or any(_varies(inner, d) for d in front):
             return None
-        return {dims[0]: np.take(outer, [0], axis=dims[1]), dims[1]: np.take(inner, [0], axis=dims[0])}
+        for d in front:
+            inner = np.take(inner, [0], axis=d)
+        axes = self._unmerged(np.take(outer, [0], axis=last), front)
+        return None if axes is None else {**axes, last: inner}
 
     def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
         """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them are fixed.

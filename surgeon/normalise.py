@@ -98,7 +98,7 @@ def layer_norm(call: Op) -> Any:
     weight, bias, eps = (call.args[2], None, call.args[3]) if rms else call.args[2:5]
     dims = list(range(data.dim() - len(shape), data.dim()))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    result = _normalised(data, mask, dims, eps, center=not rms)
+    result = normalised(data, mask, dims, eps, center=not rms)
     factors = list(mask)
     if weight is not None:
         result = result * call.data(weight)
@@ -110,7 +110,7 @@ def layer_norm(call: Op) -> Any:
     return [(result, masks.tidy(factors)), (None, ()), (None, ())] if tuple_out else (result, masks.tidy(factors))
 
 
-def _normalised(data: Tensor, mask: Mask, dims: list[int], eps: float, center: bool = True) -> Tensor:
+def normalised(data: Tensor, mask: Mask, dims: list[int], eps: float, center: bool = True) -> Tensor:
     count = masks.counted(mask, data.shape, dims) if mask else math.prod(data.shape[d] for d in dims)
     zero = masks.zeroed(data, mask)
     mean = zero.sum(dims, keepdim=True) / count if center else torch.zeros((), dtype=data.dtype)
@@ -124,7 +124,7 @@ def group_norm(call: Op) -> Any:
     data, mask = call.values[x]
     cut = (data.shape[0], groups, data.shape[1] // groups, *data.shape[2:])
     grid = masks.moved(mask, data.shape, lambda f: f.contiguous().reshape(cut), exact=True)
-    result = _normalised(data.reshape(cut), grid, list(range(2, len(cut))), eps).reshape(data.shape)
+    result = normalised(data.reshape(cut), grid, list(range(2, len(cut))), eps).reshape(data.shape)
     factors = list(mask)
     for vector, scale in ((weight, True), (bias, False)):
         if vector is not None:

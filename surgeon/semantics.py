@@ -34,9 +34,20 @@ def _gated(call: Op) -> Any:
 
 
 def _batch_norm(call: Op) -> Any:
-    result = call.run(call.data)
-    ndim = result[0].dim()
-    factors = list(call.mask(call.args[0]))
+    """In training mode each channel is normalised by what is present of it (standardised weights are written so)."""
+    data, mask = call.data(call.args[0]), call.mask(call.args[0])
+    ndim = data.dim()
+    others = [d for d in range(ndim) if d != 1]
+    if len(call.args) > 5 and call.args[5] is True and masks.varies(mask, others):
+        plain = normalise.normalised(data, mask, others, call.args[7])
+        for vector, scale in ((call.args[1], True), (call.args[2], False)):
+            if vector is not None:
+                wide = call.data(vector).reshape(1, -1, *(1,) * (ndim - 2))
+                plain = plain * wide if scale else plain + wide
+        result: Any = (plain, None, None)
+    else:
+        result = call.run(call.data)
+    factors = list(mask)
     for vector in call.args[1:5]:
         factors += [f.reshape(1, -1, *(1,) * (ndim - 2)) for f in call.mask(vector)]
     return call.outputs(result, masks.tidy(factors))

@@ -166,6 +166,14 @@ class MultiHead(nn.Module):
         return self.out(q + self.attention(q, k, k, need_weights=False)[0])
 
 
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation, written as a batch norm of the weight in training mode (as NFNets do)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6)
+        return F.conv2d(x, flat.reshape_as(self.weight), self.bias, padding=1)
+
+
 class Recurrent(nn.Module):
     """A recurrent layer between two linear ones; only its sequence is used."""
 
@@ -526,6 +534,14 @@ MOTIFS = [
         )
         for order in ("3hd", "h3d", "chunk")
     ],
+    Motif(
+        "standardised_weights",
+        net(
+            lambda s, x: s.b(s.w(s.a(x)).relu()), a=lambda: conv(3, 8), w=lambda: StandardisedConv(8, 6, 3), b=lambda: conv(6, 4)
+        ),
+        IMAGE,
+        {"a.weight[0]": "8x1: a.bias[0] a.weight[0] w.weight[1]", "w.weight[0]": "6x1: b.weight[1] w.bias[0] w.weight[0]"},
+    ),
     Motif(
         "lstm",
         lambda: Recurrent(nn.LSTM),

@@ -66,10 +66,7 @@ def batch_norm(site: Site) -> Any:
     """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""
     x, *vectors = [a for a in site.args[:5] if isinstance(a, fx.Node)]
     ndim = len(site.out)
-    axes = site.axes(x)
-    if len(site.args) > 5 and site.args[5] is True:  # statistics over all dims but 1
-        axes = site.freeze(axes, [d for d in range(ndim) if d != 1], "is averaged over by a batch norm in training mode")
-    operands = [(axes, site.shape(x))]
+    operands = [(site.axes(x), site.shape(x))]
     for vector in vectors:
         shape, axes = per_channel(site.shape(vector), site.axes(vector), ndim)
         operands.append((axes, shape))
