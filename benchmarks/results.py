@@ -24,11 +24,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str] = ()) -> Path:
     """Write the table, what to know about it and the conditions; a reader sees the old file or the new one, never a part."""
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
-    packages = ", ".join(f"{package} {_version(package)}" for package in ("torch", "onnxruntime", "surgeon"))
-    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    conditions = f"`{command}`: {packages}, Python {platform.python_version()}; {_cpu()} ({isa}), torch threads: {threads}."
-    text = "\n".join([f"# {title}", "", markdown_table, "", *[f"- {note}" for note in notes], "", conditions, ""])
+    text = "\n".join([f"# {title}", "", markdown_table, "", *[f"- {note}" for note in notes], "", conditions(), ""])
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.md"
     with tempfile.NamedTemporaryFile("w", dir=RESULTS, prefix=f".{name}.", delete=False) as file:
@@ -37,6 +33,14 @@ def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str
     os.replace(file.name, path)
     print(f"\n{text}\nwritten to {path}")
     return path
+
+
+def conditions() -> str:
+    """The command, versions, CPU model and threads of this run."""
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    packages = ", ".join(f"{package} {_version(package)}" for package in ("torch", "onnxruntime", "surgeon"))
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"`{command}`: {packages}, Python {platform.python_version()}; {_cpu()} ({isa}), torch threads: {threads}."
 
 
 def first_line(error: BaseException) -> str:

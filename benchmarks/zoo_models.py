@@ -1,12 +1,16 @@
-"""build(name) -> (a torchvision model in eval mode with seeded random weights, an input of batch 1); no downloads.
+"""build(name) -> (a model in eval mode with seeded random weights, example inputs); nothing is downloaded.
+
+Names are `torchvision/NAME`, `timm/NAME` and `transformers/NAME`; a bare name is torchvision's.
 
 torchvision binds fake kernels to its own C++ operators when it is imported; beside a build of torch that it was not made for,
-those operators are missing and the import fails, so their schemas are declared here then. No model in the list calls them.
+those operators are missing and the import fails. Their schemas are declared here then, and non-maximum suppression, the only one
+that a model in eval mode needs and that torchvision has no Python form of, is written out.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from typing import Any
 
@@ -17,24 +21,106 @@ NAMES = (
     "resnet50 mobilenet_v2 mobilenet_v3_large vgg16_bn densenet121 efficientnet_b0 inception_v3 googlenet squeezenet1_0 "
     "shufflenet_v2_x1_0 resnext50_32x4d regnet_y_400mf convnext_tiny vit_b_32 swin_t"
 ).split()
+
+TORCHVISION = (
+    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet1_0 mobilenet_v2 "
+    "mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x1_0 squeezenet1_1 swin_t "
+    "swin_v2_t vgg11 vgg11_bn vit_b_32 wide_resnet50_2 "
+    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large "
+    "mc3_18 mvit_v1_b mvit_v2_s r2plus1d_18 r3d_18 s3d swin3d_t "
+    "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn_v2 fcos_resnet50_fpn keypointrcnn_resnet50_fpn "
+    "maskrcnn_resnet50_fpn retinanet_resnet50_fpn retinanet_resnet50_fpn_v2 ssd300_vgg16 ssdlite320_mobilenet_v3_large "
+    "raft_small raft_large"
+).split()
+"""The smallest model of each family."""
+
+TIMM = (
+    "beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_atto_rms "
+    "cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 "
+    "densenet121 dla34 dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 "
+    "efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny "
+    "gemma4_vit_167m ghostnet_100 hardcorenas_b hgnetv2_b0 hiera_tiny_224 hieradet_small hrnet_w18_small iformer_t "
+    "inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s lowformer_b0 mambaout_femto "
+    "maxvit_pico_rw_256 poolformerv2_s12 gmlp_ti16_224 mobilenetv3_large_100 mobilenetv5_base mobilevit_xxs mvitv2_tiny "
+    "naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small nf_regnet_b0 pit_ti_224 pnasnet5large pvt_v2_b0 "
+    "qwen3_vit_88m rdnet_tiny regnetx_008 repghostnet_100 repvit_m1 res2next50 resnest14d resnet18 resnetv2_18 rexnet_100 "
+    "selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 "
+    "swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 "
+    "visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_relpos_small_patch16_224 samvit_base_patch16_224 "
+    "vitamin_small_224 volo_d1_224 ese_vovnet19b_dw legacy_xception xception41p xcit_nano_12_p8_224"
+).split()
+"""One small model of each of timm's module files."""
+
 CLASSES = 1000
+_DETECTORS = ("rcnn", "fcos", "retinanet", "ssd")
+_VIDEOS = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
 _UNINITIALISED = ("inception_v3", "googlenet")  # their own initialisation takes a minute
-_library: list[torch.library.Library] = []  # the schemas live as long as this does
+_SMALLER = {"gemma4_vit_167m": 192, "qwen3_vit_88m": 192, "deepseek_vit_412m": 224}  # pictures of 768 pixels take minutes
+_libraries: list[torch.library.Library] = []  # the schemas live as long as these do
 
 
-def build(name: str, **options: Any) -> tuple[nn.Module, Tensor]:
-    """One model of `NAMES` and one image for it, both seeded; `options` go to torchvision's constructor."""
-    models = _torchvision_models()
+def names(every: bool = False) -> list[str]:
+    """The sweep: one model of each family; with `every`, all of torchvision's."""
+    from zoo_transformers import NAMES as TRANSFORMERS
+
+    vision = TORCHVISION
+    if every:
+        models = torchvision_models()
+        kinds = (models, models.segmentation, models.video, models.detection, models.optical_flow)
+        vision = [name for kind in kinds for name in models.list_models(module=kind)]
+    found = [("torchvision", vision), ("timm", TIMM), ("transformers", TRANSFORMERS)]
+    return [f"{library}/{name}" for library, known in found for name in known]
+
+
+def build(name: str, **options: Any) -> tuple[nn.Module, Any]:
+    """One model and inputs for it (a tensor, a tuple or a dict), both seeded; `options` go to torchvision's constructor."""
+    library, _, name = name.rpartition("/")
+    torch.manual_seed(0)
+    if library == "transformers":
+        from zoo_transformers import build as build_transformers
+
+        return build_transformers(name)
+    model, inputs = _timm(name) if library == "timm" else _torchvision(name, options)
+    fill_zero_weights(model)
+    return model.eval(), inputs
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    models = torchvision_models()
+    builder = models.get_model_builder(name)
     if name in _UNINITIALISED:
         options = {"init_weights": False, **options}
-    torch.manual_seed(0)
-    model: nn.Module = getattr(models, name)(weights=None, **options).eval()
-    _fill_zero_weights(model)
+    known = inspect.signature(builder).parameters
+    options |= {key: None for key in ("weights", "weights_backbone") if key in known}
+    model: nn.Module = builder(**options)
+    if any(kind in name for kind in _DETECTORS):
+        size = 320 if "320" in name else 300
+        for part in model.modules():
+            if hasattr(part, "score_thresh"):
+                part.score_thresh = 0.0  # random weights are sure of nothing; a detector that finds nothing hides its heads
+            if hasattr(part, "min_size") and hasattr(part, "max_size"):
+                part.min_size, part.max_size = (size,), size
+        return model, ([torch.rand(3, size, size)],)
+    if "raft" in name:
+        return model, tuple(torch.rand(1, 3, 128, 128) for _ in range(2))
+    if name.startswith(_VIDEOS):
+        frames = 14 if name == "s3d" else 16 if name.startswith("mvit") else 8
+        return model, torch.randn(1, 3, frames, *(2 * (224 if name.startswith(("mvit", "s3d")) else 112,)))
     size = 299 if name == "inception_v3" else 224
     return model, torch.randn(1, 3, size, size)
 
 
-def _fill_zero_weights(model: nn.Module) -> None:
+def _timm(name: str) -> tuple[nn.Module, Tensor]:
+    torchvision_models()  # timm imports torchvision
+    timm = importlib.import_module("timm")
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=CLASSES)
+    size = model.pretrained_cfg["input_size"]
+    if name in _SMALLER:
+        size = (3, _SMALLER[name], _SMALLER[name])
+    return model, torch.randn(1, *size)
+
+
+def fill_zero_weights(model: nn.Module) -> None:
     """Random numbers for weights that start as zeros (the head of vit): a model that only puts out zeros hides all errors."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
@@ -47,7 +133,8 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return linear + [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == CLASSES]
 
 
-def _torchvision_models() -> Any:
+def torchvision_models() -> Any:
+    """`torchvision.models`, also beside a torch that its C++ operators were not built for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision says that its image reader is missing; nothing here reads images
         try:
@@ -56,5 +143,28 @@ def _torchvision_models() -> Any:
             library = torch.library.Library("torchvision", "DEF")
             for op in ("nms", "qnms"):
                 library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _library.append(library)
+            library.impl("nms", _nms, "CPU")
+            _libraries.append(library)
+            boxes = importlib.import_module("torchvision.ops.boxes")
+            boxes._assert_has_ops = lambda: None
         return importlib.import_module("torchvision.models")
+
+
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression: of boxes that overlap by more than the threshold, the one with the best score stays.
+
+    boxes [N, 4] as x1, y1, x2, y2; returns the indices that stay, best first.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    ranked = boxes[order]
+    area = (ranked[:, 2] - ranked[:, 0]) * (ranked[:, 3] - ranked[:, 1])
+    gone = torch.zeros(len(order), dtype=torch.bool)
+    stays = []
+    for i in range(len(order)):
+        if gone[i]:
+            continue
+        stays.append(i)
+        low, high = torch.maximum(ranked[i, :2], ranked[:, :2]), torch.minimum(ranked[i, 2:], ranked[:, 2:])
+        overlap = (high - low).clamp(min=0).prod(dim=1)
+        gone |= overlap > iou_threshold * (area[i] + area - overlap)
+    return order[torch.tensor(stays, dtype=torch.int64)]

@@ -22,6 +22,7 @@ from surgeon.choose import Link, Request, choose
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
 from surgeon.errors import CaptureError, InputError
+from surgeon.explain import Explanation, FrozenShare, explain, frozen_share
 from surgeon.graph import Graph
 from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.labels import Track
@@ -71,6 +72,22 @@ class Surgery:
     @cached_property
     def params(self) -> int:
         return self.shapes.params(nothing(self.solution))
+
+    @cached_property
+    def frozen_share(self) -> FrozenShare:
+        """How many output channels of the model's weights may not leave, its own outputs apart, by reason."""
+        return frozen_share(self)
+
+    def explain(self, name: str) -> Explanation:
+        """What a layer is tied to and through which ops, what of it is frozen, why, and what would unfreeze it; printable.
+
+        Args:
+            name: a module ("layer2.0.conv1"), a tensor ("layer2.0.conv1.weight") or a slot of it ("layer2.0.conv1.weight[0]").
+
+        Raises:
+            InputError: there is no such thing in the model.
+        """
+        return explain(self, name)
 
     @uncollected()
     def plan(

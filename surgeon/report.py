@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,10 +28,21 @@ def describe(surgery: Surgery) -> str:
     ]
     lines += [f"note: {remark}" for remark in surgery.remarks]
     lines.append(f"{len(surgery.groups)} groups of channels that may leave:")
-    lines += [_group_line(group) for group in surgery.groups]
+    lines += alike([(group.name, _group_line(group)) for group in surgery.groups])
     lines.append("frozen:")
     lines += _frozen_lines(surgery.frozen)
     return "\n".join(lines)
+
+
+def alike(named: Sequence[tuple[str, str]]) -> list[str]:
+    """Of lines that differ in numbers of layers alone, the first one, and how many there are up to which name."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, line in named:
+        found[re.sub(r"\d+(?=\.)", "*", line)].append((name, line))
+    return [
+        entries[0][1] + (f"; and {len(entries) - 1} alike, up to {entries[-1][0]}" if len(entries) > 1 else "")
+        for entries in found.values()
+    ]
 
 
 def _group_line(group: Group) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(surgeon.__file__).parent
 LAYERS = """
 errors graph _views inputs _sizes recorder capture labels rules propagate solve lanes groups cost criteria
 choose edits rewrite plan masks wanted compare mend absence normalise semantics reference verify fuse export
-bench report pipeline models cli
+bench report explain pipeline models cli
 """.split()
 
 
