@@ -1,11 +1,11 @@
 """Which architectures can be shrunk: every model of the zoo at channel ratio 0.5, with proof; with --peer also by torch-pruning.
 
     pip install torchvision timm transformers torch-pruning==1.6.1
-    python benchmarks/zoo.py [--peer] [--filter PATTERN] [--all] [--fresh] [--jobs 2]
+    python benchmarks/zoo.py [--peer] [--filter PATTERN] [--all] [--fresh | --retry] [--jobs 2]
 
-Each model runs in a process of its own with a time limit. Results are kept in benchmarks/.cache/zoo.json, so that a sweep that was
-stopped goes on, and docs/zoo.md is written from them (not with --filter). A row works if the proof passes, and if the small model runs on
-another batch size, in training mode and through a backward pass.
+Each model runs in a process of its own with a time limit. Results are kept in benchmarks/.cache/zoo.json, so that a sweep
+that was stopped goes on, and docs/zoo.md is written from them (not with --filter). A row works if the proof passes, and if the
+small model runs on another batch size, in training mode and through a backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,10 @@ def one(tool: str, name: str) -> None:
     print(json.dumps(row))
 
 
-def sweep(names: list[str], tools: list[str], jobs: int, fresh: bool) -> dict[str, dict[str, Any]]:
+def sweep(names: list[str], tools: list[str], jobs: int, again: Callable[[Mapping[str, Any]], bool]) -> dict[str, dict[str, Any]]:
     """All rows by 'tool name'; what the cache holds is not measured again."""
     rows: dict[str, dict[str, Any]] = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
-    todo = [(tool, name) for name in names for tool in tools if fresh or f"{tool} {name}" not in rows]
+    todo = [(tool, name) for name in names for tool in tools if again(rows.get(f"{tool} {name}", {}))]
     with ThreadPoolExecutor(jobs) as pool:
         for (tool, name), row in zip(todo, pool.map(lambda work: in_process(*work), todo), strict=True):
             rows[f"{tool} {name}"] = row
@@ -237,9 +237,8 @@ def summary(names: list[str], rows: Mapping[str, Mapping[str, Any]], tool: str) 
             continue
         text = f"{tool}, {library}: {len(fine)} of {len(own)} work; median of params left {_median(fine, 'left'):.1%}"
         if tool == "surgeon":
-            text += (
-                f", most {max(row['left'] for row in fine):.1%}; median of frozen output channels {_median(fine, 'frozen'):.1%}"
-            )
+            text += f", most {max(row['left'] for row in fine):.1%}"
+            text += f"; median of frozen output channels {_median(fine, 'frozen'):.1%}"
             text += f"; largest proof error {max(row['error'] for row in fine):.1e}"
         said.append(f"{text}; median {_median(fine, 'seconds'):.1f} s, most {max(row['seconds'] for row in fine):.0f} s.")
     return said
@@ -264,10 +263,10 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
     if len(tools) > 1:
         header.append("torch-pruning")
     intro = (
-        "Every model is cut at channel ratio 0.5 by l1 magnitude, with random weights and no hints. It works if the proof passes (1e-9 in "
-        "float64), and if the small model runs on another batch size, in training mode and through a backward pass. *Frozen* is the share "
-        "of output channels of weights that may not leave, the model's own outputs apart. Seconds are those of everything together: "
-        "capture, plan, surgery and proof, on one thread; MiB is the peak above the loaded model."
+        "Every model is cut at channel ratio 0.5 by l1 magnitude, with random weights and no hints. It works if the proof passes "
+        "(1e-9 in float64), and if the small model runs on another batch size, in training mode and through a backward pass. "
+        "*Frozen* is the share of output channels of weights that may not leave, the model's own outputs apart. Seconds are of "
+        "everything together: capture, plan, surgery and proof, on one thread; MiB is the peak above the loaded model."
     )
     lines = [
         "# Supported architectures",
@@ -291,6 +290,7 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="all of torchvision's models, not the smallest of each family")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "NAME"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -301,7 +301,7 @@ def main() -> None:
 
     tools = list(TOOLS if chosen.peer else TOOLS[:1])
     found = [name for name in names(chosen.all) if not chosen.filter or fnmatch.fnmatch(name, chosen.filter)]
-    rows = sweep(found, tools, chosen.jobs, chosen.fresh)
+    rows = sweep(found, tools, chosen.jobs, lambda row: chosen.fresh or not row or (chosen.retry and "failed" in row))
     print("\n".join(line for tool in tools for line in summary(found, rows, tool)))
     if not chosen.filter:
         path = ROOT / "docs" / "zoo.md"

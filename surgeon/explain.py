@@ -1,4 +1,4 @@
-"""explain(surgery, name) -> Explanation: what a layer is tied to and through which ops, what of it is frozen, why, and what to do.
+"""explain(surgery, name) -> Explanation: what a layer is tied to and through which ops, what is frozen, why, and what to do.
 
 The ties of one unit are a small networkx graph: its nodes are ids, its edges are the facts that rules wrote down, each with the
 op that spoke. The way from one slot to another is a shortest path in it.
@@ -7,7 +7,8 @@ op that spoke. The way from one slot to another is a shortest path in it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -42,7 +43,7 @@ ADVICE = (
     ("sliced with a step", "make the width a multiple of the step"),
     (
         "size here is fixed",
-        "make the other tensor a parameter or buffer of the model, or compute its size from the model's tensors",
+        "make the other tensor a parameter or buffer, or compute its size from the model's tensors",
     ),
     ("and its size is fixed", "make the other tensor a parameter or buffer of the model"),
     ("computes its size from one that is frozen", "unfreeze that one, or compute the size from this layer's own tensors"),
@@ -89,8 +90,8 @@ class SlotExplanation:
     """One slot: its width, the groups that its channels belong to, what they are tied to, and what of it is frozen.
 
     Attributes:
-        graph: the ties of its first channel that may leave: ids, joined by facts; edges carry `node`, the op. Ids that are indices
-            of slots carry `slot`.
+        graph: the ties of its first channel that may leave: ids, joined by facts; edges carry `node`, the op. Ids that are
+            indices of slots carry `slot`.
     """
 
     slot: Slot
@@ -170,7 +171,7 @@ def ties_of(propagation: Propagation, solution: Solution, unit: int) -> nx.Graph
     atoms = np.array([int(a[0]) for a in solution.atoms(np.array([unit])) if a[0] >= 0])
 
     def leaves(ids: Track) -> Track:
-        return np.any([np.isin(part, atoms) for part in solution.atoms(ids)], axis=0)
+        return np.asarray(np.any([np.isin(part, atoms) for part in solution.atoms(ids)], axis=0))
 
     graph = nx.Graph()
     graph.add_node(unit)
@@ -185,8 +186,8 @@ def ties_of(propagation: Propagation, solution: Solution, unit: int) -> nx.Graph
     return graph
 
 
-def _edges(graph: nx.Graph, left: Track, right: Track, node: fx.Node | None, leaves: object) -> None:
-    both = leaves(left) & leaves(right)  # type: ignore[operator]  # a function of one array
+def _edges(graph: nx.Graph, left: Track, right: Track, node: fx.Node | None, leaves: Callable[[Track], Track]) -> None:
+    both = leaves(left) & leaves(right)
     graph.add_edges_from(zip(left[both].tolist(), right[both].tolist(), strict=True), node=node)
 
 
@@ -198,7 +199,7 @@ def _ties(graph: nx.Graph, own: Slot, unit: int) -> Iterator[Tie]:
         if slot is None or slot in seen:
             continue
         seen.add(slot)
-        ops = [graph.edges[edge]["node"] for edge in zip(path, path[1:], strict=False)]
+        ops = [graph.edges[edge]["node"] for edge in itertools.pairwise(path)]
         yield Tie(slot, tuple(dict.fromkeys(op for op in ops if op is not None)))
 
 
