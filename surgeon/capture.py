@@ -8,15 +8,13 @@ the other views are read again. The model leaves as it came: training flags, RNG
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from surgeon._quiet import quiet_run, real_indices
 from surgeon._sizes import SizeMode, looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph import Graph, tensor_leaves
@@ -46,7 +44,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
     assumed = ""
     if example_inputs is None:
         example_inputs, assumed = find_inputs(model)
-    args, kwargs = normalize(example_inputs)
+    args, kwargs = real_indices(normalize(example_inputs))
     recorder = Recorder(model)
     with quiet_run(model, seed=0, training=training):
         try:
@@ -68,51 +66,3 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
             ) from error
         finally:
             recorder.restore()
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection for a while: a graph is many small objects, none of them garbage, and each full collection walks
-    everything else that the process holds."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
-    """Eval (or training) mode, no gradients, a fixed seed; all of it put back afterwards.
-
-    Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
-    recurrent layers.
-
-    What forward keeps on its modules (caches, counters) is taken away again. In training mode the buffers' values are put back
-    as well: batch norms update theirs.
-    """
-    flags = {module: module.training for module in model.modules()}
-    kept = [(held, dict(held)) for module in flags for held in (module.__dict__, module._buffers)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
-    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), plain:
-            torch.manual_seed(seed)
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.train(training)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for held, before in kept:
-            if any(held.get(name) is not value for name, value in before.items()) or len(held) != len(before):
-                held.clear()
-                held.update(before)
-        for module, flag in flags.items():
-            module.training = flag
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgeon._quiet import PlainMode, quiet_run
 from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
-from surgeon.capture import quiet_run
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
 from surgeon.graph import Call, Graph, source_line
-from surgeon.recorder import CallStack, PlainMode
+from surgeon.recorder import CallStack
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon.capture import quiet_run
+from surgeon._quiet import quiet_run
 from surgeon.errors import ExportError, InputError
 from surgeon.graph import tensor_leaves
 from surgeon.inputs import find_inputs, normalize

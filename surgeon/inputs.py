@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon._quiet import quiet_run, real_indices
 from surgeon.errors import CaptureError, InputError
 from surgeon.graph import tensor_leaves
 
@@ -107,19 +108,10 @@ def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 def _runs(model: nn.Module, inputs: Any) -> str | None:
     """None if the model runs on the inputs, else the first line of its error."""
-    args, kwargs = normalize(inputs)
-    training = {module: module.training for module in model.modules()}
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    args, kwargs = real_indices(normalize(inputs))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model.eval()(*args, **kwargs)
+        with quiet_run(model, seed=0):
+            model(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  # the model's own code: anything may come out of it, and all of it is reported
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        with torch.no_grad():
-            for name, value in model.named_buffers():
-                if name in buffers and value.shape == buffers[name].shape:
-                    value.copy_(buffers[name])
     return None

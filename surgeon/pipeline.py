@@ -17,7 +17,8 @@ import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon import criteria
-from surgeon.capture import capture, uncollected
+from surgeon._quiet import uncollected
+from surgeon.capture import capture
 from surgeon.choose import Link, Request, choose
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
@@ -48,6 +49,8 @@ class Surgery:
     def __init__(self, model: nn.Module, graph: Graph, *further: Graph, remarks: Sequence[str] = ()) -> None:
         self.remarks = tuple(r for r in (graph.assumed, *remarks) if r)
         self.model, self.graph, self.runs = model, graph, (graph, *further)
+        if self.without_values:
+            self.remarks += ("the weights have no values (meta device): a plan says how many channels stay, and takes the first",)
         self.propagation: Propagation = propagate(graph, *further)
         self.solution: Solution = solve(self.propagation.ledger)
         groups, self._stuck = find_groups(self.propagation, self.solution)
@@ -64,6 +67,11 @@ class Surgery:
         reason = "the model's code computes its size from one that is frozen"
         pinned = [FrozenGroup(g.slots, g.width, reason, None) for g in self._pinned]
         return find_frozen(self.propagation, self.solution) + self._stuck + pinned
+
+    @cached_property
+    def without_values(self) -> bool:
+        """Whether weights are on the meta device: sizes can be planned, but no channel is better than another."""
+        return any(self.graph.tensors[name].is_meta for name in self.graph.owned)
 
     @cached_property
     def macs(self) -> int:
@@ -108,7 +116,8 @@ class Surgery:
             ratio: share of the channels of every group to remove, in [0, 1). Params and MACs go roughly with (1 - ratio)^2,
                 because a layer loses inputs and outputs: 0.5 leaves about a quarter.
             macs, params: instead of ratio, what may stay: a share of the original (up to 1) or an absolute number.
-            criterion: "l1", "l2", "bn_scale", "random" or a callable (group, tensors) -> one score per unit, low leaves first.
+            criterion: "l1", "l2", "bn_scale", "random", "first" (channels stay in order), or a callable (group, tensors) -> one
+                score per unit, low leaves first. Of weights without values (on the meta device) the first channels stay.
             scope: "uniform" (the same share of every group) or "global" (the lowest scores of all groups).
             round_to: kept widths are multiples of this, where a group has that many channels.
             ignore: modules, or names of modules or tensors, whose outputs stay.
@@ -119,7 +128,7 @@ class Surgery:
             BudgetError: nothing may leave, or the budget lies below what must stay.
         """
         request = Request(ratio, macs, params, scope, round_to)
-        which = criteria.criterion(criterion, seed)
+        which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
         self._check_weights()
         groups = self._without(ignore)
         return self._planned(request, lambda group: criteria.scores(which, group, self.graph.tensors), groups, criterion)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon import _views
+from surgeon._quiet import PlainMode
 from surgeon.errors import CaptureError
 from surgeon.graph import Call, Graph, Spec, architecture, tensor_leaves
 
@@ -35,14 +35,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, value in store.items():
                 if isinstance(value, Tensor):
                     yield dot + name, value
-
-
-class PlainMode(TorchDispatchMode):
-    """A dispatch mode that torch.compile never meets, so its handler is not wrapped against it (10 us an op)."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
 
 class CallStack(contextlib.ExitStack):

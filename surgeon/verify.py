@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon._quiet import PlainMode, quiet_run
 from surgeon.absence import widened
-from surgeon.capture import capture, quiet_run
+from surgeon.capture import capture
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, tensor_leaves, where
 from surgeon.plan import Plan
-from surgeon.recorder import PlainMode, named_tensors
+from surgeon.recorder import named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import Family, family, op_name
 

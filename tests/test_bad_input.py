@@ -74,7 +74,7 @@ BAD: list[tuple[str, type[SurgeonError], Callable[[], nn.Module], dict[str, Any]
     ("zero budget", InputError, Small, {"macs": 0}, "must be positive"),
     ("budget too small", BudgetError, Small, {"params": 10}, "is the least that can stay"),
     ("macs too small", BudgetError, Small, {"macs": 1e-6}, "is the least that can stay"),
-    ("unknown criterion", InputError, Small, {"ratio": 0.5, "criterion": "magic"}, "bn_scale, l1, l2, random"),
+    ("unknown criterion", InputError, Small, {"ratio": 0.5, "criterion": "magic"}, "bn_scale, first, l1, l2, random"),
     ("unknown scope", InputError, Small, {"ratio": 0.5, "scope": "local"}, "uniform, global"),
     ("bad round_to", InputError, Small, {"ratio": 0.5, "round_to": 0}, "round_to"),
     ("criterion without norms", InputError, Small, {"ratio": 0.5, "criterion": "bn_scale"}, "body.3.weight"),

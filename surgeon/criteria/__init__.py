@@ -22,6 +22,7 @@ BUILT_IN: dict[str, Callable[[int], Criterion]] = {
     "l2": lambda seed: magnitude.Norm(2),
     "bn_scale": lambda seed: magnitude.BatchNormScale(),
     "random": lambda seed: magnitude.Random(seed),
+    "first": lambda seed: magnitude.first,
 }
 
 
