@@ -62,11 +62,12 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     with _disable_current_modes():  # tensors that only serve to ask are no part of the run
         stand_ins = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
         mask = None if attn_mask is None else torch.empty((), dtype=attn_mask.dtype).expand(attn_mask.shape)
-        choice = torch._fused_sdp_choice(*stand_ins, mask, dropout_p, is_causal, **options)
+        choose: Any = torch._fused_sdp_choice
+        choice = choose(*stand_ins, mask, dropout_p, is_causal, **options)
     if choice != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if attn_mask is not None and attn_mask.dtype is torch.bool:
@@ -120,7 +121,7 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
     plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    modes = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
+    modes: list[Any] = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), plain, contextlib.ExitStack() as stack:
             for mode in modes:

@@ -149,6 +149,9 @@ def _convolution(call: Op) -> Any:
 def _attention(call: Op) -> Any:
     q, k, v = call.args[:3]
     parts = [call.zeroed(n) for n in (q, k, v)]
+    times = parts[0].shape[1] // parts[1].shape[1]  # heads of q that one head of k and v serves
+    parts[1:] = [part.repeat_interleave(times, dim=1) for part in parts[1:]]
+    k_mask, v_mask = (_served(call.mask(n), times) for n in (k, v))
     name = call.name
     bias = call.kwargs.get("attn_mask") if "efficient" not in name else call.args[3]
     causal_at = 5 if "efficient" in name else 4
@@ -160,16 +163,20 @@ def _attention(call: Op) -> Any:
     logits = parts[0] @ parts[1].transpose(-2, -1) * scale
     if bias is not None:
         logits = logits + call.data(bias).to(logits.dtype)
-    for factor in masks.any_along(call.mask(k), [3]):
+    for factor in masks.any_along(k_mask, [3]):
         logits = logits.masked_fill(~factor.transpose(-2, -1), -math.inf)
     if causal:
         n, m = logits.shape[-2:]
         logits = logits.masked_fill(torch.ones(n, m, dtype=torch.bool).tril().logical_not(), -math.inf)
     result = torch.softmax(logits, dim=-1) @ parts[2]
     rows = masks.any_along(call.mask(q), [3])
-    columns = masks.any_along(call.mask(v), [2])
+    columns = masks.any_along(v_mask, [2])
     rest = [(None, ())] * (len(call.node.meta["spec"]) - 1)
     return [(result, masks.tidy([*rows, *columns])), *rest]
+
+
+def _served(mask: masks.Mask, times: int) -> masks.Mask:
+    return tuple(f.repeat_interleave(times, dim=1) if f.shape[1] > 1 else f for f in mask)
 
 
 def _embedding(call: Op) -> Any:

@@ -110,6 +110,12 @@ CASES = [
         ((1, 4, 5, 6), (1, 4, 5, 6), (1, 4, 5, 6)),
         "a1=b1=c1 a2 b2=c2 a3=b3=c3x2",
     ),
+    Case(
+        "attention of grouped queries",
+        lambda a, b, c: F.scaled_dot_product_attention(a, b, c, enable_gqa=True),
+        ((1, 4, 5, 6), (1, 2, 5, 6), (1, 2, 5, 6)),
+        "a1=b1=c1.rows/2 a1.columns/2x2 a2 b2=c2 a3=b3=c3x2",
+    ),
     # reductions and normalisations
     Case("mean", lambda a: a.mean(1), (S,), "a0 a1"),
     Case("mean keepdim", lambda a, b: a.mean(1, keepdim=True) * b, (S, S), "a0=b0 a1 b1"),

@@ -152,6 +152,20 @@ class SeparateQKV(nn.Module):
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
 
 
+class GroupedQueries(nn.Module):
+    """Six heads of queries, three of keys and values, in the fused kernel; sizes from the head dim, as in Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 4
+        self.q, self.k, self.v, self.o = nn.Linear(5, 24), nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
 class MultiHead(nn.Module):
     def __init__(self, **kw: Any) -> None:
         super().__init__()
@@ -608,6 +622,17 @@ MOTIFS = [
             "q.weight[0] columns": "6x8: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
         },
         ("num_heads", "head_dim"),
+    ),
+    Motif(
+        "grouped_queries",
+        GroupedQueries,
+        SEQUENCE,
+        {
+            "q.weight[0] rows": "3x1: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
+            "q.weight[0] middle": "2x3: o.weight[1] q.bias[0] q.weight[0]",
+            "q.weight[0] columns": "4x6: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
+        },
+        ("head_dim",),
     ),
     Motif(
         "multihead_attention",

@@ -165,5 +165,5 @@ def test_the_weakest_head_leaves_whole() -> None:
 
 
 def test_known_criteria_are_listed() -> None:
-    with pytest.raises(InputError, match="bn_scale, l1, l2, random"):
+    with pytest.raises(InputError, match="bn_scale, first, l1, l2, random"):
         criteria.criterion("nope")

@@ -115,7 +115,7 @@ def guard(name: str, tensors: list[Tensor], args: list[Any]) -> None:
             raise RuntimeError("sizes of a norm do not fit")
     if "attention" in name:
         q, k, v = (t.shape for t in tensors[:3])
-        if q[1] != k[1] or k[:3] != v[:3] or q[3] != k[3]:
+        if not k[1] or q[1] % k[1] or k[:3] != v[:3] or q[3] != k[3]:
             raise RuntimeError("sizes of an attention do not fit")
     if "convolution" in name:
         x, weight, groups = tensors[0], tensors[1], args[8]

@@ -153,22 +153,30 @@ def _flatten_dims(site: Site, track: np.ndarray, dims: tuple[int, ...], offset: 
     "_scaled_dot_product_fused_attention_overrideable",
 )
 def attention(site: Site) -> Any:
-    """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, H, M, D], v [B, H, M, E]; heads and dims are tied."""
+    """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, K, M, D], v [B, K, M, E]; heads and dims are tied.
+
+    K divides H: each head of k and v serves H/K heads of q in a row (grouped queries).
+    """
     q, k, v = site.args[:3]
     name = op_name(site.node)
     mask = site.node.kwargs.get("attn_mask")
     if mask is None and "efficient" in name:
         mask = site.arg(3)
-    scores = contract(site, [_operand(site, q, "bhnd"), _operand(site, k, "bhmd")], "bhnm")
-    shape = (*site.shape(q)[:3], site.shape(k)[2])
+    batch, heads, queries, width = site.shape(q)
+    served = site.shape(k)[1]
+    cut, shape = (batch, served, heads // served), (batch, heads, queries, site.shape(k)[2])
+    wide = reshape(site.ledger, site.axes(q), site.shape(q), (*cut, queries, width))
+    scores = contract(site, [(wide, (*cut, queries, width), "bhgnd"), _operand(site, k, "bhmd")], "bhgnm")
+    scores = reshape(site.ledger, scores, (*cut, *shape[2:]), shape)
     if mask is not None:
         scores = broadcast(site, [(scores, shape), (site.axes(mask), site.shape(mask))], shape)
     q_axes, v_axes = site.axes(q), site.axes(v)
-    out = contract(site, [(scores, shape, "bhnm"), _operand(site, v, "bhmd")], "bhnd")
+    wide = reshape(site.ledger, scores, shape, (*cut, *shape[2:]))
+    out = contract(site, [(wide, (*cut, *shape[2:]), "bhgnm"), _operand(site, v, "bhmd")], "bhgnd")
+    out = reshape(site.ledger, out, (*cut, queries, site.shape(v)[3]), (batch, heads, queries, site.shape(v)[3]))
     if 3 in q_axes and 3 in v_axes and site.shape(q)[3] == site.shape(v)[3]:
-        rows = np.broadcast_shapes(q_axes[3].shape, v_axes[3].shape)
-        both = np.stack([np.broadcast_to(q_axes[3], rows), np.broadcast_to(v_axes[3], rows)])
-        site.ledger.balance(both, 4)  # the fused kernels take one head dim
+        rows = [axes[3].reshape(-1, axes[3].shape[-1]) for axes in (q_axes, v_axes)]
+        site.ledger.balance(np.concatenate(rows), 1)  # the fused kernels take one head dim
     return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
 
 
