@@ -119,4 +119,6 @@ def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:
             return 0.0
     scale = float(want.abs().max())
     difference = float((want - got).abs().max())
+    if not math.isfinite(difference):
+        return math.inf
     return difference / scale if scale else (math.inf if difference else 0.0)

@@ -12,7 +12,8 @@ from motifs import Flatten, FusedQKV
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.errors import MendError
+from surgeon.errors import MendError, ProofError
+from surgeon.rewrite import shrink_module
 
 
 class Auxiliary(nn.Module):
@@ -180,3 +181,29 @@ def test_small_modules_train_and_keep_state_dicts() -> None:
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < losses[0]
+
+
+def test_results_that_are_not_finite_prove_nothing() -> None:
+    class Overflows(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 0
+
+    model, x = Overflows(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4)
+    plan = surgeon.inspect(model, x).plan(0.5)
+    with pytest.raises(ProofError, match="no finite number"):
+        surgeon.verify(model, plan.apply(model), plan, x)
+
+
+def test_a_small_model_that_gives_nan_is_rejected() -> None:
+    """NaN compares false with everything: it must not slip through a maximum."""
+
+    class Sour(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[0](x)
+            return self[1](x if x.shape[1] == 8 else x * float("nan"))
+
+    model, x = Sour(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4)
+    plan = surgeon.inspect(model, x).plan(0.5)
+    small = shrink_module(model, plan.kept)
+    with pytest.raises(ProofError, match="relative error inf"):
+        surgeon.verify(model, small, plan, x)
