@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,11 +113,11 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
     recurrent layers. A model on the meta device runs on shapes alone (see `Meta`).
 
-    What forward keeps on its modules (caches, counters) is taken away again. In training mode the buffers' values are put back
+    What forward keeps on its modules (caches, counters, hooks) is taken away again. In training mode the buffers' values are put back
     as well: batch norms update theirs.
     """
     flags = {module: module.training for module in model.modules()}
-    kept = [(held, dict(held)) for module in flags for held in (module.__dict__, module._buffers)]
+    kept = [(held, held.copy()) for module in flags for held in _holders(module)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
@@ -133,7 +134,10 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for held, before in kept:
-            if any(held.get(name) is not value for name, value in before.items()) or len(held) != len(before):
+            if isinstance(held, list):
+                if len(held) != len(before) or any(a is not b for a, b in zip(held, before, strict=True)):
+                    held[:] = before
+            elif len(held) != len(before) or any(held.get(name) is not value for name, value in before.items()):
                 held.clear()
                 held.update(before)
         for module, flag in flags.items():
@@ -141,3 +145,11 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """What a module keeps things in: its attributes, and the dicts and lists among them (buffers, hooks, caches)."""
+    yield module.__dict__
+    for value in module.__dict__.values():
+        if type(value) in (dict, OrderedDict, list):
+            yield value

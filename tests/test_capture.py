@@ -139,6 +139,28 @@ def test_buffers_that_forward_writes_are_put_back() -> None:
     assert model.counter == 0
 
 
+def test_hooks_and_caches_that_forward_makes_are_taken_away() -> None:
+    """A model may install its hooks at the first call (as transformers models do) and remember that it has."""
+
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen, self.ready = nn.Linear(4, 4), [], False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:
+                self.layer.register_forward_hook(lambda m, args, out: self.seen.append(out))
+                self.ready = True
+            self.seen.clear()
+            self.layer(x)
+            return torch.stack(self.seen)
+
+    model, x = Lazy(), torch.randn(2, 4)
+    shapes = [capture(model, x).outputs[0][1].meta["spec"].shape for _ in range(2)]
+    assert shapes == [(1, 2, 4)] * 2
+    assert not model.ready and not model.layer._forward_hooks and model.seen == []
+
+
 def test_modules_and_lines_are_recorded() -> None:
     model = nn.Sequential(nn.Linear(4, 3), Run(lambda s, x: x.exp()))
     graph = capture(model, torch.randn(2, 4))
