@@ -113,8 +113,8 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
     recurrent layers. A model on the meta device runs on shapes alone (see `Meta`).
 
-    What forward keeps on its modules (caches, counters, hooks) is taken away again. In training mode the buffers' values are put back
-    as well: batch norms update theirs.
+    What forward keeps on its modules (caches, counters, hooks) is taken away again. In training mode the buffers' values are
+    put back as well: batch norms update theirs.
     """
     flags = {module: module.training for module in model.modules()}
     kept = [(held, held.copy()) for module in flags for held in _holders(module)]

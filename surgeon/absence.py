@@ -23,6 +23,20 @@ def widened(item: Any) -> Any:
     return tuple(map(widened, item)) if isinstance(item, tuple) else item
 
 
+def in_float64(func: Any) -> Any:
+    """The op, or one that does the same in float64 where its own kernel does not know that type."""
+    return grouped_mm if func is torch.ops.aten._grouped_mm.default else func
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """Rows of x [T, K] up to each offset times its own matrix of weight [E, K, N]."""
+    if offs is None or x.dim() != 2 or weight.dim() != 3:
+        raise ProofError("cannot compute _grouped_mm in float64", why=f"shapes {tuple(x.shape)} and {tuple(weight.shape)}")
+    ends = offs.tolist()
+    blocks = [x[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, weight, strict=False)]
+    return torch.cat([*blocks, x.new_zeros(x.shape[0] - ends[-1], weight.shape[2])])
+
+
 class Op:
     """One op at work: its arguments as data, as masks, or as zeroed data."""
 
@@ -47,7 +61,7 @@ class Op:
     @property
     def op(self) -> Any:
         """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
-        return torch.reshape if self.name in ("view", "_unsafe_view", "_reshape_alias") else self.node.target
+        return torch.reshape if self.name in ("view", "_unsafe_view", "_reshape_alias") else in_float64(self.node.target)
 
     @property
     def masked(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgeon._decisions import replay
 from surgeon._quiet import PlainMode, quiet_run
 from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
@@ -64,7 +65,7 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
             if not mode.notes:  # else: mend what is known, then look again
                 raise
         except Exception as error:
-            if mode.notes:
+            if mode.notes or mode.looked_ahead():
                 return mode.notes
             raise MendError(
                 f"the small model does not run: {type(error).__name__}: {error}",
@@ -112,7 +113,11 @@ class _Comparer(PlainMode):
             return func(*args, **kwargs)
         call = self._match(func, name, args)
         args = self._corrected(call, list(args))
-        out = func(*args, **kwargs)
+        out = None
+        if "decision" in call.node.meta:  # the small model is to take the same path
+            out = replay(call.node, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         self._check(call, out)
         self.at += 1
         return out
@@ -123,6 +128,9 @@ class _Comparer(PlainMode):
             left_out = name == "slice" and self._belongs_to_next(call, args)
             if not left_out and (call.op is func or _alike(call.op) == ALIKE.get(name, name)):
                 return call
+            if "const" in call.node.meta:  # the model's code has remembered it
+                self.at += 1
+                continue
             if op_name(call.node) != "slice":
                 break
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
@@ -157,13 +165,28 @@ class _Comparer(PlainMode):
                 args[position] = value
         return args
 
-    def _note(self, call: Call, old: Any, want: Any, got: Any) -> None:
+    def _note(self, call: Call, old: Any, want: Any, got: Any, module: str | None = None) -> None:
         several = isinstance(want, list)
         triples = zip(old, want, got, strict=False) if several else [(old, want, got)]
         for place, (before, new, found) in enumerate(triples):
             if new != found:
                 numbers = int(before), int(new), int(found), place if several else -1
-                self.notes.append(Note(self.at, self.stack.current, call.source, op_name(call.node), *numbers))
+                self.notes.append(
+                    Note(self.at, self.stack.current if module is None else module, call.source, op_name(call.node), *numbers)
+                )
+
+    def looked_ahead(self) -> bool:
+        """Note the next recorded size that must change: the code stopped before it, perhaps because it checks sizes."""
+        for call in self.calls[self.at :]:
+            for position, value in wanted(call.node, self.shapes, self.choice).items():
+                old: Any = call.node.args[position]
+                if isinstance(value, list):  # -1: what is left over
+                    old = [n if o == -1 else o for o, n in zip(old, value, strict=True)]
+                if not call.node.meta.get("derived"):
+                    self._note(call, old, value, old, call.module)
+            if self.notes:
+                return True
+        return False
 
     def reshaped(self, x: Tensor, sizes: list[Any]) -> Tensor:
         """What a reshape that failed should have given, noted."""

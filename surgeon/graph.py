@@ -46,7 +46,8 @@ class Graph:
     Attributes:
         fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`; some nodes have
             `const` (the value of an index tensor), `follows` (dims whose size the model's code computed from another one),
-            `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number).
+            `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number), `decision`
+            (what a deciding op gave, see `_decisions`).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
         owned: the names in `tensors` that belong to the model and may be sliced.
         aliases: other names of the same tensors (tied weights), alias -> name.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,15 +50,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
         trial = _propose(small, notes, refused)
         if not trial:
             break
-        for edit in trial:
-            apply_edit(small, edit)
-        after = compare(small, runs, shapes, choice)
-        worse = _worse(notes, after, trial)
-        for edit in worse:
-            refused.add((edit.module, edit.kind, edit.name))
-            apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
-        edits += [edit for edit in trial if edit not in worse]
-        notes = compare(small, runs, shapes, choice) if worse else after
+        kept, notes = _tried(small, trial, notes, refused, lambda: compare(small, runs, shapes, choice))
+        edits += kept
     if notes:
         raise MendError(
             f"the model's code holds {len(notes)} sizes that could not be changed",
@@ -67,6 +60,38 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
             fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
         )
     return tuple(edits)
+
+
+def _tried(
+    small: nn.Module, trial: list[Edit], notes: list[Note], refused: set[tuple[str, str, str]], look: Callable[[], list[Note]]
+) -> tuple[list[Edit], list[Note]]:
+    """Make the edits of a trial that help, and tell what is left to change; the others are undone and refused."""
+    made = [edit for edit in trial if _applied(small, edit, refused)]
+    try:
+        after = look()
+        worse = _worse(notes, after, made)
+    except MendError:  # one of them leads the code astray
+        worse = made
+    for edit in reversed(worse):
+        apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+    if len(worse) == len(made) > 1:  # find out which
+        kept: list[Edit] = []
+        for edit in made:
+            found, notes = _tried(small, [edit], notes, refused, look)
+            kept += found
+        return kept, notes
+    refused |= {(edit.module, edit.kind, edit.name) for edit in worse}
+    return [edit for edit in made if edit not in worse], look() if worse else after
+
+
+def _applied(small: nn.Module, edit: Edit, refused: set[tuple[str, str, str]]) -> bool:
+    """Make the edit; False if its place (shared with other modules, say) has changed meanwhile."""
+    try:
+        apply_edit(small, edit)
+    except MendError:
+        refused.add((edit.module, edit.kind, edit.name))
+        return False
+    return True
 
 
 def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon import _views
+from surgeon._decisions import decides, decision
 from surgeon._quiet import PlainMode
 from surgeon.errors import CaptureError
 from surgeon.graph import Call, Graph, Spec, architecture, tensor_leaves
@@ -230,6 +231,8 @@ class Recorder(PlainMode):
             node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
+        if decides(func, args):
+            node.meta["decision"] = decision(out)
         self.calls.append(Call(func, node, self.stack.current, node.meta["source"]))
         return out
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon import masks
+from surgeon._decisions import replay
 from surgeon._views import getitem
-from surgeon.absence import Op
+from surgeon.absence import Op, nest
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.masks import Mask
@@ -92,6 +93,10 @@ class Reference:
         if node.target is getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
         call = Op(node, name, args, dict(node.kwargs), self.values)
+        if "decision" in node.meta and not call.masked:
+            taken = replay(node, [nest(a, call.data) for a in args], node.kwargs)
+            if taken is not None:
+                return call.outputs(taken, ())
         return SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
 
 

@@ -186,8 +186,51 @@ def _embedding(call: Op) -> Any:
     return result, tuple(f.reshape((1,) * (result.dim() - 1) + (-1,)) for f in call.mask(call.args[0]))
 
 
+def _unfolded(call: Op) -> Any:
+    """im2col and col2im: a channel and all its kernel places are present or not."""
+    result, mask = call.run(call.zeroed), call.mask(call.args[0])
+    if masks.varies(mask, range(2, call.data(call.args[0]).dim())):
+        raise refusal(call, "presence varies over spatial dims")
+    times = math.prod(call.args[1 if call.name == "im2col" else 2])
+    found = []
+    for factor in mask:
+        if factor.shape[1] == 1:
+            own = factor.flatten(2)[..., :1]
+        elif call.name == "im2col":
+            own = factor.flatten(2)[..., :1].repeat_interleave(times, dim=1)
+        else:
+            own = factor.reshape(factor.shape[0], -1, times).any(dim=2, keepdim=True)
+        found.append(own.reshape(*own.shape[:2], *(1,) * (result.dim() - 2)))
+    return result, masks.tidy(found)
+
+
+def _index_put(call: Op) -> Any:
+    x, indices, values = call.args[:3]
+    result = call.run(call.data)
+    last = 0
+    for place, tensor in enumerate(indices):
+        if tensor is not None:
+            last = place + (call.data(tensor).dim() if call.data(tensor).dtype is torch.bool else 1)
+    if masks.varies(call.mask(x), range(last)):
+        raise refusal(call, "entries that are written by index were removed")
+    behind = [f for f in call.mask(values) if f.dim() >= result.dim() - last]
+    factors = [f.reshape((1,) * last + tuple(f.shape[f.dim() - (result.dim() - last) :])) for f in behind]
+    return result, masks.tidy([*call.mask(x), *factors])
+
+
+def _grouped_product(call: Op) -> Any:
+    x, weight = call.args[:2]
+    rows = masks.any_along(call.mask(x), [1])
+    columns = [f.squeeze(0) for f in masks.any_along(call.mask(weight), [1]) if f.shape[0] == 1]
+    return call.run(call.zeroed), masks.tidy([*rows, *columns])
+
+
 def _whole(call: Op) -> Any:
     """Ops that pick, order or do anything else: fine along dims that are whole."""
+    if call.name in ("max", "min") and len(call.args) == 1 and call.masked:  # the greatest of all that are present
+        data, mask = call.values[call.args[0]]
+        least = -math.inf if call.name == "max" else math.inf
+        return call.op(data.masked_fill(~masks.full(mask, data.shape), least)), ()
     if call.name in ("max", "min") and isinstance(call.args[1] if len(call.args) > 1 else None, fx.Node):
         return _elementwise(call)
     x = call.args[0] if call.args else None
@@ -239,6 +282,11 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     **dict.fromkeys(("_prelu_kernel", "prelu"), _prelu),
     "native_group_norm": normalise.group_norm,
     "glu": _gated,
+    "im2col": _unfolded,
+    "col2im": _unfolded,
+    "index_put": _index_put,
+    "_unsafe_index_put": _index_put,
+    "_grouped_mm": _grouped_product,
     "_weight_norm_interface": normalise.weight_norm,
     "convolution": _convolution,
     "_convolution": _convolution,

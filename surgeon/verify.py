@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree
 from torch import Tensor, fx, nn
 
+from surgeon._decisions import decides, replay
 from surgeon._quiet import PlainMode, quiet_run
-from surgeon.absence import widened
+from surgeon.absence import in_float64, widened
 from surgeon.capture import capture
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, tensor_leaves, where
+from surgeon.graph import Graph, spec, tensor_leaves, where
 from surgeon.plan import Plan
 from surgeon.recorder import named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
@@ -89,7 +91,7 @@ def verify(
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs)
     args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
-    outputs, trace = _run_small(small, args, kwargs)
+    outputs, trace = _run_small(small, graph, args, kwargs)
     with _float64():
         steps = _line_up(graph, trace)
         rescaled = _rescaled(graph, steps, plan)
@@ -197,17 +199,27 @@ class _Step:
 class _Upgrade(PlainMode):
     """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.trace: list[_Step] = []
         self.room = _KEEP
+        self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        result = func(*widened(args), **{k: widened(v) for k, v in (kwargs or {}).items()})
-        if name.rstrip("_") not in _OPTIONAL:
+        args, kwargs = widened(args), {k: widened(v) for k, v in (kwargs or {}).items()}
+        result = self._decided(func, args, kwargs)
+        if result is None:
+            result = in_float64(func)(*args, **kwargs)
+        if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(_Step(name.rstrip("_"), _constants(args), self._kept(name, result)))
         return result
+
+    def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The original's decision, so that both take one path; decisions come in the same order in both runs."""
+        if not decides(func, args) or not self.decisions or self.decisions[-1].target is not func:
+            return None
+        return replay(self.decisions.pop(), args, kwargs)
 
     def _kept(self, name: str, result: Any) -> Tensor | None:
         first = result[0] if isinstance(result, list | tuple) and result else result
@@ -217,18 +229,31 @@ class _Upgrade(PlainMode):
         return first.clone()
 
 
+def _of_indices(dtypes: list[torch.dtype]) -> bool:
+    """Whether an op works on whole numbers alone, or on nothing: code may remember what such ops gave, and not run them again."""
+    return not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+
+
+def _leaves(args: Any) -> list[Tensor]:
+    return [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, Tensor)]
+
+
+def _dtypes(node: fx.Node) -> list[torch.dtype]:
+    return [spec(n).dtype for n in node.all_input_nodes]
+
+
 def _constants(args: Any) -> tuple[float, ...]:
     return tuple(float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool))
 
 
-def _run_small(small: nn.Module, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[_Step]]:
+def _run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[_Step]]:
     twin = copy.deepcopy(small).to(torch.float64)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)
         if attribute in module.__dict__ and tensor.is_floating_point():
             module.__dict__[attribute] = tensor.to(torch.float64)
-    mode = _Upgrade()
+    mode = _Upgrade(graph)
     with _float64(), quiet_run(twin, seed=0), mode:
         try:
             output = twin(*args, **kwargs)
@@ -243,7 +268,7 @@ def _run_small(small: nn.Module, args: Any, kwargs: Any) -> tuple[list[tuple[str
 
 def _line_up(graph: Graph, trace: list[_Step]) -> dict[fx.Node, _Step]:
     """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops."""
-    calls = [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL]
+    calls = [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
     alike = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
     if len(calls) != len(trace):
         return {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from surgeon.labels import Axes, reshape
 from surgeon.rules.elementwise import per_channel
-from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, rule
+from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, opaque, rule
 
 Operand = tuple[Axes, tuple[int, ...], str]
 
@@ -79,6 +79,20 @@ _SPECS = {"mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k
 def product(site: Site) -> Axes:
     name = op_name(site.node)
     return _plain(site, site.args[0], site.args[1], _SPECS[name])
+
+
+@rule(Family.CONTRACTION, "_grouped_mm")
+def grouped_product(site: Site) -> Axes:
+    """x [T, K] in consecutive blocks of rows (up to each of `offs`), each times its own matrix of weight [E, K, N]."""
+    x, weight, offs = site.arg(0), site.arg(1), site.arg(2, "offs")
+    if len(site.shape(x)) != 2 or len(site.shape(weight)) != 3:
+        return {**opaque(site)}
+    for node, dim in ((x, 0), (weight, 0), (offs, 0)):
+        site.freeze(site.axes(node), [dim], "is picked by expert")
+    operands: list[Operand] = []
+    for node, letters in ((x, "tk"), (weight, "ekn")):
+        operands.append(({d: t for d, t in site.axes(node).items() if d}, site.shape(node), letters))
+    return contract(site, operands, "tn")
 
 
 @rule(Family.CONTRACTION, "addmm", "baddbmm", "addbmm", "addmv")

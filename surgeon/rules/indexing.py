@@ -214,3 +214,35 @@ def unfold_dim(site: Site) -> Axes:
     dim = int(site.arg(1)) % max(1, len(site.shape(x)))
     axes = site.freeze(site.axes(x), [dim], "is unfolded into windows")
     return {d: site.ledger.collapse(t, dim)[..., None] for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
+def index_put(site: Site) -> Axes:
+    """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the values'."""
+    x, indices, values = site.args[:3]
+    ndim, picked = len(site.out), list[int]()
+    for place, tensor in enumerate(indices):
+        if tensor is None:
+            continue
+        site.ledger.freeze_all(site.axes(tensor), "is used as an index")
+        mask = str(tensor.meta["spec"].dtype) in ("torch.bool", "torch.uint8")
+        picked += range(place, place + (len(site.shape(tensor)) if mask else 1))
+    last = max(picked, default=-1)
+    axes = site.freeze(site.axes(x), range(last + 1), "is written by index")
+    for d in range(last + 1):
+        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+    shape, value = site.shape(values), site.axes(values)
+    behind = ndim - last - 1
+    offset = ndim - len(shape)
+    for d in range(max(0, len(shape) - behind)):
+        site.freeze(value, [d], "is written by index")
+    for d in range(last + 1, ndim):
+        own, other = axes.get(d), value.get(d - offset)
+        if own is not None and other is not None:
+            flat = np.moveaxis(other, d - offset, -1).reshape(-1, other.shape[d - offset])
+            site.ledger.join(flat, own.ravel()[None])
+        elif d - offset >= 0 and shape[d - offset] > 1:
+            for track in (axes.pop(d, None), other):
+                if track is not None:
+                    site.ledger.freeze(track, "meets a tensor whose size here is fixed")
+    return axes

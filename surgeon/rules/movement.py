@@ -6,6 +6,7 @@ along and only renumbers the others.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -184,3 +185,37 @@ def shuffle(site: Site) -> Axes:
     axes = reshape(site.ledger, site.axes(x), site.shape(x), grid)
     axes = permuted(site.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
     return reshape(site.ledger, axes, tuple(grid[i] for i in order), site.out)
+
+
+@rule(Family.MOVEMENT, "im2col")
+def unfold_image(site: Site) -> Axes:
+    """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
+    x = site.args[0]
+    places = math.prod(site.arg(1))
+    axes = _without_places(site, x)
+    return {d: np.repeat(t, places, axis=1)[..., 0] if t.shape[1] > 1 else t[..., 0] for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "col2im")
+def fold_image(site: Site) -> Axes:
+    """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are one."""
+    x = site.args[0]
+    places = math.prod(site.arg(2))
+    result: Axes = {}
+    for d, track in _without_places(site, x).items():
+        if track.shape[1] > 1:
+            cut = track.reshape(track.shape[0], -1, places, 1)
+            track = site.ledger.collapse(cut, 2)
+        else:
+            track = track[..., None]
+        result[d] = track
+    return result
+
+
+def _without_places(site: Site, x: fx.Node) -> Axes:
+    """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
+    ndim = len(site.shape(x))
+    axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of an unfold")
+    for d in range(2, ndim):
+        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+    return axes

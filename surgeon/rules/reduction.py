@@ -50,13 +50,15 @@ def reduction(site: Site) -> Any:
 
 @rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
 def selection(site: Site) -> Any:
-    """Pick one entry along a dim and tell its index: that dim may not lose entries."""
+    """Pick one entry along a dim and tell its index: that dim may not lose entries. The greatest of all is a number."""
     x, ndim = site.args[0], len(site.shape(site.args[0]))
     second = site.arg(1, "dim")
     spec = site.node.meta["spec"]
     if isinstance(second, fx.Node):  # max.other
         operands = [(site.axes(a), site.shape(a)) for a in (x, second)]
         return broadcast(site, operands, site.out)
+    if second is None and op_name(site.node) in ("max", "min"):
+        return {}
     if second is None:
         site.ledger.freeze_all(site.axes(x), "an index is computed over it")
         return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
