@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.utils._pytree
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgeon._decisions import replay
@@ -19,7 +21,7 @@ from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
-from surgeon.graph import Call, Graph, source_line
+from surgeon.graph import Call, Graph, source_line, spec
 from surgeon.recorder import CallStack
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
@@ -96,7 +98,7 @@ class _Reshapes(TorchFunctionMode):
 class _Comparer(PlainMode):
     def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
         super().__init__()
-        self.calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL]
+        self.calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _remembered(c.node)]
         self.shapes, self.choice = shapes, choice
         self.stack = CallStack(small)
         self.notes: list[Note] = []
@@ -111,6 +113,11 @@ class _Comparer(PlainMode):
         name = func._schema.name.removeprefix("aten::")
         if name.rstrip("_") in _OPTIONAL or name == "as_strided_":
             return func(*args, **kwargs)
+        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        if not any(t.is_floating_point() for t in given):
+            out = func(*args, **kwargs)
+            if given or (isinstance(out, Tensor) and not out.is_floating_point()):
+                return out
         call = self._match(func, name, args)
         args = self._corrected(call, list(args))
         out = None
@@ -128,9 +135,6 @@ class _Comparer(PlainMode):
             left_out = name == "slice" and self._belongs_to_next(call, args)
             if not left_out and (call.op is func or _alike(call.op) == ALIKE.get(name, name)):
                 return call
-            if "const" in call.node.meta:  # the model's code has remembered it
-                self.at += 1
-                continue
             if op_name(call.node) != "slice":
                 break
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
@@ -212,6 +216,12 @@ class _Comparer(PlainMode):
                 why="the model's code uses a size that surgeon did not see",
                 fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
             )
+
+
+def _remembered(node: fx.Node) -> bool:
+    """Whether an op works on whole numbers: it has no size to mend, and code may remember its result and not run it again."""
+    inputs = [spec(n) for n in node.all_input_nodes] or [spec(node)]
+    return not any(s is not None and s.dtype.is_floating_point for s in inputs)
 
 
 def _alike(op: Any) -> str:

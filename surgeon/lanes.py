@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -76,37 +77,45 @@ def _bundles(label: Track, found: list[_Incidence]) -> dict[int, dict[int, int]]
     for family in nx.connected_components(families):
         lanes = sorted(family)
         rows = [e for lane in lanes for e in equations.get(lane, [])]
-        bundle = _solve_bundle(lanes, rows, population)
-        for lane in lanes:
-            bundles[lane] = bundle
+        for bundle in _solve_bundles(lanes, rows, population):
+            bundles |= dict.fromkeys(bundle, bundle)
     return bundles
 
 
-def _solve_bundle(lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int]) -> dict[int, int]:
-    """Smallest positive counts per lane such that all rows of every balance lose equally many.
+def _solve_bundles(
+    lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int]
+) -> list[dict[int, int]]:
+    """Bundles of lanes: in each, smallest positive counts such that all rows of every balance lose equally many.
 
-    Lanes of a single odd unit that make this impossible keep all of theirs (count 0).
+    Lanes that are alike (as many units, standing as often) form a bundle of their own where that keeps every balance: the parts
+    of a row need not shrink in step. Lanes of a single odd unit that make this impossible keep all of theirs.
     """
     place = {lane: i for i, lane in enumerate(lanes)}
-    blocks = []
+    blocks, counts = [], []
     for labels, row, count, height in rows:
         block = np.zeros((height, len(lanes)), dtype=np.int64)
         np.add.at(block, (row, np.array([place[int(x)] for x in labels])), count)
+        counts.append(block)
         blocks.append(block[1:] - block[:1])
     matrix = np.unique(np.concatenate(blocks), axis=0)
+    kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, lane in enumerate(lanes):
+        kinds[(population[lane], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
+    if not any(matrix[:, own].sum(axis=1).any() for own in kinds.values()):
+        return [{lanes[i]: 1 for i in own} for own in kinds.values()]
     kept = list(range(len(lanes)))
     while kept:
         part = matrix[:, kept]
         if not part.any(axis=0).all():  # a lane that no equation binds: it is free by itself
-            return {}
+            return []
         if not (part.sum(axis=1)).any():
-            return {lanes[i]: 1 for i in kept}
+            return [{lanes[i]: 1 for i in kept}]
         space = sympy.Matrix(part[part.any(axis=1)].tolist()).nullspace()
         if len(space) == 1:
             vector = [sympy.Rational(x) for x in space[0]]
             vector = [-x for x in vector] if vector[0] < 0 else vector
             if all(x > 0 for x in vector):
                 scale = sympy.ilcm(*[x.q for x in vector])
-                return {lanes[i]: int(x * scale) for i, x in zip(kept, vector, strict=True)}
+                return [{lanes[i]: int(x * scale) for i, x in zip(kept, vector, strict=True)}]
         kept.remove(min(kept, key=lambda i: (population[lanes[i]], i)))
-    return {}
+    return []

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from surgeon.graph import Graph, spec
@@ -91,8 +92,12 @@ def _slot_axes(graph: Graph, name: str, node: fx.Node, ledger: Ledger, slots: di
             return _fresh(ledger, shape)  # one repeated constant
         return {}
     axes = _fresh(ledger, shape)
+    dtype = spec(node).dtype
     for dim, track in axes.items():
         slots[name, dim] = track.ravel()
+    if not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
+        ledger.freeze_all(axes, "holds whole numbers, such as positions")
+        return {}
     return axes
 
 

@@ -88,7 +88,12 @@ class Reference:
         args = list(node.args)
         if node in self.rescaled:
             place, _, after = self.rescaled[node]
-            args[place] = after
+            number = args[place]
+            if isinstance(number, fx.Node):
+                data, mask = self.values[number]
+                self.values[number] = torch.full_like(data, after), mask
+            else:
+                args[place] = after
         name = op_name(node)
         if node.target is getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number

@@ -192,7 +192,7 @@ class _Step:
     """One op of the small model's run: its name, the numbers among its arguments, its result if it is a contraction."""
 
     name: str
-    constants: tuple[float, ...]
+    constants: dict[int, float]
     result: Tensor | None
 
 
@@ -242,8 +242,14 @@ def _dtypes(node: fx.Node) -> list[torch.dtype]:
     return [spec(n).dtype for n in node.all_input_nodes]
 
 
-def _constants(args: Any) -> tuple[float, ...]:
-    return tuple(float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool))
+def _constants(args: Any) -> dict[int, float]:
+    """The numbers among an op's arguments by position, those in tensors without dims too."""
+    numbers = {}
+    for place, item in enumerate(args):
+        single = isinstance(item, Tensor) and item.dim() == 0 and not item.is_complex()
+        if single or (isinstance(item, int | float) and not isinstance(item, bool)):
+            numbers[place] = float(item)
+    return numbers
 
 
 def _run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[_Step]]:
@@ -288,12 +294,23 @@ def _rescaled(graph: Graph, steps: Mapping[fx.Node, _Step], plan: Plan) -> dict[
     for node, step in steps.items():
         if family(step.name) is not Family.ELEMENTWISE:
             continue
-        places = [i for i, a in enumerate(node.args) if isinstance(a, int | float) and not isinstance(a, bool)]
-        for place, after in zip(places, step.constants, strict=False):
-            before = float(node.args[place])  # type: ignore[arg-type]  # a number, tested above
+        for place, after in step.constants.items():
+            before = _number(graph, node.args[place])
+            if before is None:
+                continue
             if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(after / before, shares):
                 found[node] = (place, before, after)
     return found
+
+
+def _number(graph: Graph, item: Any) -> float | None:
+    """A number that the model's code passed, perhaps as a tensor that it made on the way."""
+    while isinstance(item, fx.Node) and op_name(item) in _OPTIONAL:
+        item = item.args[0]
+    if isinstance(item, fx.Node):
+        lifted = item.op == "get_attr" and item.target not in graph.owned and spec(item).shape == ()
+        return float(graph.tensors[str(item.target)]) if lifted else None
+    return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
 
 
 def _explained(ratio: float, shares: set[float]) -> bool:
