@@ -7,7 +7,9 @@ bundles: so many units of each lane leave at once that all rows of every balance
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
@@ -16,6 +18,8 @@ import sympy
 
 from surgeon.labels import Track
 from surgeon.solve import Solution
+
+_DROPPED, _TRIED = 5, 200  # lanes that may be left out to make the others move, and sets of them that are tried
 
 
 @dataclasses.dataclass
@@ -44,21 +48,23 @@ def find_lanes(solution: Solution) -> Lanes:
     for matrix, _ in solution.balances:
         height = len(matrix)
         rows = np.broadcast_to(np.arange(height)[:, None], matrix.shape)
+        keys = []
         for atoms in solution.atoms(matrix):
             loose = (atoms >= 0) & ~solution.frozen[atoms]
-            pairs, count = np.unique(atoms[loose] * height + rows[loose], return_counts=True)
-            atom, row = pairs // height, pairs % height
-            if not atom.size:
-                continue
-            starts = np.flatnonzero(np.r_[True, np.diff(atom) != 0])
-            sizes = np.diff(np.r_[starts, atom.size])
-            low, high = np.minimum.reduceat(count, starts), np.maximum.reduceat(count, starts)
-            uneven = np.repeat((sizes != height) | (low != high), sizes)
-            atom, row, count = atom[uneven], row[uneven], count[uneven]
-            if atom.size:
-                weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
-                np.add.at(label, atom, weights[row] * count.astype(np.uint64))
-                found.append(_Incidence(atom, row, count, height))
+            keys.append(atoms[loose] * height + rows[loose])
+        pairs, count = np.unique(np.concatenate(keys), return_counts=True)
+        atom, row = pairs // height, pairs % height
+        if not atom.size:
+            continue
+        starts = np.flatnonzero(np.r_[True, np.diff(atom) != 0])
+        sizes = np.diff(np.r_[starts, atom.size])
+        low, high = np.minimum.reduceat(count, starts), np.maximum.reduceat(count, starts)
+        uneven = np.repeat((sizes != height) | (low != high), sizes)
+        atom, row, count = atom[uneven], row[uneven], count[uneven]
+        if atom.size:
+            weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
+            np.add.at(label, atom, weights[row] * count.astype(np.uint64))
+            found.append(_Incidence(atom, row, count, height))
     return Lanes(label, _bundles(label, found))
 
 
@@ -103,19 +109,34 @@ def _solve_bundles(
         kinds[(population[lane], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
     if not any(matrix[:, own].sum(axis=1).any() for own in kinds.values()):
         return [{lanes[i]: 1 for i in own} for own in kinds.values()]
-    kept = list(range(len(lanes)))
-    while kept:
-        part = matrix[:, kept]
-        if not part.any(axis=0).all():  # a lane that no equation binds: it is free by itself
-            return []
-        if not (part.sum(axis=1)).any():
-            return [{lanes[i]: 1 for i in kept}]
-        space = sympy.Matrix(part[part.any(axis=1)].tolist()).nullspace()
-        if len(space) == 1:
-            vector = [sympy.Rational(x) for x in space[0]]
-            vector = [-x for x in vector] if vector[0] < 0 else vector
-            if all(x > 0 for x in vector):
-                scale = sympy.ilcm(*[x.q for x in vector])
-                return [{lanes[i]: int(x * scale) for i, x in zip(kept, vector, strict=True)}]
-        kept.remove(min(kept, key=lambda i: (population[lanes[i]], i)))
+    for kept in _subsets([population[lane] for lane in lanes]):
+        counts_of = _positive(matrix[:, kept])
+        if counts_of is not None:
+            return [dict(zip([lanes[i] for i in kept], counts_of, strict=True))]
     return []
+
+
+def _subsets(sizes: list[int]) -> Iterator[list[int]]:
+    """Lanes to try together: all of them, then without some, few units first."""
+    every = range(len(sizes))
+    dropped = itertools.chain.from_iterable(itertools.combinations(every, n) for n in range(min(len(sizes), _DROPPED)))
+    tried = sorted(itertools.islice(dropped, _TRIED), key=lambda drop: sum(sizes[i] for i in drop))
+    for drop in tried:
+        yield [i for i in every if i not in drop]
+
+
+def _positive(matrix: Track) -> list[int] | None:
+    """Smallest positive counts per column that make every row vanish, if they are unique up to a factor or all one."""
+    if not matrix.any(axis=0).all():  # a lane that no equation binds: it is free by itself
+        return None
+    if not matrix.sum(axis=1).any():
+        return [1] * matrix.shape[1]
+    space = sympy.Matrix(matrix[matrix.any(axis=1)].tolist()).nullspace()
+    if len(space) != 1:
+        return None
+    vector = [sympy.Rational(x) for x in space[0]]
+    vector = [-x for x in vector] if vector[0] < 0 else vector
+    if not all(x > 0 for x in vector):
+        return None
+    scale = sympy.ilcm(*[x.q for x in vector])
+    return [int(x * scale) for x in vector]

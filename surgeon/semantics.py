@@ -138,12 +138,19 @@ def _convolution(call: Op) -> Any:
         filters = present.reshape(groups, w.shape[0] // groups, *w.shape[1:]).flatten(3).any(dim=3).any(dim=1).flatten()
     else:
         filters = present.flatten(1).any(dim=1)
-    if masks.varies(call.mask(x), range(2, result.dim())):
+    fixed = [d for d in range(2, result.dim()) if not _passes(call.args, w, d)]
+    if masks.varies(call.mask(x), fixed):
         raise refusal(call, "presence varies over spatial dims")
-    batch = masks.any_along(call.mask(x), range(1, result.dim()))
+    batch = masks.any_along(call.mask(x), [1, *fixed])
     wide = filters.reshape(1, -1, *(1,) * (result.dim() - 2))
     vector = [f.reshape(wide.shape) for f in call.mask(bias)]
     return result, masks.tidy([wide, *vector, *batch])
+
+
+def _passes(args: list[Any], weight: Tensor, dim: int) -> bool:
+    """Whether the places along a spatial dim do not mix: a kernel of one, no stride and no padding."""
+    stride, padding = (list(args[i]) * weight.dim() for i in (3, 4))
+    return weight.shape[dim] == 1 and stride[dim - 2] == 1 and padding[dim - 2] == 0
 
 
 def _attention(call: Op) -> Any:

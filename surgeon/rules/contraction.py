@@ -121,14 +121,15 @@ def convolution(site: Site) -> Axes:
     transposed, groups = bool(site.arg(6)), int(site.arg(8))
     shape, ndim = site.shape(x), len(site.shape(x))
     w_shape = site.shape(weight)
-    x_axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of a convolution")
+    fixed = [d for d in range(2, ndim) if not passes(site.args, w_shape, d)]
+    x_axes = site.freeze(site.axes(x), fixed, "is a spatial dim of a convolution")
     w_axes = site.freeze(site.axes(weight), range(2, ndim), "is a kernel dim of a convolution")
     spatial = "pqr"[: ndim - 2]
     channels, filters = shape[1], site.out[1]
-    out_shape = (shape[0], groups, filters // groups, *(1,) * (ndim - 2))
+    places = tuple(1 if d in fixed else shape[d] for d in range(2, ndim))
+    out_shape = (shape[0], groups, filters // groups, *places)
     in_shape = (shape[0], groups, channels // groups, *shape[2:])
     # the kernel's dims end here and vary with nothing
-    kernel = tuple(range(2, ndim))
     w_axes = {d: t.reshape(t.shape[:2]) for d, t in w_axes.items()}
     if transposed:
         w_split = (groups, channels // groups, filters // groups)
@@ -138,21 +139,27 @@ def convolution(site: Site) -> Axes:
         w_names = "goc"
     w_axes = reshape(site.ledger, w_axes, w_shape[:2], w_split)
     x_axes = reshape(site.ledger, x_axes, shape, in_shape)
-    x_axes = {d: _flatten_dims(site, t, kernel, 1) for d, t in x_axes.items()}
+    x_axes = {d: _flatten_dims(site, t, fixed, 1) for d, t in x_axes.items()}
     out = contract(
         site,
-        [(x_axes, (*in_shape[:3], *(1,) * (ndim - 2)), "ngc" + spatial), (w_axes, w_split, w_names)],
+        [(x_axes, (*in_shape[:3], *places), "ngc" + spatial), (w_axes, w_split, w_names)],
         "ngo" + spatial,
     )
-    merged = reshape(site.ledger, out, out_shape, (shape[0], filters, *(1,) * (ndim - 2)))
+    merged = reshape(site.ledger, out, out_shape, (shape[0], filters, *places))
     if bias is None:
         return merged
     vector = per_channel(site.shape(bias), site.axes(bias), ndim)[1]
     wide = (1, filters, *(1,) * (ndim - 2))
-    return broadcast(site, [(merged, (shape[0], filters, *(1,) * (ndim - 2))), (vector, wide)], (shape[0], *wide[1:]))
+    return broadcast(site, [(merged, (shape[0], filters, *places)), (vector, wide)], (shape[0], filters, *places))
 
 
-def _flatten_dims(site: Site, track: np.ndarray, dims: tuple[int, ...], offset: int) -> np.ndarray:
+def passes(args: Any, weight: Any, dim: int) -> bool:
+    """Whether a convolution works on each place of a spatial dim by itself: a kernel of one, no stride and no padding."""
+    stride, padding = args[3], args[4]
+    return bool(weight[dim] == 1 and stride[(dim - 2) % len(stride)] == 1 and padding[(dim - 2) % len(padding)] == 0)
+
+
+def _flatten_dims(site: Site, track: np.ndarray, dims: list[int], offset: int) -> np.ndarray:
     for dim in dims:
         track = site.ledger.collapse(track, dim + offset)
     return track
