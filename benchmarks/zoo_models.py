@@ -53,6 +53,11 @@ TIMM = (
 
 CLASSES = 1000
 _DETECTORS = ("rcnn", "fcos", "retinanet", "ssd")
+_REGIONS = {f"rpn_{when}_nms_top_n_{mode}": 40 for when in ("pre", "post") for mode in ("train", "test")}
+_FEW = {  # candidates of random weights are many, and suppressing them in Python is slow
+    "rcnn": {**_REGIONS, "box_detections_per_img": 10},
+    **{kind: {"topk_candidates": 40, "detections_per_img": 20} for kind in ("fcos", "retinanet", "ssd")},
+}
 _VIDEOS = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
 _UNINITIALISED = ("inception_v3", "googlenet")  # their own initialisation takes a minute
 _SMALLER = {"gemma4_vit_167m": 192, "qwen3_vit_88m": 192, "deepseek_vit_412m": 224}  # pictures of 768 pixels take minutes
@@ -92,6 +97,7 @@ def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
         options = {"init_weights": False, **options}
     known = inspect.signature(builder).parameters
     options |= {key: None for key in ("weights", "weights_backbone") if key in known}
+    options |= next((few for kind, few in _FEW.items() if kind in name), {})
     model: nn.Module = builder(**options)
     if any(kind in name for kind in _DETECTORS):
         size = 320 if "320" in name else 300

@@ -93,6 +93,10 @@ class Band:
         for order, per in zip(self.order, self.per, strict=True):
             choice[order[:, : steps * per].ravel()] = True
 
+    def give_back(self, choice: Choice) -> None:
+        for order in self.order:
+            choice[order.ravel()] = False
+
     def legal(self, target: float, round_to: int) -> int:
         """Steps to remove, as near to `target` as keeping at least one step and whole blocks of `round_to` allows."""
         most = max(self.steps - self.kept, 0)
@@ -152,7 +156,7 @@ class _Planner:
         bands = self.bands(ratio)
         if self.request.scope == "uniform":
             for band in bands:
-                band.remove(choice, band.legal(ratio * band.steps, self.request.round_to))
+                self._take(choice, band, band.legal(ratio * band.steps, self.request.round_to))
             return choice
         total = sum(band.width * band.steps for band in bands)
         entries = sorted(
@@ -171,8 +175,24 @@ class _Planner:
             counts[i] += 1
             gone += bands[i].width
         for i, count in counts.items():
-            bands[i].remove(choice, bands[i].legal(count, self.request.round_to))
+            self._take(choice, bands[i], bands[i].legal(count, self.request.round_to))
         return choice
+
+    def _take(self, choice: Choice, band: Band, steps: int) -> None:
+        """Remove so many steps of a band, fewer where units of one group would together take all indices of a slot."""
+        band.remove(choice, steps)
+        while steps and any(self._empties(choice, group) for group in band.groups):
+            band.give_back(choice)
+            steps -= 1
+            band.remove(choice, steps)
+
+    def _empties(self, choice: Choice, group: Group) -> bool:
+        for member in group.members:
+            if len(member.index) > int(member.index.max()) + 1:  # an index that two units hold: it leaves with either
+                slot = self.shapes.propagation.slots[member.tensor, member.dim]
+                if self.shapes.leaves(slot, choice).all():
+                    return True
+        return False
 
     def within(self, kind: str, budget: float) -> Choice:
         """The choice that removes least and costs no more than the budget."""

@@ -41,6 +41,7 @@ ADVICE = (
     ("written by number", "write to a slice instead of to one entry"),
     ("unbound", "split into slices instead of unbinding, if the number of parts may change"),
     ("holds whole numbers", "nothing: they count or point, and are no channels"),
+    ("reduced over", "pad or repeat after the reduction, or make the padding a parameter"),
     ("picked by expert", "nothing yet: whole experts cannot leave, only the channels within them"),
     ("by index", "index along another dim: entries that are looked up by number must all be there"),
     ("used as an index", "nothing: values that serve as indices must stay as they are"),

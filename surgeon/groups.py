@@ -263,7 +263,7 @@ def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Gr
             continue
         left, right = touched(own), touched(other)
         links |= {(min(a, b), max(a, b)) for a in left for b in right if a != b}
-        if not left or not right:
+        if not left or not right or any(solution.frozen[solution.root[ids]].any() for ids in (own, other)):
             pinned |= left | right
     return [(names[a], names[b]) for a, b in sorted(links)], {names[i] for i in pinned}
 

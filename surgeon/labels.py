@@ -11,6 +11,8 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - freezes:  a may not leave, with the reason.
 - parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened outer product).
 - balances: a matrix of ids of which every row keeps equally many.
+- free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
+- reduced:  ids that are summed or normalised over: free ones among them stay, because it matters how many there are.
 - batched:  ids of rows that an op computes one by one (heads, groups).
 """
 
@@ -67,6 +69,8 @@ class Ledger:
         self.parts: list[Part] = []
         self.balances: list[Balance] = []
         self.batched: list[Track] = []
+        self.free: list[Track] = []
+        self.reduced: list[tuple[Track, fx.Node | None]] = []
         self.node: fx.Node | None = None
         self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
         self._cells: dict[bytes, Track] = {}

@@ -114,7 +114,7 @@ def _own_layer(module: nn.Module, node: fx.Node) -> bool:
     """Whether one of torch's own layers passes this size, from a number that is set beside its tensors."""
     kinds = tuple(kind for kind, op in _LAYER_NUMBERS if op == op_name(node))
     if op_name(node) == "native_layer_norm":
-        kinds = (nn.LayerNorm,)
+        kinds = (nn.LayerNorm,) if getattr(module, "weight", None) is not None else ()
     elif op_name(node) == "view":  # from the shapes of its inputs and the number of heads
         kinds = (nn.MultiheadAttention,)
     return isinstance(module, kinds) and type(module).forward.__module__.startswith("torch.nn.")

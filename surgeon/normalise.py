@@ -26,6 +26,9 @@ def reduced_dims(call: Op) -> list[int]:
     return [d % ndim for d in dims] if dims else list(range(ndim))
 
 
+_NEUTRAL = {"amax": -math.inf, "amin": math.inf, "logsumexp": -math.inf, "prod": 1, "any": False, "all": True}
+
+
 def reduction(call: Op) -> Any:
     """Sums read absent entries as zero, means and variances count the present ones, extrema skip the absent ones."""
     x = call.args[0]
@@ -43,9 +46,8 @@ def reduction(call: Op) -> Any:
         elif name == "mean":
             result = zero.sum(dims, keepdim=True) / count
             result = result if keep else result.squeeze(dims)
-        elif name in ("amax", "amin"):
-            worst = -math.inf if name == "amax" else math.inf
-            filled = data.masked_fill(~masks.full(mask, data.shape), worst)
+        elif name in _NEUTRAL:
+            filled = data.masked_fill(~masks.full(mask, data.shape), _NEUTRAL[name])
             result = call.op(filled, *call.args[1:], **call.kwargs)
         elif name in ("norm", "linalg_vector_norm"):
             result = call.run(lambda item: zero if item is x else call.data(item))

@@ -265,7 +265,7 @@ BY_FAMILY: Mapping[Family, Callable[[Op], Any]] = {
 }
 
 _REDUCTIONS = """
-mean sum nansum amax amin var std var_mean std_mean norm linalg_vector_norm""".split()
+mean sum nansum amax amin var std var_mean std_mean norm linalg_vector_norm logsumexp prod any all""".split()
 _WINDOWS = """
 max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d avg_pool1d avg_pool2d avg_pool3d
 _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d

@@ -96,6 +96,7 @@ def solve(ledger: Ledger) -> Solution:
         left = np.concatenate([j.left for j in ledger.joins])
         right = np.concatenate([j.right for j in ledger.joins])
         root = unite(root, left, right)
+    _hold_free(ledger, root)
     if ledger.freezes:
         frozen[root[np.concatenate([f.ids for f in ledger.freezes])]] = True
     cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
@@ -108,6 +109,18 @@ def solve(ledger: Ledger) -> Solution:
         if not changed:
             break
     return _assemble(ledger, root, frozen, (cell, row, column, split), balances)
+
+
+def _hold_free(ledger: Ledger, root: Track) -> None:
+    """Freeze what is reduced over and holds entries of nobody's: a cut could take them, and nothing in the weights would show it."""
+    if not ledger.free:
+        return
+    free = np.zeros(ledger.count, dtype=bool)
+    free[root[np.concatenate(ledger.free)]] = True
+    for ids, node in ledger.reduced:
+        held = ids[free[root[ids]]]
+        if held.size:
+            ledger.freezes.append(Freeze(held, "is padding or a repeated entry that is reduced over", node))
 
 
 def unite(root: Track, left: Track, right: Track) -> Track:

@@ -298,7 +298,7 @@ def _rescaled(graph: Graph, steps: Mapping[fx.Node, _Step], plan: Plan) -> dict[
             before = _number(graph, node.args[place])
             if before is None:
                 continue
-            if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(after / before, shares):
+            if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(before, after, shares):
                 found[node] = (place, before, after)
     return found
 
@@ -313,5 +313,12 @@ def _number(graph: Graph, item: Any) -> float | None:
     return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
 
 
-def _explained(ratio: float, shares: set[float]) -> bool:
+_FINEST = torch.finfo(torch.float64).eps
+_EPSILONS = {torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def _explained(before: float, after: float, shares: set[float]) -> bool:
+    if before in _EPSILONS and after == _FINEST:  # torch takes the dtype's epsilon where none is given
+        return True
+    ratio = after / before
     return any(abs(ratio / share**power - 1) < 1e-9 for share in shares for power in (-1, -0.5, -0.25, 0.25, 0.5, 1))

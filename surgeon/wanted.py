@@ -24,11 +24,11 @@ def _to_shape(position: int) -> Want:
 
 def _want_slice(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     x = site.args[0]
-    dim, start, stop, _ = normal_slice(site, site.shape(x))
+    dim, start, stop, step = normal_slice(site, site.shape(x))
     track = site.axes(x).get(dim)
     if track is None:
         return {}
-    before = _kept_before(shapes, choice, site.axes(x), dim, start)
+    before = _kept_before(shapes, choice, site.axes(x), dim, start - start % step) + start % step  # blocks of `step` leave
     end = _kept_before(shapes, choice, site.axes(x), dim, stop)
     asked_start, asked_end, size = site.arg(2), site.arg(3), site.shape(x)[dim]
     want = {}

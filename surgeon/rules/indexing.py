@@ -166,6 +166,7 @@ def constant_pad(site: Site) -> Axes:
                 continue
             rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
             edges = [site.ledger.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
+            site.ledger.free += [edge.ravel() for edge in edges]
             axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
     return axes
 
