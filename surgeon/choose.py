@@ -20,10 +20,11 @@ import numpy as np
 
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.errors import BudgetError, InputError
-from surgeon.groups import Group
+from surgeon.groups import Group, reachable
 from surgeon.labels import Track
 
 SCOPES = ("uniform", "global")
+HEADS = {"both": (), "whole": ("head dims",), "dims": ("heads",), "keep": ("heads", "head dims")}  # what may not leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Request:
         macs, params: a share of the original (a float up to 1) or an absolute number (above 1).
         scope: "uniform" or "global".
         round_to: kept widths are multiples of this where a group is wide enough.
+        heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
+            "whole", "dims", or "keep" for nothing.
     """
 
     ratio: float | None = None
@@ -42,6 +45,7 @@ class Request:
     params: float | None = None
     scope: str = "uniform"
     round_to: int = 1
+    heads: str = "both"
 
     def __post_init__(self) -> None:
         asked = [name for name in ("ratio", "macs", "params") if getattr(self, name) is not None]
@@ -66,6 +70,8 @@ class Request:
                 raise InputError(f"{name} budget {value} must be positive", fix=f"pass a share such as {name}=0.5 or a number")
         if self.scope not in SCOPES:
             raise InputError(f"unknown scope {self.scope!r}", fix=f"use one of {', '.join(SCOPES)}")
+        if self.heads not in HEADS:
+            raise InputError(f"unknown heads {self.heads!r}", fix=f"use one of {', '.join(HEADS)}")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise InputError(f"round_to must be a positive whole number, got {self.round_to!r}")
 
@@ -123,17 +129,28 @@ def choose(
     Raises:
         BudgetError: there is nothing to remove, or the budget lies below what must stay.
     """
+    links = list(links)
+    groups = _without_kept_heads(groups, request.heads, links)
     if not groups:
         raise BudgetError(
             "the model has no group of channels that may leave",
             why="everything that was found is frozen",
             fix="print(surgeon.inspect(model)) names each frozen tensor and the reason",
         )
-    planner = _Planner(groups, scores, shapes, request, list(links))
+    planner = _Planner(groups, scores, shapes, request, links)
     if request.ratio is not None:
         return planner.at(request.ratio)
     kind = "macs" if request.macs is not None else "params"
     return planner.within(kind, request.macs if request.macs is not None else request.params)  # type: ignore[arg-type]  # one is set
+
+
+def _without_kept_heads(groups: list[Group], heads: str, links: list[Link]) -> list[Group]:
+    """The groups less the parts of attention that are to stay, and less those whose widths the code computes from them."""
+    kept = {group.name for group in groups if group.attention in HEADS[heads]}
+    movable = {group.grid for group in groups if group.name not in kept and group.grid >= 0}
+    still = {group.name for group in groups if group.name in kept and group.grid not in movable}
+    kept |= reachable(still, links)
+    return [group for group in groups if group.name not in kept]
 
 
 class _Planner:
@@ -239,19 +256,20 @@ class _Planner:
                 grids[group.grid][group.kind].append(group)
         drop: set[str] = set()
         for sides in grids.values():
-            if not sides["rows"] or not sides["columns"]:
+            outer = sides["rows"] or sides["middle"]
+            inner = [g for g in sides["middle"] + sides["columns"] if g not in outer]
+            if not outer or not inner:
                 continue
 
             def miss(side: list[Group]) -> float:
                 bands = [(g.steps, min(round(ratio * g.steps), g.steps - 1)) for g in side]
                 return max(abs(k / steps - ratio) for steps, k in bands)
 
-            several = all(g.steps - round(ratio * g.steps) > 1 for g in sides["rows"])  # code treats dims of size 1 differently
-            whole = several and any(g.batched for g in sides["rows"]) and miss(sides["rows"]) <= miss(sides["columns"]) + 1e-9
+            several = all(g.steps - round(ratio * g.steps) > 1 for g in outer)  # code treats dims of size 1 differently
+            whole = several and any(g.batched for g in outer) and miss(outer) <= miss(inner) + 1e-9
             if sides["middle"]:  # grids within grids: what the rows lose, all of them lose
                 whole = True
-            dropped = sides["middle"] + sides["columns"] if whole else sides["rows"]
-            drop |= {g.name for g in dropped}
+            drop |= {g.name for g in (inner if whole else outer)}
         return [g for g in self.groups if g.name not in drop]
 
     def _build(self, chosen: list[Group]) -> list[Band]:

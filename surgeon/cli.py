@@ -96,6 +96,7 @@ def shrink(
     criterion: Annotated[str, typer.Option(help=", ".join(criteria.BUILT_IN))] = "l1",
     scope: Annotated[str, typer.Option(help="uniform or global")] = "uniform",
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this")] = 1,
+    heads: Annotated[str, typer.Option(help="What attention may lose: both, whole, dims or keep")] = "both",
     ignore: Annotated[list[str] | None, typer.Option(help="A module or tensor whose outputs stay; may be repeated")] = None,
     input_shape: _Input = None,
     input_dtype: _InputDtype = "float32",
@@ -109,7 +110,7 @@ def shrink(
     """Cut a model, prove the cut, and write the small one."""
     with _reported():
         ratio = 0.5 if ratio is None and macs is None and params is None else ratio
-        Request(ratio, macs, params, scope, round_to)  # refuses bad arguments before anything runs
+        Request(ratio, macs, params, scope, round_to, heads)  # refuses bad arguments before anything runs
         criteria.criterion(criterion, seed)
         net, inputs = _load(model, weights, input_shape, input_dtype, seed)
         with _draft_folder(out) as draft:
@@ -119,7 +120,7 @@ def shrink(
                 _say(f"note: {remark}")
             with _stage("choose"):
                 plan = surgery.plan(
-                    ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to,
+                    ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to, heads=heads,
                     ignore=ignore or (), seed=seed,
                 )  # fmt: skip
             with _stage("cut"):

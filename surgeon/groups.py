@@ -46,6 +46,7 @@ class Group:
             columns of one grid that are rows of the next.
         grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
         batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows may well go.
+        attention: "heads" or "head dims" of an attention, "" for everything else.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Group:
     kind: str = "channels"
     grid: int = -1
     batched: bool = False
+    attention: str = ""
 
     @property
     def steps(self) -> int:
@@ -107,11 +109,16 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
             first = members[number][0]
             name = f"{first.tensor}[{first.dim}]" + ("" if kinds[number] == "channels" else f" {kinds[number]}")
             batched = bool(solution.batched[lanes].any())
-            found.append(Group(name, lanes, tuple(members[number]), stratum[lanes], kinds[number], grids[number], batched))
+            part = (name, lanes, tuple(members[number]), stratum[lanes], kinds[number], grids[number], batched)
+            found.append(Group(*part, _attention(solution, lanes)))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
     found = _unique_names(found)
     return found, _stuck(groups_of, atoms, slot_of, slots)
+
+
+def _attention(solution: Solution, lanes: Track) -> str:
+    return "heads" if solution.heads[lanes].any() else "head dims" if solution.head_dims[lanes].any() else ""
 
 
 def _unique_names(groups: list[Group]) -> list[Group]:

@@ -14,6 +14,7 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
 - reduced:  ids that are summed or normalised over: free ones among them stay, because it matters how many there are.
 - batched:  ids of rows that an op computes one by one (heads, groups).
+- heads, head_dims: ids that batched products of activations compute one by one, or sum over and give (attention).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Ledger:
         self.parts: list[Part] = []
         self.balances: list[Balance] = []
         self.batched: list[Track] = []
+        self.heads: list[Track] = []
+        self.head_dims: list[Track] = []
         self.free: list[Track] = []
         self.reduced: list[tuple[Track, fx.Node | None]] = []
         self.node: fx.Node | None = None

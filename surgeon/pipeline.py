@@ -107,6 +107,7 @@ class Surgery:
         criterion: str | Criterion = "l1",
         scope: str = "uniform",
         round_to: int = 1,
+        heads: str = "both",
         ignore: Iterable[nn.Module | str] = (),
         seed: int = 0,
     ) -> Plan:
@@ -120,6 +121,8 @@ class Surgery:
                 score per unit, low leaves first. Of weights without values (on the meta device) the first channels stay.
             scope: "uniform" (the same share of every group) or "global" (the lowest scores of all groups).
             round_to: kept widths are multiples of this, where a group has that many channels.
+            heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
+                "whole", "dims", or "keep" for nothing. Grouped queries keep their ratio.
             ignore: modules, or names of modules or tensors, whose outputs stay.
             seed: for criterion "random".
 
@@ -127,7 +130,7 @@ class Surgery:
             InputError: an argument is out of range, unknown, or contradicts another.
             BudgetError: nothing may leave, or the budget lies below what must stay.
         """
-        request = Request(ratio, macs, params, scope, round_to)
+        request = Request(ratio, macs, params, scope, round_to, heads)
         which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
         self._check_weights()
         groups = self._without(ignore)
@@ -294,6 +297,7 @@ def shrink(
     criterion: str | Criterion = "l1",
     scope: str = "uniform",
     round_to: int = 1,
+    heads: str = "both",
     ignore: Sequence[nn.Module | str] = (),
     seed: int = 0,
     verify: bool = True,
@@ -309,14 +313,13 @@ def shrink(
         InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan` and `Plan.apply`.
         ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
     """
-    request = Request(ratio, macs, params, scope, round_to)
+    request = Request(ratio, macs, params, scope, round_to, heads)
     criteria.criterion(criterion, seed)  # refuse bad arguments before the model runs
     surgery = inspect(model, example_inputs)
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
-    plan = surgery.plan(
-        request.ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to, ignore=ignore, seed=seed
-    )
+    options: dict[str, Any] = {"scope": scope, "round_to": round_to, "heads": heads, "ignore": ignore, "seed": seed}
+    plan = surgery.plan(request.ratio, macs=macs, params=params, criterion=criterion, **options)
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery.graph)

@@ -33,6 +33,7 @@ class Solution:
         row, column: class -> row and column class of a composite, -1 for an atom.
         outer: class -> whether the grid is a flattened outer product, whose factors are independent channels.
         batched: class -> whether some op computes its entries one by one, as attention does heads.
+        heads, head_dims: class -> whether attention computes it one by one, or sums over it or gives it.
         freezes: the freezes of the ledger, for `why`.
         balances: (matrix of ids, node): every row keeps equally many.
     """
@@ -43,6 +44,8 @@ class Solution:
     column: Track
     outer: Track
     batched: Track
+    heads: Track
+    head_dims: Track
     freezes: tuple[Freeze, ...]
     balances: tuple[tuple[Track, fx.Node | None], ...]
 
@@ -112,7 +115,7 @@ def solve(ledger: Ledger) -> Solution:
 
 
 def _hold_free(ledger: Ledger, root: Track) -> None:
-    """Freeze what is reduced over and holds entries of nobody's: a cut could take them, and nothing in the weights would show it."""
+    """Freeze what is reduced over and holds entries of nobody's: no weight would show which of them a cut took."""
     if not ledger.free:
         return
     free = np.zeros(ledger.count, dtype=bool)
@@ -251,7 +254,9 @@ def _assemble(
         of_grid[r[split]] = of_grid[k[split]] = True
         outer[c[proper]] = True
         outer[c[proper & (split | of_grid[r] | of_grid[k])]] = False
-    batched = np.zeros(len(root), dtype=bool)
-    for ids in ledger.batched:
-        batched[root[ids]] = True
-    return Solution(root, frozen, of_row, of_column, outer, batched, tuple(ledger.freezes), tuple(balances))
+    marks = [np.zeros(len(root), dtype=bool) for _ in range(3)]
+    for mark, tracks in zip(marks, (ledger.batched, ledger.heads, ledger.head_dims), strict=True):
+        for ids in tracks:
+            mark[root[ids]] = True
+    batched, heads, head_dims = marks
+    return Solution(root, frozen, of_row, of_column, outer, batched, heads, head_dims, tuple(ledger.freezes), tuple(balances))

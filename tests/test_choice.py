@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from motifs import SeparateQKV
+from motifs import GroupedQueries, MultiHead, SeparateQKV
 from torch import Tensor, nn
 
 import surgeon
 from surgeon import criteria
-from surgeon.errors import InputError
+from surgeon.errors import BudgetError, InputError
 
 
 class Net(nn.Module):
@@ -167,3 +167,28 @@ def test_the_weakest_head_leaves_whole() -> None:
 def test_known_criteria_are_listed() -> None:
     with pytest.raises(InputError, match="bn_scale, first, l1, l2, random"):
         criteria.criterion("nope")
+
+
+def test_heads_say_what_attention_may_lose() -> None:
+    """Three heads of keys serve two heads of queries each; whole heads, dims within them, either, or nothing leaves."""
+    torch.manual_seed(0)
+    model, x = GroupedQueries().eval(), torch.randn(2, 7, 5)
+    surgery = surgeon.inspect(model, x)
+    assert {g.kind: g.attention for g in surgery.groups} == {"rows": "heads", "middle": "heads", "columns": "head dims"}
+    shapes = {}
+    for heads in ("both", "whole", "dims"):
+        plan = surgery.plan(1 / 3, heads=heads)
+        small = plan.apply(model)
+        assert surgeon.verify(model, small, plan, x).error < 1e-9
+        shapes[heads] = (small.q.weight.shape[0], small.k.weight.shape[0], small.head_dim)
+    assert shapes == {"both": (16, 8, 4), "whole": (16, 8, 4), "dims": (18, 9, 3)}
+    with pytest.raises(BudgetError):
+        surgery.plan(1 / 3, heads="keep")
+    with pytest.raises(InputError, match="both, whole, dims, keep"):
+        surgery.plan(1 / 3, heads="some")
+
+
+def test_heads_that_are_kept_hold_the_widths_that_are_computed_from_them() -> None:
+    model, x = MultiHead().eval(), torch.randn(2, 7, 5)
+    with pytest.raises(BudgetError):  # the embedding's width is num_heads * head_dim
+        surgeon.inspect(model, x).plan(0.5, heads="keep")

@@ -126,7 +126,7 @@ def test_options_reach_the_plan(source: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     request = dict(Plan.load(tmp_path / "out" / "plan.json").request)
-    assert request == {"params": 0.6, "scope": "uniform", "round_to": 4, "criterion": "l2"}
+    assert request == {"params": 0.6, "scope": "uniform", "round_to": 4, "heads": "both", "criterion": "l2"}
 
 
 def test_the_seed_decides(source: Path, tmp_path: Path) -> None:

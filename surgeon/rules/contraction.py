@@ -17,9 +17,20 @@ from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, opaqu
 Operand = tuple[Axes, tuple[int, ...], str]
 
 
+_FUSED = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+_ATTENDS = ("bmm", "baddbmm", *_FUSED)
+
+
 def contract(site: Site, operands: list[Operand], out: str) -> Axes:
     """Join per letter and return the tracks of the output's letters."""
     ledger = site.ledger
+    attends = op_name(site.node) in _ATTENDS
     letters = sorted({letter for _, _, names in operands for letter in names})
     place = {letter: i for i, letter in enumerate(letters)}
     joined: dict[str, np.ndarray] = {}
@@ -40,6 +51,12 @@ def contract(site: Site, operands: list[Operand], out: str) -> Axes:
             joined[letter] = meet(ledger, tracks)
             if letter in out and len(tracks) > 1:
                 ledger.batched.append(joined[letter].ravel())
+                if attends:
+                    ledger.heads.append(joined[letter].ravel())
+            elif attends and (letter not in out or letter not in operands[0][2]):
+                ledger.head_dims.append(joined[letter].ravel())
+            elif attends and letter == "g":  # heads of queries that share a head of keys and values
+                ledger.heads.append(joined[letter].ravel())
     result: Axes = {}
     for letter, track in joined.items():
         if letter not in out:
@@ -165,14 +182,7 @@ def _flatten_dims(site: Site, track: np.ndarray, dims: list[int], offset: int) -
     return track
 
 
-@rule(
-    Family.CONTRACTION,
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+@rule(Family.CONTRACTION, *_FUSED)
 def attention(site: Site) -> Any:
     """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, K, M, D], v [B, K, M, E]; heads and dims are tied.
 
