@@ -17,12 +17,17 @@ from torch import Tensor, fx
 _LIMIT = 1 << 22  # results larger than this are not kept
 _ORDERS = frozenset(("sort", "topk"))
 _CHOICES = frozenset(
-    "argsort argmax argmin bucketize searchsorted multinomial nonzero _local_scalar_dense gt ge lt le eq ne".split()
+    "argsort argmax argmin bucketize searchsorted multinomial nonzero _local_scalar_dense _to_copy gt ge lt le eq ne".split()
 )
 
 
-def decides(op: Any, args: Any) -> bool:
+_CONVERT = torch.ops.aten._to_copy.default
+
+
+def decides(op: Any, args: Any, kwargs: Any) -> bool:
     """Whether an op turns numbers into a decision; ops from outside ATen (such as torchvision::nms) may do so."""
+    if op is _CONVERT and (kwargs.get("dtype") is None or kwargs["dtype"].is_floating_point):
+        return False
     return _may_decide(op) and any(a.is_floating_point() for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor))
 
 

@@ -187,6 +187,22 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
         if best is not None:
             return best[1]
         owner = owner.rpartition(".")[0] if "." in owner else ("" if owner else None)
+    return _below_it(small, path, notes, refused)
+
+
+def _below_it(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """An attribute of a module inside this one that holds the very number, if this one's code names it."""
+    outer = small.get_submodule(path)
+    methods = [f for kind in type(outer).__mro__ for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    named = {name for method in methods for name in method.__code__.co_names}
+    for inner, module in outer.named_modules():
+        owner = f"{path}.{inner}".strip(".")
+        for name, value in integers(module):
+            if owner == path or name.partition(".")[0] not in named or (owner, "attribute", name) in refused:
+                continue
+            for note in notes:
+                if note.old == note.got == value:
+                    return Edit(owner, "attribute", name, value, note.want)
     return None
 
 
@@ -254,8 +270,12 @@ def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
 
 
 def _worse(before: list[Note], after: list[Note], trial: list[Edit]) -> list[Edit]:
-    """Edits after which the modules below them have no fewer notes."""
-    return [edit for edit in trial if _below(after, edit.module) >= _below(before, edit.module)]
+    """Edits after which the modules below them have no fewer notes; all notes count for parts that had none of their own."""
+
+    def scope(edit: Edit) -> str:
+        return edit.module if _below(before, edit.module) else ""
+
+    return [edit for edit in trial if _below(after, scope(edit)) >= _below(before, scope(edit))]
 
 
 def _below(notes: list[Note], path: str) -> int:

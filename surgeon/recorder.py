@@ -231,7 +231,7 @@ class Recorder(PlainMode):
             node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
-        if decides(func, args):
+        if decides(func, args, kwargs):
             node.meta["decision"] = decision(out)
         self.calls.append(Call(func, node, self.stack.current, node.meta["source"]))
         return out

@@ -34,8 +34,10 @@ class Reference:
         plan: Plan,
         rescaled: Mapping[fx.Node, tuple[int, float, float]],
         results: Mapping[fx.Node, Tensor],
+        exact: Mapping[fx.Node, Tensor] | None = None,
     ) -> None:
         self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
+        self.exact = exact or {}  # constants of the model's code, not rounded to the recorded dtype
         self.inner, self.compared = 0.0, 0
         self.first_bad: fx.Node | None = None
         own = dict(named_tensors(model))
@@ -52,7 +54,7 @@ class Reference:
             if node.op == "placeholder":
                 self.values[node] = (next(inputs), ())
             elif node.op == "get_attr":
-                self.values[node] = self._slot(str(node.target))
+                self.values[node] = (self.exact[node], ()) if node in self.exact else self._slot(str(node.target))
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
                 if node in self.results:

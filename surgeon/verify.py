@@ -91,11 +91,12 @@ def verify(
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs)
     args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
-    outputs, trace = _run_small(small, graph, args, kwargs)
+    outputs, trace, exact = _run_small(small, graph, args, kwargs)
     with _float64():
         steps = _line_up(graph, trace)
         rescaled = _rescaled(graph, steps, plan)
-        run = Reference(model, graph, plan, rescaled, {n: step.result for n, step in steps.items() if step.result is not None})
+        results = {n: step.result for n, step in steps.items() if step.result is not None}
+        run = Reference(model, graph, plan, rescaled, results, exact if steps else {})
         reference = run.run(args, kwargs)
     if [path for path, _ in reference] != [path for path, _ in outputs]:
         raise ProofError(
@@ -203,11 +204,16 @@ class _Upgrade(PlainMode):
         super().__init__()
         self.trace: list[_Step] = []
         self.room = _KEEP
+        self.lifted = _lifted(graph)
+        self.exact: dict[fx.Node, Tensor] = {}
         self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         args, kwargs = widened(args), {k: widened(v) for k, v in (kwargs or {}).items()}
+        for place, node in self.lifted.get(len(self.trace), ()):
+            if place < len(args) and isinstance(args[place], Tensor):
+                self.exact[node] = args[place].clone()
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
@@ -217,7 +223,7 @@ class _Upgrade(PlainMode):
 
     def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The original's decision, so that both take one path; decisions come in the same order in both runs."""
-        if not decides(func, args) or not self.decisions or self.decisions[-1].target is not func:
+        if not decides(func, args, kwargs) or not self.decisions or self.decisions[-1].target is not func:
             return None
         return replay(self.decisions.pop(), args, kwargs)
 
@@ -252,7 +258,10 @@ def _constants(args: Any) -> dict[int, float]:
     return numbers
 
 
-def _run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> tuple[list[tuple[str, Tensor]], list[_Step]]:
+_Run = tuple[list[tuple[str, Tensor]], list["_Step"], dict[fx.Node, Tensor]]
+
+
+def _run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> _Run:
     twin = copy.deepcopy(small).to(torch.float64)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
@@ -269,12 +278,38 @@ def _run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> tuple[
                 why="the plan does not fit the model's code",
                 fix="make the plan anew with surgery.plan(...)",
             ) from error
-    return list(tensor_leaves(output)), mode.trace
+    return list(tensor_leaves(output)), mode.trace, _exact(graph, mode.exact)
+
+
+def _traced(graph: Graph) -> list[fx.Node]:
+    """The recorded ops that a trace holds."""
+    return [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
+
+
+def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
+    """Where ops read tensors that the model's code made of numbers: place in the trace -> (argument, node)."""
+    found: dict[int, list[tuple[int, fx.Node]]] = {}
+    for index, node in enumerate(_traced(graph)):
+        for place, item in enumerate(node.args):
+            if not isinstance(item, fx.Node) or item.op != "get_attr" or item.target in graph.owned:
+                continue
+            if graph.tensors[str(item.target)].is_floating_point() and spec(item).shape:
+                found.setdefault(index, []).append((place, item))
+    return found
+
+
+def _exact(graph: Graph, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """Those of the tensors that are the recorded ones but for rounding to the recorded dtype."""
+    return {
+        node: tensor
+        for node, tensor in found.items()
+        if torch.equal(tensor.to(graph.tensors[str(node.target)].dtype), graph.tensors[str(node.target)])
+    }
 
 
 def _line_up(graph: Graph, trace: list[_Step]) -> dict[fx.Node, _Step]:
     """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops."""
-    calls = [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
+    calls = _traced(graph)
     alike = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
     if len(calls) != len(trace):
         return {}
