@@ -8,6 +8,7 @@ from surgeon.export import export
 from surgeon.fuse import fuse
 from surgeon.pipeline import Surgery, inspect, shrink
 from surgeon.plan import Plan
+from surgeon.store import load, save
 from surgeon.verify import Proof, verify
 
-__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "shrink", "verify"]
+__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "load", "save", "shrink", "verify"]

@@ -23,7 +23,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon import criteria
 from surgeon.bench import Table, bench
@@ -35,6 +35,7 @@ from surgeon.models import build, load_weights
 from surgeon.pipeline import Surgery, inspect, prove
 from surgeon.plan import Plan
 from surgeon.report import count, table
+from surgeon.store import plain_state
 
 app = typer.Typer(help="Structural pruning for PyTorch: physically smaller models, proven.", no_args_is_help=True)
 
@@ -224,7 +225,7 @@ def _write(
     model: nn.Module, small: nn.Module, plan: Plan, surgery: Surgery, draft: Path, *, onnx: bool, fused: bool, original: bool
 ) -> dict[str, Path]:
     """All files into the draft folder; the ONNX files by the names to measure them under."""
-    (draft / "small.safetensors").write_bytes(safetensors.torch.save(_state(small)))
+    (draft / "small.safetensors").write_bytes(safetensors.torch.save(plain_state(small)))
     plan.save(draft / "plan.json")
     files = {}
     inputs = _inputs_of(surgery)
@@ -233,21 +234,6 @@ def _write(
             files[name] = draft / file
             _export(fuse(module, inputs) if fused else module, draft / file, inputs)
     return files
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict with a copy for each name (safetensors refuses shared memory): it loads strictly, tied weights included."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise InputError(
-                f"the model's state_dict holds a {type(value).__name__}",
-                where=name,
-                why="safetensors files hold tensors only",
-                fix="save the small model from Python: small = surgeon.shrink(model, ...)",
-            )
-        state[name] = value.detach().clone(memory_format=torch.contiguous_format)
-    return state
 
 
 def _export(model: nn.Module, path: Path, inputs: Any) -> None:

@@ -53,6 +53,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     graph, pairs = _find(model, example_inputs)
     try:
         fused = copy.deepcopy(model)
+        fused.__dict__.pop("_surgeon_plans", None)  # they make the unfused model
     except (RuntimeError, TypeError) as error:
         raise FuseError(
             "the model cannot be copied", where=type(model).__name__, why=str(error), fix="let copy.deepcopy(model) work"

@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         loaded = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            "cannot read --weights",
+            "cannot read the weights",
             where=str(path),
             why=str(error),
             fix="pass a safetensors file, as safetensors.torch.save_file(model.state_dict(), path) writes it",

@@ -57,8 +57,12 @@ class Plan:
         """
         check_fit(self, model)
         if self.edits is None and self._finish is not None:
-            return self._finish(self, model)[0]
-        return shrink_module(model, self.kept, self.edits or ())
+            small = self._finish(self, model)[0]
+        else:
+            small = shrink_module(model, self.kept, self.edits or ())
+        done = dataclasses.replace(self, _finish=None)
+        small.__dict__["_surgeon_plans"] = (*model.__dict__.get("_surgeon_plans", ()), done)  # for surgeon.save
+        return small
 
     def finished(self) -> Plan:
         """The plan with its edits known."""

@@ -24,7 +24,7 @@ from surgeon._quiet import PlainMode, quiet_run
 from surgeon.absence import in_float64, widened
 from surgeon.capture import capture
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, spec, tensor_leaves, where
+from surgeon.graph import Graph, Spec, spec, tensor_leaves, where
 from surgeon.plan import Plan
 from surgeon.recorder import named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
@@ -339,13 +339,25 @@ def _rescaled(graph: Graph, steps: Mapping[fx.Node, _Step], plan: Plan) -> dict[
 
 
 def _number(graph: Graph, item: Any) -> float | None:
-    """A number that the model's code passed, perhaps as a tensor that it made on the way."""
-    while isinstance(item, fx.Node) and op_name(item) in _OPTIONAL:
-        item = item.args[0]
+    """A number that the model's code passed, perhaps as a tensor without dims that it made on the way."""
     if isinstance(item, fx.Node):
-        lifted = item.op == "get_attr" and item.target not in graph.owned and spec(item).shape == ()
-        return float(graph.tensors[str(item.target)]) if lifted else None
+        made = _made(graph, item) if isinstance(item.meta["spec"], Spec) and spec(item).shape == () else None
+        return None if made is None or made.is_complex() else float(made)
     return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
+
+
+def _made(graph: Graph, node: fx.Node) -> Tensor | None:
+    """The value of a node that hangs on nothing but numbers in the model's code."""
+    if node.op == "get_attr":
+        return None if node.target in graph.owned else graph.tensors[str(node.target)]
+    if node.op != "call_function":
+        return None
+    inputs = {n: _made(graph, n) for n in node.all_input_nodes}
+    if not inputs or any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: inputs[n])
+    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
+    return result
 
 
 _FINEST = torch.finfo(torch.float64).eps

@@ -159,7 +159,7 @@ def test_inspect_and_version(source: Path) -> None:
         (["{}:Net", "--ignore", "tail"], "ignore names 'tail'"),
         (["{}:Net", "--input", "1,x"], "is not a shape"),
         (["{}:Net", "--input", "1,5,8,8"], "does not run"),
-        (["{}:Net", "--weights", "{}"], "cannot read --weights"),
+        (["{}:Net", "--weights", "{}"], "cannot read the weights"),
     ],
 )
 def test_what_goes_wrong_is_said(source: Path, tmp_path: Path, arguments: list[str], words: str) -> None:

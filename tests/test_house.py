@@ -13,7 +13,7 @@ ROOT = Path(surgeon.__file__).parent
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules propagate solve lanes groups cost criteria
 choose edits rewrite plan masks wanted compare mend absence normalise semantics reference verify fuse export
-bench report explain pipeline models cli
+bench report explain pipeline models store cli
 """.split()
 
 
@@ -63,7 +63,9 @@ def test_the_proof_is_independent() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "shrink", "verify",
+        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect",
+        "load",
+        "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:
         assert (getattr(surgeon, name).__doc__ or "").strip(), name
