@@ -140,7 +140,7 @@ class _Comparer(PlainMode):
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
             want = wanted(call.node, self.shapes, self.choice)
             for position, value in want.items():
-                self._note(call, call.node.args[position], value, call.node.args[position])
+                self._note(call, call.node.args[position], value, call.node.args[position], call.module)
             self.at += 1
         raise MendError(
             "the small model takes another path through its code than the original",

@@ -114,7 +114,7 @@ def _own_layer(module: nn.Module, node: fx.Node) -> bool:
     """Whether one of torch's own layers passes this size, from a number that is set beside its tensors."""
     kinds = tuple(kind for kind, op in _LAYER_NUMBERS if op == op_name(node))
     if op_name(node) == "native_layer_norm":
-        kinds = (nn.LayerNorm,) if getattr(module, "weight", None) is not None else ()
+        kinds = (nn.LayerNorm,)
     elif op_name(node) == "view":  # from the shapes of its inputs and the number of heads
         kinds = (nn.MultiheadAttention,)
     return isinstance(module, kinds) and type(module).forward.__module__.startswith("torch.nn.")
@@ -140,6 +140,13 @@ def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice
                 heads = module.num_heads * new_shape[1] // old_shape[1]
                 if heads != module.num_heads:
                     yield Edit(call.module, "attribute", "num_heads", module.num_heads, heads)
+            continue
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is None:  # no tensor shows what it normalises
+            done.add(call.module)
+            last = len(module.normalized_shape)
+            for place, new in enumerate(shapes.shape(call.node, choice)[-last:]):
+                if new != module.normalized_shape[place]:
+                    yield Edit(call.module, "attribute", f"normalized_shape.{place}", module.normalized_shape[place], new)
             continue
         for (kind, op), (position, name) in _LAYER_NUMBERS.items():
             if isinstance(module, kind) and op_name(call.node) == op:

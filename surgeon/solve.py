@@ -120,6 +120,10 @@ def _hold_free(ledger: Ledger, root: Track) -> None:
         return
     free = np.zeros(ledger.count, dtype=bool)
     free[root[np.concatenate(ledger.free)]] = True
+    for part in ledger.parts:  # in the order in which dims were cut and merged
+        cell, row, column = root[part.cell], root[part.row], root[part.column]
+        whole = free[cell] | (free[row] | free[column] if not part.split else False)
+        free[cell[whole]] = free[row[whole]] = free[column[whole]] = True
     for ids, node in ledger.reduced:
         held = ids[free[root[ids]]]
         if held.size:
