@@ -225,6 +225,13 @@ def _index_put(call: Op) -> Any:
     return result, masks.tidy([*call.mask(x), *factors])
 
 
+def _index_add(call: Op) -> Any:
+    x, dim, _, source = call.args[:4]
+    if masks.varies(call.mask(x), [dim]) or masks.varies(call.mask(source), [dim]):
+        raise refusal(call, "entries that are written by index were removed")
+    return call.run(call.data), masks.tidy([*call.mask(x), *call.mask(source)])
+
+
 def _grouped_product(call: Op) -> Any:
     x, weight = call.args[:2]
     rows = masks.any_along(call.mask(x), [1])
@@ -292,6 +299,8 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     "im2col": _unfolded,
     "col2im": _unfolded,
     "index_put": _index_put,
+    "index_add": _index_add,
+    "index_copy": _index_add,
     "_unsafe_index_put": _index_put,
     "_grouped_mm": _grouped_product,
     "_weight_norm_interface": normalise.weight_norm,

@@ -217,6 +217,8 @@ class _Upgrade(PlainMode):
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
+        if name == "lift_fresh" and result.is_floating_point():  # a tensor that the code makes of numbers, by name in float32
+            result = result.to(torch.float64)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(_Step(name.rstrip("_"), _constants(args), self._kept(name, result)))
         return result

@@ -217,6 +217,20 @@ def unfold_dim(site: Site) -> Axes:
     return {d: site.ledger.collapse(t, dim)[..., None] for d, t in axes.items()}
 
 
+@rule(Family.ELEMENTWISE, "index_add", "index_copy")
+def index_add(site: Site) -> Axes:
+    """Rows of source [.., n, ..] added to x at indices along one dim: that dim stays whole, the others meet."""
+    x, dim, index, source = site.args[:4]
+    dim = int(dim) % max(1, len(site.out))
+    site.ledger.freeze_all(site.axes(index), "is used as an index")
+    operands = []
+    for node in (x, source):
+        axes = site.freeze(site.axes(node), [dim], "is written by index")
+        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.shape(node)))))
+    return broadcast(site, operands, tuple(1 if d == dim else n for d, n in enumerate(site.out)))
+
+
 @rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
 def index_put(site: Site) -> Axes:
     """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the values'."""

@@ -1,0 +1,162 @@
+"""Awkward code in miniature: what real models and random graphs once broke on. Each must be cut, proved, and lose channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from motifs import net
+from torch import Tensor, nn
+
+import surgeon
+
+
+class Remembers(nn.Module):
+    """Sizes read from a part, and checked before they are used (as in RAFT)."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden_size, self.layer = 12, nn.Linear(12, 12)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.layer(h).tanh()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.cell, self.out = nn.Linear(5, 20), self.Cell(), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encode(x)
+        hidden = self.cell.hidden_size
+        if x.shape[1] <= hidden:
+            raise ValueError("the encoder must give more than the hidden state")
+        h, context = torch.split(x, [hidden, x.shape[1] - hidden], dim=1)
+        return self.out(torch.cat([self.cell(h), context], 1))
+
+
+class Shared(nn.Module):
+    """A stage number that looks like a size: changing it leads the code astray (as in CvT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage, self.flags, self.a, self.b = 2, [False, False, True], nn.Linear(5, 8), nn.Linear(8, 3)
+        self.heads, self.token = 2, nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.flags[self.stage]:
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        q = x.view(x.shape[0], x.shape[1], self.heads, 4).transpose(1, 2)
+        return self.b((q @ q.transpose(2, 3)).softmax(-1).matmul(q).transpose(1, 2).flatten(2))
+
+
+class Scaled(nn.Module):
+    """The scale of attention as a tensor that the code makes of a width (as in DeBERTa and RAFT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.b = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        return self.b(q @ k.transpose(1, 2) / torch.sqrt(torch.tensor(q.size(-1), dtype=torch.float)))
+
+
+class Router(nn.Module):
+    """A mixture of experts: the two best of three for each token, chosen by value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.route, self.b = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).flatten(0, 1)
+        weight, chosen = self.route(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == number)
+            out.index_add_(0, token, expert(x[token]) * weight[token, place, None])
+        return self.b(out)
+
+
+class Threshold(nn.Module):
+    """Boxes above a threshold, best first: the number of rows hangs on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.score, self.box = nn.Linear(5, 8), nn.Linear(8, 1), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a((x - torch.tensor([0.485, 0.456, 0.406, 0.3, 0.1]))[0] / self.mean).relu()
+        score = self.score(x)[:, 0].sigmoid()
+        keep = torch.nonzero(score > 0.5)[:, 0]
+        order = score[keep].argsort(descending=True)
+        return self.box(x)[keep][order], score[keep][order]
+
+
+def remember(s: Any, x: Tensor) -> Tensor:
+    if not hasattr(s, "table"):  # made at the first run and kept
+        s.table = torch.arange(6)[:, None] - torch.arange(6)[None]
+    return s.b(s.a(x)) * (s.table.sum() + 2)
+
+
+LINEAR = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(8, 3)}
+HALF = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(4, 3)}
+CONV = {"a": lambda: nn.Conv2d(3, 8, 3, padding=1), "b": lambda: nn.Linear(8, 3)}
+FLAT, ROWS, IMAGE = (4, 5), (2, 6, 5), (2, 3, 6, 6)
+
+AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
+    ("logsumexp", net(lambda s, x: s.b(s.a(x) - s.a(x).logsumexp(1, keepdim=True)), **LINEAR), FLAT),
+    ("the greatest of all", net(lambda s, x: s.b(s.a(x) / s.a(x).max()), **LINEAR), FLAT),
+    ("every second", net(lambda s, x: s.b(s.a(x)[:, 1::2]), **HALF), FLAT),
+    ("padded, then normalised", net(lambda s, x: s.b(F.layer_norm(F.pad(s.a(x), (0, 4)), (12,))), a=LINEAR["a"],
+                                    b=lambda: nn.Linear(12, 3)), FLAT),
+    ("padded heads", net(lambda s, x: s.b(s.c(F.pad(s.a(x), (0, 8)).unflatten(-1, (3, -1)).softmax(-1).flatten(1))),
+                         a=lambda: nn.Linear(5, 16), c=lambda: nn.Linear(24, 8), b=LINEAR["b"]), FLAT),
+    ("norm without scale",
+     lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 3)), FLAT),
+    ("rms norm without scale",
+     lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8, eps=1e-5, elementwise_affine=False), nn.Linear(8, 3)), FLAT),
+    ("rms norm without epsilon", lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3)), FLAT),
+    ("unfold", net(lambda s, x: s.b(F.unfold(s.a(x), 3).transpose(1, 2)), a=CONV["a"], b=lambda: nn.Linear(72, 3)), IMAGE),
+    ("fold", net(lambda s, x: s.b(F.fold(F.unfold(s.a(x), 3), (6, 6), 3).mean((2, 3))), **CONV), IMAGE),
+    ("rows by mask", net(lambda s, x: s.b(s.masked(s.a(x))), masked=lambda: Masked(), **LINEAR), ROWS),
+    ("convolution over channels", net(lambda s, x: s.b(s.c(torch.stack([s.a(x), s.a(x) * 2], 1))[:, 0]),
+                                      c=lambda: nn.Conv1d(2, 1, 1), **LINEAR), FLAT),
+    ("made once and kept", net(remember, **LINEAR), FLAT),
+    ("unflatten", net(lambda s, x: s.b(s.a(x).unflatten(-1, (2, -1)).sum(1)), **HALF), FLAT),
+    ("narrow", net(lambda s, x: s.b(s.a(x).narrow(1, 0, 4)), **HALF), FLAT),
+    ("sizes of a part", Remembers, FLAT),
+    ("a number that is no size", Shared, ROWS),
+    ("a scale in a tensor", Scaled, ROWS),
+    ("mixture of experts", Router, ROWS),
+    ("boxes above a threshold", Threshold, ROWS),
+]  # fmt: skip
+
+
+class Masked(nn.Module):
+    """Rows written through a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[torch.arange(x.shape[1])[None].expand(x.shape[0], -1) % 2 == 0] = 0.0
+        return x
+
+
+@pytest.mark.parametrize(("make", "shape"), [case[1:] for case in AWKWARD], ids=[case[0] for case in AWKWARD])
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_awkward_code_is_cut_and_proved(make: Callable[[], nn.Module], shape: tuple[int, ...], ratio: float) -> None:
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(ratio, criterion="random", seed=3)
+    small = plan.apply(model)
+    proof = surgeon.verify(model, small, plan, x)
+    assert proof.error < 1e-9
+    assert sum(p.numel() for p in small.parameters()) == plan.params < surgery.params
