@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import InputError
-from surgeon.explain import advice
+from surgeon.explain import ADVICE, advice
 from surgeon.graph import where
 
 
@@ -91,6 +91,8 @@ def test_every_reason_that_the_package_gives_has_advice() -> None:
     reasons = re.findall(r'(?:freeze|freeze_all)\([^"\n]*f?"([^"]+)"', text) + re.findall(r'reason = f?"([^"]+)"', text)
     assert len(reasons) > 20
     assert [reason for reason in reasons if not advice(reason)] == []
+    page = (root.parent / "docs" / "frozen.md").read_text()
+    assert [key for key, text in ADVICE if f"| {key} | {text} |" not in page] == []
 
 
 def test_unknown_names_are_refused() -> None:
