@@ -12,7 +12,7 @@ ROOT = Path(surgeon.__file__).parent
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules propagate solve lanes groups cost criteria
-choose edits rewrite plan masks wanted compare mend absence normalise semantics reference verify fuse export
+choose edits rewrite plan masks wanted compare mend absence normalise semantics reference trace verify fuse export
 bench report explain pipeline models store cli
 """.split()
 
@@ -54,7 +54,7 @@ def test_layers_import_one_way() -> None:
 
 def test_the_proof_is_independent() -> None:
     """Neither the oracle nor what it is made of knows of ids, groups or slicing."""
-    for name in ("verify", "reference", "semantics", "normalise", "absence", "masks"):
+    for name in ("verify", "trace", "reference", "semantics", "normalise", "absence", "masks"):
         used = imports(ROOT / f"{name}.py")
         assert not used & {"labels", "propagate", "solve", "groups", "cost", "choose", "rewrite", "mend", "wanted", "compare"}, (
             name

@@ -864,11 +864,12 @@ class Wiring:
         once = all(x.stride(d) for d in range(x.dim()) if x.shape[d] > 1)
         return once and base not in self._fixed and base not in [self._bases[other] for other in others]
 
-    def draw(self, name: str, places: Sequence[int], number: int) -> None:
-        """Add a step whose operands are told by number; nothing if the block does not suit them."""
+    def draw(self, name: str, places: int, number: int) -> None:
+        """Add a step whose operands are told by a number; nothing if the block does not suit them."""
         try:
             names: list[str] = []
-            for kinds, place in zip(BLOCKS[name].operands, places, strict=False):
+            for kinds in BLOCKS[name].operands:
+                places, place = divmod(places, 6)
                 names.append(self._find(kinds, place, self.values[names[0]] if names else None))
             self.add(name, " ".join(names), number)
         except Skip:
