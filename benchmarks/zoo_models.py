@@ -127,9 +127,9 @@ def _timm(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def fill_zero_weights(model: nn.Module) -> None:
-    """Random numbers for weights that start as zeros (the head of vit): a model that only puts out zeros hides all errors."""
+    """Random numbers for weights that start as zeros (the head of vit) or as nothing: outputs of zero would hide all errors."""
     for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
+        if (parameter.dim() > 1 and not parameter.any()) or not parameter.isfinite().all():
             nn.init.normal_(parameter, std=0.02)
 
 

@@ -180,8 +180,16 @@ class _Comparer(PlainMode):
                 )
 
     def looked_ahead(self) -> bool:
-        """Note the next recorded size that must change: the code stopped before it, perhaps because it checks sizes."""
+        """Note the next recorded size that must change: the code stopped before it, perhaps because it checks sizes.
+
+        If the next op takes no size, what changes in its shape: torch's Python functions check sizes that no op is given.
+        """
         for call in self.calls[self.at :]:
+            if call is self.calls[self.at] and not wanted(call.node, self.shapes, self.choice) and call.node.meta["spec"]:
+                old_shape, new_shape = spec(call.node).shape, self.shapes.shape(call.node, self.choice)
+                self._note(call, list(old_shape), list(new_shape), list(old_shape), call.module)
+                if self.notes:
+                    return True
             for position, value in wanted(call.node, self.shapes, self.choice).items():
                 old: Any = call.node.args[position]
                 if isinstance(value, list):  # -1: what is left over

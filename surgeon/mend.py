@@ -22,6 +22,7 @@ from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit, literals, trace_one
 from surgeon.errors import MendError
 from surgeon.graph import Graph, Spec, spec
+from surgeon.recorder import named_tensors
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
@@ -107,6 +108,20 @@ def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) 
             changed = [a != b and a != -1 for a, b in zip(old, new, strict=True)] if isinstance(new, list) else [old != new]
             if any(changed) and not call.node.meta.get("derived") and not _own_layer(small.get_submodule(call.module), call.node):
                 return True
+    return _keeps_old_sizes(small, graph)
+
+
+def _keeps_old_sizes(small: nn.Module, graph: Graph) -> bool:
+    """Whether a module of the user's holds a number that was a size of its own tensors: its code may pass it to a function."""
+    for name, tensor in named_tensors(small):
+        path, _, _ = name.rpartition(".")
+        module = small.get_submodule(path)
+        old = graph.tensors[name].shape if name in graph.owned else tensor.shape
+        if tensor.shape == old or type(module).forward.__module__.startswith("torch.nn."):
+            continue
+        gone = {a for a, b in zip(old, tensor.shape, strict=True) if a != b}
+        if any(value in gone for _, value in integers(module)):
+            return True
     return False
 
 

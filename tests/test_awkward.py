@@ -100,6 +100,25 @@ class Threshold(nn.Module):
         return self.box(x)[keep][order], score[keep][order]
 
 
+class Checked(nn.Module):
+    """A norm of one's own, which gives torch's function a size that no op is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(5, 8), self.Norm(8), nn.Linear(8, 3)
+
+    class Norm(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.normalized_shape, self.weight = (width,), nn.Parameter(torch.randn(width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, self.normalized_shape, self.weight, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
 def remember(s: Any, x: Tensor) -> Tensor:
     if not hasattr(s, "table"):  # made at the first run and kept
         s.table = torch.arange(6)[:, None] - torch.arange(6)[None]
@@ -121,6 +140,7 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
                          a=lambda: nn.Linear(5, 16), c=lambda: nn.Linear(24, 8), b=LINEAR["b"]), FLAT),
     ("norm without scale",
      lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 3)), FLAT),
+    ("a size that a function checks", Checked, FLAT),
     ("rms norm without scale",
      lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8, eps=1e-5, elementwise_affine=False), nn.Linear(8, 3)), FLAT),
     ("rms norm without epsilon", lambda: nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3)), FLAT),
