@@ -12,7 +12,7 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened outer product).
 - balances: a matrix of ids of which every row keeps equally many.
 - free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
-- reduced:  ids that are summed or normalised over: free ones among them stay, because it matters how many there are.
+- reduced:  entries that are summed or normalised over: free ones among them stay, because it matters how many there are.
 - batched:  ids of rows that an op computes one by one (heads, groups).
 - heads, head_dims: ids that batched products of activations compute one by one, or sum over and give (attention).
 """
@@ -72,8 +72,7 @@ class Ledger:
         self.batched: list[Track] = []
         self.heads: list[Track] = []
         self.head_dims: list[Track] = []
-        self.free: list[Track] = []
-        self.reduced: list[tuple[Track, fx.Node | None]] = []
+        self._free = np.zeros(1 << 10, dtype=bool)
         self.node: fx.Node | None = None
         self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
         self._cells: dict[bytes, Track] = {}
@@ -84,7 +83,22 @@ class Ledger:
         size = int(np.prod(shape))
         ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
+        if self.count > len(self._free):
+            self._free = np.concatenate([self._free, np.zeros(self.count, dtype=bool)])
         return ids
+
+    def mark_free(self, ids: Track) -> None:
+        """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of them left."""
+        self._free[ids] = True
+
+    def is_free(self, ids: Track) -> Track:
+        return self._free[ids]
+
+    def reduced(self, ids: Track) -> None:
+        """These entries are summed or normalised over."""
+        held = ids[self._free[ids]]
+        if held.size:
+            self.freeze(held, "is padding or a repeated entry that is reduced over")
 
     def join(self, left: Track, right: Track) -> None:
         """Entries that meet (after broadcasting) leave together."""
@@ -115,12 +129,13 @@ class Ledger:
             self.balances.append(Balance(matrix, self.node))
 
     def collapse(self, track: Track, dim: int) -> Track:
-        """Join the entries along `dim`, so that the track no longer varies along it."""
+        """Join the entries along `dim`, so that the track no longer varies along it; a free one stands for all if there is any."""
         if track.shape[dim] == 1:
             return track
         first = np.take(track, [0], axis=dim)
         self.join(track, first)
-        return first
+        free = self._free[track]
+        return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
 
     def compose(self, outer: Track, inner: Track) -> Track:
         """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
@@ -137,6 +152,7 @@ class Ledger:
                 cells = self.new(pairs.shape[1])
                 known = cells[order][index.ravel()]
                 self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
+            self.mark_free(known[self._free[outer] | self._free[inner]])
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner
         return known
@@ -172,6 +188,8 @@ class Ledger:
             cells, cell_index = np.unique(track, return_inverse=True)
             column = self.new(len(cells))[cell_index.ravel()].reshape(track.shape)
         full_row = np.broadcast_to(row, track.shape)
+        for ids in (full_row, column):
+            self.mark_free(ids[self._free[track]])
         self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
         self.balance(column, last)
         axes = self.split(row, dims[:-1])

@@ -99,7 +99,6 @@ def solve(ledger: Ledger) -> Solution:
         left = np.concatenate([j.left for j in ledger.joins])
         right = np.concatenate([j.right for j in ledger.joins])
         root = unite(root, left, right)
-    _hold_free(ledger, root)
     if ledger.freezes:
         frozen[root[np.concatenate([f.ids for f in ledger.freezes])]] = True
     cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
@@ -112,22 +111,6 @@ def solve(ledger: Ledger) -> Solution:
         if not changed:
             break
     return _assemble(ledger, root, frozen, (cell, row, column, split), balances)
-
-
-def _hold_free(ledger: Ledger, root: Track) -> None:
-    """Freeze what is reduced over and holds entries of nobody's: no weight would show which of them a cut took."""
-    if not ledger.free:
-        return
-    free = np.zeros(ledger.count, dtype=bool)
-    free[root[np.concatenate(ledger.free)]] = True
-    for part in ledger.parts:  # in the order in which dims were cut and merged
-        cell, row, column = root[part.cell], root[part.row], root[part.column]
-        whole = free[cell] | (free[row] | free[column] if not part.split else False)
-        free[cell[whole]] = free[row[whole]] = free[column[whole]] = True
-    for ids, node in ledger.reduced:
-        held = ids[free[root[ids]]]
-        if held.size:
-            ledger.freezes.append(Freeze(held, "is padding or a repeated entry that is reduced over", node))
 
 
 def unite(root: Track, left: Track, right: Track) -> Track:

@@ -20,7 +20,7 @@ def free_axes(site: Site, shape: tuple[int, ...], dims: object) -> Axes:
     for dim in dims:  # type: ignore[attr-defined]  # any iterable of ints
         if shape[dim] > 1:
             axes[dim] = site.ledger.new(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])
-            site.ledger.free.append(axes[dim].ravel())
+            site.ledger.mark_free(axes[dim])
     return axes
 
 

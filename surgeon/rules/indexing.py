@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from surgeon.labels import Axes
-from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
+from surgeon.rules.registry import Family, Site, beside, broadcast, op_name, rule
 
 
 def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
@@ -121,7 +121,12 @@ def _scattered(site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, 
     window = sliced(axes, dim, start, stop, step)
     for d in set(axes) | set(inner):
         if d in window and d in inner:
-            site.ledger.join(window[d], inner[d])
+            written = beside(site.ledger, [window[d], inner[d]])
+            if axes[d].shape[dim] == 1:
+                axes[d] = written
+            elif site.ledger.is_free(written).any():
+                axes[d] = axes[d].copy()
+                sliced(axes, dim, start, stop, step)[d][...] = written
         elif site.shape(child)[d] > 1:
             for side in (axes, inner):
                 if d in side:
@@ -138,7 +143,7 @@ def select_scatter(site: Site) -> Axes:
     inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in site.axes(child).items()}
     for d in (set(axes) | set(inner)) - {dim}:
         if d in axes and d in inner:
-            site.ledger.join(axes[d], inner[d])
+            axes[d] = beside(site.ledger, [axes[d], inner[d]])
         elif site.out[d] > 1:
             for side in (axes, inner):
                 if d in side:
@@ -166,7 +171,8 @@ def constant_pad(site: Site) -> Axes:
                 continue
             rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
             edges = [site.ledger.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
-            site.ledger.free += [edge.ravel() for edge in edges]
+            for edge in edges:
+                site.ledger.mark_free(edge)
             axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
     return axes
 
@@ -255,7 +261,7 @@ def index_put(site: Site) -> Axes:
         own, other = axes.get(d), value.get(d - offset)
         if own is not None and other is not None:
             flat = np.moveaxis(other, d - offset, -1).reshape(-1, other.shape[d - offset])
-            site.ledger.join(flat, own.ravel()[None])
+            axes[d] = site.ledger.collapse(np.concatenate([own.reshape(1, -1), flat]), 0).reshape(own.shape)
         elif d - offset >= 0 and shape[d - offset] > 1:
             for track in (axes.pop(d, None), other):
                 if track is not None:

@@ -14,7 +14,7 @@ from torch import fx
 
 from surgeon.labels import Axes, Track, reshape
 from surgeon.rules.factory import free_axes
-from surgeon.rules.registry import Family, Site, meet, op_name, rule, shift
+from surgeon.rules.registry import Family, Site, beside, op_name, rule, shift
 
 
 @rule(Family.MOVEMENT, "getitem")
@@ -102,7 +102,7 @@ def cat(site: Site) -> Axes:
 def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], dim: int) -> Track:
     """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along it."""
     if all(t.shape[dim] == 1 for t in tracks):
-        return meet(site.ledger, tracks)
+        return beside(site.ledger, tracks)
     sizes = [site.shape(p)[dim] for p in parts]
     rows = np.broadcast_shapes(*[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in tracks])
     full = [

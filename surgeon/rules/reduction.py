@@ -18,7 +18,8 @@ from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
 def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> Axes:
     """Tracks after the dims ended; a track that varied along one of them is made constant there."""
     gone = {int(d) % ndim for d in dims} if ndim else set()
-    site.ledger.reduced += [(axes[d].ravel(), site.node) for d in gone if d in axes]
+    for d in gone & set(axes):
+        site.ledger.reduced(axes[d])
     result: Axes = {}
     for dim, track in axes.items():
         if dim in gone:
@@ -74,7 +75,7 @@ def softmax(site: Site) -> Axes:
     dim = int(site.arg(1)) % max(1, len(site.out))
     axes = dict(site.axes(x))
     if dim in axes:
-        site.ledger.reduced.append((axes[dim].ravel(), site.node))
+        site.ledger.reduced(axes[dim])
     return {d: (t if d == dim else site.ledger.collapse(t, dim)) for d, t in axes.items()}
 
 
@@ -99,7 +100,9 @@ def layer_norm(site: Site) -> Any:
     out = broadcast(site, operands, site.out)
     ndim = len(site.out)
     gone = range(ndim - last, ndim)
-    site.ledger.reduced += [(t.ravel(), site.node) for d, t in out.items() if d >= ndim - last]
+    for d in gone:
+        if d in out:
+            site.ledger.reduced(out[d])
     passing = {d: t for d, t in out.items() if d < ndim - last}
     stats = reduce_dims(site, passing, gone, ndim, keepdim=True)
     spec = site.node.meta["spec"]
@@ -115,7 +118,8 @@ def group_norm(site: Site) -> Any:
     axes = site.freeze(site.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
     grid = (shape[0], groups, shape[1] // groups, *shape[2:])
     cut = reshape(site.ledger, axes, shape, grid)
-    site.ledger.reduced += [(t.ravel(), site.node) for d, t in cut.items() if d in (1, 2)]
+    for d in {1, 2} & set(cut):
+        site.ledger.reduced(cut[d])
     axes = reshape(site.ledger, cut, grid, shape)
     if 1 in cut:
         site.ledger.batched.append(cut[1].ravel())

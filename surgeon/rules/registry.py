@@ -147,9 +147,25 @@ def broadcast(site: Site, operands: list[tuple[Axes, tuple[int, ...]]], out: tup
 
 
 def meet(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
-    """Join tracks that meet entry by entry; the most compressed one stands for all."""
+    """Join tracks that meet entry by entry; the most compressed one stands for all, and one of a tensor's for one of nobody's."""
     best = min(tracks, key=lambda t: t.size)
     for track in tracks:
         if track is not best:
             ledger.join(track, best)
+    free = ledger.is_free(best)
+    for track in tracks:
+        if free.any() and track is not best:
+            best = np.where(free, track, best)
+            free = ledger.is_free(best)
+    return best
+
+
+def beside(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
+    """Join tracks of values that lie side by side; as the entries do not mix, one of nobody's stands for all."""
+    best = meet(ledger, tracks)
+    if any(ledger.is_free(track).any() for track in tracks):
+        found = ledger.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
+        for dim in range(found.ndim):
+            found = ledger.collapse(found, dim) if best.shape[dim] == 1 else found
+        return found
     return best
