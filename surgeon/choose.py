@@ -130,7 +130,7 @@ def choose(
         BudgetError: there is nothing to remove, or the budget lies below what must stay.
     """
     links = list(links)
-    groups = _without_kept_heads(groups, request.heads, links)
+    groups = without_kept_heads(groups, request.heads, links)
     if not groups:
         raise BudgetError(
             "the model has no group of channels that may leave",
@@ -144,7 +144,7 @@ def choose(
     return planner.within(kind, request.macs if request.macs is not None else request.params)  # type: ignore[arg-type]  # one is set
 
 
-def _without_kept_heads(groups: list[Group], heads: str, links: list[Link]) -> list[Group]:
+def without_kept_heads(groups: list[Group], heads: str, links: list[Link]) -> list[Group]:
     """The groups less the parts of attention that are to stay, and less those whose widths the code computes from them."""
     kept = {group.name for group in groups if group.attention in HEADS[heads]}
     movable = {group.grid for group in groups if group.name not in kept and group.grid >= 0}

@@ -92,7 +92,8 @@ class Ledger:
         self._free[ids] = True
 
     def is_free(self, ids: Track) -> Track:
-        return self._free[ids]
+        found: Track = self._free[ids]
+        return found
 
     def reduced(self, ids: Track) -> None:
         """These entries are summed or normalised over."""
@@ -129,7 +130,7 @@ class Ledger:
             self.balances.append(Balance(matrix, self.node))
 
     def collapse(self, track: Track, dim: int) -> Track:
-        """Join the entries along `dim`, so that the track no longer varies along it; a free one stands for all if there is any."""
+        """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any, stands for all."""
         if track.shape[dim] == 1:
             return track
         first = np.take(track, [0], axis=dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from surgeon import criteria
 from surgeon._quiet import uncollected
 from surgeon.capture import capture
-from surgeon.choose import Link, Request, choose
+from surgeon.choose import Link, Request, choose, without_kept_heads
+from surgeon.compare import compare
+from surgeon.configs import Blueprint, config_edits, unsaid
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
+from surgeon.edits import Edit, apply_edit
 from surgeon.errors import CaptureError, InputError
 from surgeon.explain import Explanation, FrozenShare, explain, frozen_share
 from surgeon.graph import Graph
@@ -74,6 +78,11 @@ class Surgery:
         return any(self.graph.tensors[name].is_meta for name in self.graph.owned)
 
     @cached_property
+    def blueprint(self) -> Blueprint | None:
+        """What the model's config can say of its sizes; None if its class is not built from one."""
+        return Blueprint.of(self.model)
+
+    @cached_property
     def macs(self) -> int:
         return self.shapes.macs(nothing(self.solution))
 
@@ -109,6 +118,7 @@ class Surgery:
         round_to: int = 1,
         heads: str = "both",
         ignore: Iterable[nn.Module | str] = (),
+        config_expressible: bool = False,
         seed: int = 0,
     ) -> Plan:
         """Choose what leaves; nothing is changed yet.
@@ -124,23 +134,44 @@ class Surgery:
             heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
                 "whole", "dims", or "keep" for nothing. Grouped queries keep their ratio.
             ignore: modules, or names of modules or tensors, whose outputs stay.
+            config_expressible: remove only what the model's config can say (models of transformers), so that
+                `save_pretrained` and `from_pretrained` round-trip: sizes that one number says keep the same share, whole heads
+                leave, and what no number says stays.
             seed: for criterion "random".
 
         Raises:
             InputError: an argument is out of range, unknown, or contradicts another.
+            PlanError: no config says what is left (with `config_expressible`).
             BudgetError: nothing may leave, or the budget lies below what must stay.
         """
         request = Request(ratio, macs, params, scope, round_to, heads)
         which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
         self._check_weights()
-        groups = self._without(ignore)
-        return self._planned(request, lambda group: criteria.scores(which, group, self.graph.tensors), groups, criterion)
-
-    def _planned(self, request: Request, scores: Any, groups: list[Group], criterion: Any) -> Plan:
-        choice = choose(groups, scores, self.shapes, request, self.links)
+        groups, links = self._without(ignore), self.links
+        if config_expressible:
+            request = dataclasses.replace(request, heads="whole" if heads == "both" else heads)
+            groups, links = self._expressible(groups, request.heads)
+        choice = choose(groups, lambda group: criteria.scores(which, group, self.graph.tensors), self.shapes, request, links)
         said = {k: v for k, v in vars(request).items() if v is not None}
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+        if config_expressible:
+            said["config_expressible"] = True
         return self._as_plan(choice, said)
+
+    def _expressible(self, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:
+        """The groups whose sizes the config says, tied where one number says several."""
+        if self.blueprint is None:
+            raise InputError(
+                "config_expressible needs a model whose class builds itself from its config",
+                where=type(self.model).__name__,
+                why="type(model)(model.config) does not give this architecture",
+                fix="leave config_expressible out, and keep the small model with surgeon.save(small, folder)",
+            )
+        more, without = self.blueprint.restrict(without_kept_heads(groups, heads, self.links), self.graph.aliases)
+        links = [*self.links, *more]
+        without |= {g.name for g in self.groups} - {g.name for g in groups}
+        without = reachable(without, links)
+        return [g for g in groups if g.name not in without], links
 
     def _as_plan(self, choice: Choice, request: dict[str, Any]) -> Plan:
         return Plan(
@@ -159,8 +190,36 @@ class Surgery:
         """Apply a plan whose edits are not known yet, and find them on the way."""
         small = shrink_module(self.model if model is None else model, plan.kept)
         edits = find_edits(small, self.runs, self.shapes, choice)
+        if plan.kept and self.blueprint is not None:
+            edits += self._configured(self.blueprint, small, plan, choice)
         object.__setattr__(plan, "edits", edits)  # the one late field of a frozen plan
         return small, plan
+
+    def _configured(self, blueprint: Blueprint, small: nn.Module, plan: Plan, choice: Choice) -> tuple[Edit, ...]:
+        """Bring the small model's config in step with its widths, if any config says them."""
+        shares = {
+            Fraction(len(kept), self.graph.tensors[name].shape[dim])
+            for name, dims in plan.kept.items()
+            for dim, kept in dims.items()
+        }
+        found = blueprint.express(small, self.graph, shares)
+        if not isinstance(found, str):
+            edits = config_edits(blueprint, small, found)
+            for edit in edits:
+                apply_edit(small, edit)
+            if not compare(small, self.runs, self.shapes, choice):
+                return edits
+            for edit in reversed(edits):
+                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+            found = "the small model's code needs other numbers in it"
+        if plan.request.get("config_expressible"):
+            raise unsaid(found)
+        warnings.warn(
+            f"the config of {type(small).__name__} cannot say the new widths ({found}): keep the small model with "
+            "surgeon.save(small, folder), or plan with config_expressible=True",
+            stacklevel=2,
+        )
+        return ()
 
     def _check_weights(self) -> None:
         for name, tensor in self.graph.tensors.items():
@@ -299,6 +358,7 @@ def shrink(
     round_to: int = 1,
     heads: str = "both",
     ignore: Sequence[nn.Module | str] = (),
+    config_expressible: bool = False,
     seed: int = 0,
     verify: bool = True,
 ) -> nn.Module:
@@ -319,6 +379,7 @@ def shrink(
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
     options: dict[str, Any] = {"scope": scope, "round_to": round_to, "heads": heads, "ignore": ignore, "seed": seed}
+    options["config_expressible"] = config_expressible
     plan = surgery.plan(request.ratio, macs=macs, params=params, criterion=criterion, **options)
     small = plan.apply(model)
     if verify:

@@ -12,7 +12,7 @@ ROOT = Path(surgeon.__file__).parent
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules propagate solve lanes groups cost criteria
-choose edits rewrite plan masks wanted compare mend absence normalise semantics reference trace verify fuse export
+choose edits rewrite plan masks wanted compare mend configs absence normalise semantics reference trace verify fuse export
 bench report explain pipeline models store cli
 """.split()
 

@@ -164,7 +164,7 @@ def beside(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
     """Join tracks of values that lie side by side; as the entries do not mix, one of nobody's stands for all."""
     best = meet(ledger, tracks)
     if any(ledger.is_free(track).any() for track in tracks):
-        found = ledger.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
+        found: np.ndarray = ledger.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
         for dim in range(found.ndim):
             found = ledger.collapse(found, dim) if best.shape[dim] == 1 else found
         return found
