@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from surgeon.recorder import named_tensors
 from surgeon.rules.registry import Family, family, op_name
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided", "_to_copy"}  # compute nothing
+_SMALL = 1 << 12  # entries of a value that may go into a number
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
 
@@ -180,11 +182,12 @@ def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) 
         for dim, kept in dims.items():
             shares.add(len(kept) / graph.tensors[name].shape[dim])
     found: dict[fx.Node, tuple[int, float, float]] = {}
+    made = _made(graph)
     for node, step in steps.items():
         if family(step.name) is not Family.ELEMENTWISE:
             continue
         for place, after in step.constants.items():
-            before = _number(graph, node.args[place])
+            before = _number(node.args[place], made)
             if before is None:
                 continue
             if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(before, after, shares):
@@ -192,26 +195,27 @@ def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) 
     return found
 
 
-def _number(graph: Graph, item: Any) -> float | None:
+def _number(item: Any, made: Mapping[fx.Node, Tensor]) -> float | None:
     """A number that the model's code passed, perhaps as a tensor without dims that it made on the way."""
     if isinstance(item, fx.Node):
-        made = _made(graph, item) if isinstance(item.meta["spec"], Spec) and spec(item).shape == () else None
-        return None if made is None or made.is_complex() else float(made)
+        value = made.get(item)
+        return None if value is None or value.dim() or value.is_complex() else float(value)
     return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
 
 
-def _made(graph: Graph, node: fx.Node) -> Tensor | None:
-    """The value of a node that hangs on nothing but numbers in the model's code."""
-    if node.op == "get_attr":
-        return None if node.target in graph.owned else graph.tensors[str(node.target)]
-    if node.op != "call_function":
-        return None
-    inputs = {n: _made(graph, n) for n in node.all_input_nodes}
-    if not inputs or any(value is None for value in inputs.values()):
-        return None
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: inputs[n])
-    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
-    return result
+def _made(graph: Graph) -> dict[fx.Node, Tensor]:
+    """The small values that hang on nothing but numbers in the model's code."""
+    made: dict[fx.Node, Tensor] = {}
+    for node in graph.fx.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" and node.target not in graph.owned:
+            made[node] = graph.tensors[str(node.target)]
+        elif node.op != "call_function" or not inputs or any(n not in made for n in inputs):
+            continue
+        elif isinstance(node.meta["spec"], Spec) and math.prod(spec(node).shape) <= _SMALL:
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
+            made[node] = node.target(*args, **kwargs)
+    return made
 
 
 _FINEST = torch.finfo(torch.float64).eps

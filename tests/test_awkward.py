@@ -125,6 +125,13 @@ def remember(s: Any, x: Tensor) -> Tensor:
     return s.b(s.a(x)) * (s.table.sum() + 2)
 
 
+def counted(s: Any, x: Tensor) -> Tensor:
+    number = torch.tensor(1.0)
+    for _ in range(1200):  # each step reads the one before twice
+        number = (number + number) / 2
+    return s.b(s.a(x) * number)
+
+
 LINEAR = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(8, 3)}
 HALF = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(4, 3)}
 CONV = {"a": lambda: nn.Conv2d(3, 8, 3, padding=1), "b": lambda: nn.Linear(8, 3)}
@@ -154,6 +161,7 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("convolution over channels", net(lambda s, x: s.b(s.c(torch.stack([s.a(x), s.a(x) * 2], 1))[:, 0]),
                                       c=lambda: nn.Conv1d(2, 1, 1), **LINEAR), FLAT),
     ("made once and kept", net(remember, **LINEAR), FLAT),
+    ("a number made in many steps", net(counted, **LINEAR), FLAT),
     ("unflatten", net(lambda s, x: s.b(s.a(x).unflatten(-1, (2, -1)).sum(1)), **HALF), FLAT),
     ("narrow", net(lambda s, x: s.b(s.a(x).narrow(1, 0, 4)), **HALF), FLAT),
     ("sizes of a part", Remembers, FLAT),
