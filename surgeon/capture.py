@@ -9,6 +9,7 @@ the other views are read again. The model leaves as it came: training flags, RNG
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,15 +23,20 @@ from surgeon.inputs import find_inputs, normalize
 from surgeon.recorder import Recorder
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = False) -> Graph:
+def capture(
+    model: nn.Module, example_inputs: Any = None, *, training: bool = False, outputs: Sequence[str] | None = None
+) -> Graph:
     """Run `model` once and record it.
 
     Args:
         model: any module that runs; it is put into eval mode for the run and back.
         example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model (see `inputs`).
         training: run in training mode instead, to see branches that only training uses.
+        outputs: names of the outputs that count, all by default; what is below a name counts with it. Others are no outputs of
+            the graph: their channels may leave, and nothing compares them.
 
     Raises:
+        InputError: no output has one of the names; in training mode all count then.
         CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
     """
     if not isinstance(model, nn.Module):
@@ -53,7 +59,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
                     recorder.placeholder(path, tensor)
                 with looking_inside_functional(), recorder, SizeMode(recorder.node_of):
                     output = model(*args, **kwargs)
-            return dataclasses.replace(recorder.finish(output, args, kwargs, assumed), training=training)
+            return dataclasses.replace(recorder.finish(output, args, kwargs, assumed, outputs), training=training)
         except SurgeonError:
             raise
         except Exception as error:

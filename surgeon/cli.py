@@ -99,6 +99,7 @@ def shrink(
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this")] = 1,
     heads: Annotated[str, typer.Option(help="What attention may lose: both, whole, dims or keep")] = "both",
     ignore: Annotated[list[str] | None, typer.Option(help="A module or tensor whose outputs stay; may be repeated")] = None,
+    outputs: Annotated[list[str] | None, typer.Option(help="An output that must stay, all by default; may be repeated")] = None,
     input_shape: _Input = None,
     input_dtype: _InputDtype = "float32",
     weights: _Weights = None,
@@ -116,7 +117,7 @@ def shrink(
         net, inputs = _load(model, weights, input_shape, input_dtype, seed)
         with _draft_folder(out) as draft:
             with _stage("record"):
-                surgery = inspect(net, inputs)
+                surgery = inspect(net, inputs, outputs=outputs)
             for remark in surgery.remarks:
                 _say(f"note: {remark}")
             with _stage("choose"):

@@ -66,7 +66,8 @@ def _embedding(m: Any) -> dict[str, Any]:
 
 
 def _multihead(m: Any) -> dict[str, Any]:
-    sizes = {"embed_dim": m.out_proj.weight.shape[0], "head_dim": m.out_proj.weight.shape[1] // m.num_heads}
+    query = m.q_proj_weight if m.in_proj_weight is None else m.in_proj_weight  # what out_proj gives may be narrower
+    sizes = {"embed_dim": query.shape[1], "head_dim": m.out_proj.weight.shape[1] // m.num_heads}
     if m.in_proj_weight is not None:
         sizes |= {"kdim": sizes["embed_dim"], "vdim": sizes["embed_dim"]}
     else:

@@ -32,7 +32,7 @@ _SHOWN = 6  # ways to other slots that the print-out of a slot names; the neares
 PLACES = ("kernel dim", "spatial dim")  # frozen because they are not channels at all
 
 ADVICE = (
-    (OUTPUT, "nothing: outputs of the model always stay"),
+    (OUTPUT, 'name the outputs that you read: `outputs=["logits"]`; the others may then lose channels'),
     ("has no rule", "give the op a rule (docs/adding-an-op.md), or write it with ops that have one"),
     ("picked by number", "take a slice (x[:, :k]) instead of one entry if the code means a range"),
     ("part of a single entry", "take more than one entry, or none"),

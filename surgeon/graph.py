@@ -11,11 +11,13 @@ import dataclasses
 import hashlib
 import linecache
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from surgeon.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Graph:
         args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
         training: whether the run was in training mode.
+        named: the names of the outputs that count, () if all do.
     """
 
     fx: torch.fx.Graph
@@ -72,6 +75,7 @@ class Graph:
     kwargs: Mapping[str, Any]
     assumed: str = ""
     training: bool = False
+    named: tuple[str, ...] = ()
 
 
 def spec(node: fx.Node) -> Spec:
@@ -114,6 +118,22 @@ def architecture(model: nn.Module) -> str:
 def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a nest of dicts, lists, tuples, dataclasses and plain objects, with their paths."""
     yield from _leaves(value, path, set())
+
+
+def named(leaves: list[tuple[str, Tensor]], names: Sequence[str] | None) -> list[tuple[str, Tensor]]:
+    """Those of a model's outputs that have one of the names or lie below one; all if there are no names.
+
+    Raises:
+        InputError: a name is none of an output.
+    """
+    if names is None:
+        return leaves
+    found = [(path, tensor) for path, tensor in leaves if any(path == n or path.startswith(f"{n}.") for n in names)]
+    for name in names:
+        if not any(path == name or path.startswith(f"{name}.") for path, _ in found):
+            known = ", ".join(repr(path) for path, _ in leaves[:20])
+            raise InputError(f"the model has no output {name!r}", fix=f"use some of {known}")
+    return found
 
 
 def _leaves(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

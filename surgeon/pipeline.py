@@ -156,6 +156,8 @@ class Surgery:
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         if config_expressible:
             said["config_expressible"] = True
+        if self.graph.named:
+            said["outputs"] = list(self.graph.named)
         return self._as_plan(choice, said)
 
     def _expressible(self, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:
@@ -304,18 +306,21 @@ def _restricted(group: Group, free: Track) -> Group:
 
 
 @uncollected()
-def inspect(model: nn.Module, example_inputs: Any = None) -> Surgery:
+def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[str] | None = None) -> Surgery:
     """Run the model once and find out what can leave.
 
     Args:
         model: any module; it comes back as it was, its training mode included.
         example_inputs: a tensor, a tuple (positional) or a dict (keywords). Left out: found from the model; what was assumed
             is in `surgery.graph.assumed` and in its print-out.
+        outputs: names of the outputs that must stay as they are, such as ["logits"]; all by default. Other outputs (hidden states
+            that nobody reads) may lose channels, and the proof does not compare them.
 
     Raises:
+        InputError: no output has one of the names.
         CaptureError: the model does not run, or does something that cannot be recorded.
     """
-    graph = capture(model, example_inputs)
+    graph = capture(model, example_inputs, outputs=outputs)
     further, remarks = _training_run(model, graph)
     return Surgery(model, graph, *further, remarks=remarks)
 
@@ -351,6 +356,7 @@ def shrink(
     ratio: float | None = None,
     *,
     example_inputs: Any = None,
+    outputs: Sequence[str] | None = None,
     macs: float | None = None,
     params: float | None = None,
     criterion: str | Criterion = "l1",
@@ -364,7 +370,7 @@ def shrink(
 ) -> nn.Module:
     """A smaller, proven copy of a model, of the same class; the original is untouched.
 
-    `surgeon.shrink(model, 0.5)` removes half of the channels of every group. See `Surgery.plan` for the arguments.
+    `surgeon.shrink(model, 0.5)` removes half of the channels of every group. See `inspect` and `Surgery.plan` for the arguments.
 
     Args:
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
@@ -375,7 +381,7 @@ def shrink(
     """
     request = Request(ratio, macs, params, scope, round_to, heads)
     criteria.criterion(criterion, seed)  # refuse bad arguments before the model runs
-    surgery = inspect(model, example_inputs)
+    surgery = inspect(model, example_inputs, outputs=outputs)
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
     options: dict[str, Any] = {"scope": scope, "round_to": round_to, "heads": heads, "ignore": ignore, "seed": seed}

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from surgeon import _views
 from surgeon._decisions import decides, decision
 from surgeon._quiet import PlainMode
 from surgeon.errors import CaptureError
-from surgeon.graph import Call, Graph, Spec, architecture, tensor_leaves
+from surgeon.graph import Call, Graph, Spec, architecture, named, tensor_leaves
 
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -316,14 +316,16 @@ class Recorder(PlainMode):
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def finish(self, output: Any, args: Any, kwargs: Mapping[str, Any], assumed: str) -> Graph:
+    def finish(
+        self, output: Any, args: Any, kwargs: Mapping[str, Any], assumed: str, names: Sequence[str] | None = None
+    ) -> Graph:
         leaves = list(tensor_leaves(output))
         if not leaves:
             raise CaptureError(
                 f"the model's output holds no tensor (it is a {type(output).__name__})",
                 fix="let forward return a tensor, or a dict, list, tuple or dataclass of tensors",
             )
-        outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in leaves)
+        outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in named(leaves, names))
         self.graph.output(tuple(node for _, node in outputs))
         return Graph(
             fx=self.graph,
@@ -337,6 +339,7 @@ class Recorder(PlainMode):
             args=args,
             kwargs=kwargs,
             assumed=assumed,
+            named=tuple(names or ()),
         )
 
 

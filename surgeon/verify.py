@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgeon.capture import capture
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, where
+from surgeon.graph import Graph, named, where
 from surgeon.plan import Plan
 from surgeon.recorder import named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
@@ -82,9 +82,10 @@ def verify(
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
     _same_tensors(model, small, plan)
-    graph = graph or capture(model, example_inputs)
+    graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
     args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
     outputs, trace, exact = run_small(small, graph, args, kwargs)
+    outputs = named(outputs, graph.named or None)
     with float64():
         steps = line_up(graph, trace)
         rescaled = rescaled_constants(graph, steps, plan)

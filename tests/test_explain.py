@@ -62,7 +62,7 @@ def test_frozen_slots_say_why_and_what_to_do() -> None:
     found = surgery()
     explained = {s.slot: s for s in found.explain("").slots}
     (out,) = explained["c.weight", 0].frozen
-    assert out.count == 4 and "output" in out.reason and "always stay" in out.advice
+    assert out.count == 4 and "output" in out.reason and "outputs that you read" in out.advice
     text = str(found.explain("c"))
     assert "frozen: 4 of 4" in text and "to unfreeze" in text
     assert ("b.weight", 2) not in {s.slot for s in found.explain("b").slots}  # kernel dims are no channels
