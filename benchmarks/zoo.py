@@ -57,7 +57,7 @@ def _by_surgeon(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
     import surgeon
 
     surgery = surgeon.inspect(model, example_inputs=inputs)
-    plan = surgery.plan(RATIO)
+    plan = surgery.plan(RATIO, round_to=1)
     small = plan.apply(model)
     proof = surgeon.verify(model, small, plan, inputs)
     frozen = surgery.frozen_share

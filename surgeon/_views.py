@@ -37,6 +37,11 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
     return found
 
 
+def writes(func: Any) -> bool:
+    """Whether the op writes to one of its arguments."""
+    return bool(_write_positions(func))
+
+
 @cache
 def is_view(func: Any) -> bool:
     """Whether an output of the op aliases its first argument without writing to it."""

@@ -27,14 +27,14 @@ from torch import nn
 
 from surgeon import criteria
 from surgeon.bench import Table, bench
-from surgeon.choose import Request
 from surgeon.errors import ExportError, InputError, SurgeonError
 from surgeon.export import export
 from surgeon.fuse import fuse
 from surgeon.models import build, load_weights
-from surgeon.pipeline import Surgery, inspect, prove
+from surgeon.pipeline import Surgery, check_options, inspect, prove
 from surgeon.plan import Plan
 from surgeon.report import count, table
+from surgeon.request import SCOPES
 from surgeon.store import plain_state
 
 app = typer.Typer(help="Structural pruning for PyTorch: physically smaller models, proven.", no_args_is_help=True)
@@ -92,12 +92,15 @@ def inspect_command(
 def shrink(
     model: _Model,
     ratio: Annotated[float | None, typer.Option(help="Share of channels to remove [default: 0.5, without a budget]")] = None,
-    macs: Annotated[float | None, typer.Option(help="Instead: MACs that may stay, a share up to 1 or a number")] = None,
-    params: Annotated[float | None, typer.Option(help="Instead: parameters that may stay, a share up to 1 or a number")] = None,
+    macs: Annotated[str | None, typer.Option(help="Instead: MACs that may stay, as 50% or 1.2G")] = None,
+    params: Annotated[str | None, typer.Option(help="Instead: parameters that may stay, as 50% or 3M")] = None,
+    size: Annotated[str | None, typer.Option(help="Instead: bytes of weights that may stay, as 50% or 3MB")] = None,
+    memory: Annotated[str | None, typer.Option(help="Instead: bytes of activations alive at once, as 50% or 20MB")] = None,
     criterion: Annotated[str, typer.Option(help=", ".join(criteria.BUILT_IN))] = "l1",
-    scope: Annotated[str, typer.Option(help="uniform or global")] = "uniform",
-    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this")] = 1,
+    scope: Annotated[str, typer.Option(help=", ".join(SCOPES))] = "uniform",
+    round_to: Annotated[str, typer.Option(help="Kept widths are multiples of this: a number, auto, cpu, cuda or npu")] = "auto",
     heads: Annotated[str, typer.Option(help="What attention may lose: both, whole, dims or keep")] = "both",
+    max_ratio: Annotated[float, typer.Option(help="The largest share that any layer may lose")] = 1.0,
     ignore: Annotated[list[str] | None, typer.Option(help="A module or tensor whose outputs stay; may be repeated")] = None,
     outputs: Annotated[list[str] | None, typer.Option(help="An output that must stay, all by default; may be repeated")] = None,
     input_shape: _Input = None,
@@ -111,9 +114,13 @@ def shrink(
 ) -> None:
     """Cut a model, prove the cut, and write the small one."""
     with _reported():
-        ratio = 0.5 if ratio is None and macs is None and params is None else ratio
-        Request(ratio, macs, params, scope, round_to, heads)  # refuses bad arguments before anything runs
-        criteria.criterion(criterion, seed)
+        ratio = 0.5 if ratio is None and not any((macs, params, size, memory)) else ratio
+        options: dict[str, Any] = {
+            "macs": macs, "params": params, "size": size, "memory": memory, "criterion": criterion, "scope": scope,
+            "round_to": int(round_to) if round_to.isdigit() else round_to, "heads": heads, "max_ratio": max_ratio,
+            "ignore": ignore or (), "seed": seed,
+        }  # fmt: skip
+        check_options(ratio, options)  # refuses bad arguments before anything runs
         net, inputs = _load(model, weights, input_shape, input_dtype, seed)
         with _draft_folder(out) as draft:
             with _stage("record"):
@@ -121,10 +128,7 @@ def shrink(
             for remark in surgery.remarks:
                 _say(f"note: {remark}")
             with _stage("choose"):
-                plan = surgery.plan(
-                    ratio, macs=macs, params=params, criterion=criterion, scope=scope, round_to=round_to, heads=heads,
-                    ignore=ignore or (), seed=seed,
-                )  # fmt: skip
+                plan = surgery.plan(ratio, **options)
             with _stage("cut"):
                 small = plan.apply(net)
             with _stage("prove"):

@@ -7,13 +7,16 @@ product or attention product, for the example inputs as given, batch included; `
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import fx
 from torch.nn import Parameter
 
+from surgeon._views import is_view, writes
 from surgeon.graph import Graph
 from surgeon.labels import Axes, Track
 from surgeon.propagate import Propagation
@@ -79,19 +82,71 @@ class Shapes:
 
     def params(self, choice: Choice) -> int:
         """Number of elements of all parameters (not buffers); tied weights count once."""
-        total = 0
-        for name in self.parameters:
-            shape = list(self.graph.tensors[name].shape)
-            for dim in range(len(shape)):
-                ids = self.propagation.slots.get((name, dim))
-                if ids is not None:
-                    shape[dim] = self.width(ids, 0, choice)
-            total += math.prod(shape)
-        return total
+        return sum(self.params_by_tensor(choice).values())
 
-    @property
+    def params_by_tensor(self, choice: Choice) -> dict[str, int]:
+        return {name: self._elements(name, choice) for name in self.parameters}
+
+    def size(self, choice: Choice) -> int:
+        """Bytes of all parameters and stored buffers, tied ones once; a file adds its header, some hundred bytes per tensor."""
+        tensors = self.graph.tensors
+        return sum(self._elements(name, choice) * tensors[name].element_size() for name in self.graph.stored)
+
+    def _elements(self, name: str, choice: Choice) -> int:
+        shape = list(self.graph.tensors[name].shape)
+        for dim in range(len(shape)):
+            ids = self.propagation.slots.get((name, dim))
+            if ids is not None:
+                shape[dim] = self.width(ids, 0, choice)
+        return math.prod(shape)
+
+    @cached_property
     def parameters(self) -> list[str]:
         return [name for name in self.graph.owned if isinstance(self.graph.tensors[name], Parameter)]
+
+    def memory(self, choice: Choice) -> int:
+        """Bytes of the activations that are alive at once, at most, in one run on the example inputs.
+
+        The inputs live throughout, each other value from the op that makes it to the last one that reads it; views and in-place
+        ops share the memory of what they are made of. An executor that keeps values longer (or fuses ops) needs more (or less).
+        """
+        alive = peak = 0
+        for made, ended in self._lifetimes:
+            alive += sum(self._bytes(node, choice) for node in made)
+            peak = max(peak, alive)
+            alive -= sum(self._bytes(node, choice) for node in ended)
+        return peak
+
+    def _bytes(self, node: fx.Node, choice: Choice) -> int:
+        specs = node.meta["spec"]
+        outputs = specs if isinstance(specs, tuple) else (specs,)
+        sizes = (s.dtype.itemsize * math.prod(self.shape(node, choice, i)) for i, s in enumerate(outputs) if s is not None)
+        return sum(sizes)
+
+    @cached_property
+    def _lifetimes(self) -> list[tuple[list[fx.Node], list[fx.Node]]]:
+        """For each op: the values whose memory it takes, and those of which it is the last reader."""
+        called = {call.node: call.op for call in self.graph.calls}
+        owner: dict[fx.Node, fx.Node | None] = {}  # whose memory a value lies in; None for the weights'
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.fx.nodes:
+            first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            op = called.get(node)  # nodes that no op made take no memory: they put a write through a view into its base
+            shares = node.op == "call_function" and (op is None or is_view(op) or writes(op))
+            owner[node] = owner[first] if first is not None and shares else node
+            if node.op == "output" or (node.op == "get_attr" and node.target in self.graph.owned):
+                owner[node] = None  # weights are no activations
+            for used in (node, *node.all_input_nodes):
+                whose = owner[used]
+                if whose is not None:
+                    last[whose] = node
+        inputs = {node for _, node in self.graph.inputs}  # whoever calls the model holds them
+        ends: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for value, node in last.items():
+            if value not in inputs:
+                ends[node].append(value)
+        made = {value for value in owner.values() if value is not None}
+        return [([node] if node in made else [], ends[node]) for node in self.graph.fx.nodes]
 
     def macs(self, choice: Choice) -> int:
         """MACs of one run on the example inputs."""

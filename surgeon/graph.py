@@ -52,6 +52,7 @@ class Graph:
             (what a deciding op gave, see `_decisions`).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
         owned: the names in `tensors` that belong to the model and may be sliced.
+        stored: those of them that a state dict holds: parameters, and buffers that are persistent.
         aliases: other names of the same tensors (tied weights), alias -> name.
         hash: the `architecture` of the model.
         calls: the ops in the order in which they ran.
@@ -66,6 +67,7 @@ class Graph:
     fx: torch.fx.Graph
     tensors: Mapping[str, Tensor]
     owned: frozenset[str]
+    stored: frozenset[str]
     aliases: Mapping[str, str]
     hash: str
     calls: tuple[Call, ...]

@@ -10,17 +10,19 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from inspect import signature as inspect_signature
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.utils._pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon import criteria
 from surgeon._quiet import uncollected
+from surgeon.bands import Link, without_kept_heads
 from surgeon.capture import capture
-from surgeon.choose import Link, Request, choose, without_kept_heads
+from surgeon.choose import choose
 from surgeon.compare import compare
 from surgeon.configs import Blueprint, config_edits, unsaid
 from surgeon.cost import Choice, Shapes, nothing
@@ -34,9 +36,13 @@ from surgeon.labels import Track
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
+from surgeon.request import Budget, PlanOptions, Ratio, Request
 from surgeon.rewrite import shrink_module
 from surgeon.solve import Solution, solve
 from surgeon.verify import Proof, verify
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # part of torch's own requirements
 
 
 class Surgery:
@@ -91,6 +97,16 @@ class Surgery:
         return self.shapes.params(nothing(self.solution))
 
     @cached_property
+    def size(self) -> int:
+        """Bytes of the parameters and stored buffers, tied ones once."""
+        return self.shapes.size(nothing(self.solution))
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of the activations that are alive at once, at most, for the example inputs; see `Shapes.memory`."""
+        return self.shapes.memory(nothing(self.solution))
+
+    @cached_property
     def frozen_share(self) -> FrozenShare:
         """How many output channels of the model's weights may not leave, its own outputs apart, by reason."""
         return frozen_share(self)
@@ -109,15 +125,20 @@ class Surgery:
     @uncollected()
     def plan(
         self,
-        ratio: float | None = None,
+        ratio: Ratio | None = None,
         *,
-        macs: float | None = None,
-        params: float | None = None,
+        macs: Budget | None = None,
+        params: Budget | None = None,
+        size: Budget | None = None,
+        memory: Budget | None = None,
         criterion: str | Criterion = "l1",
         scope: str = "uniform",
-        round_to: int = 1,
+        round_to: int | str = "auto",
         heads: str = "both",
+        max_ratio: Ratio = 1.0,
+        min_channels: int = 1,
         ignore: Iterable[nn.Module | str] = (),
+        ignore_inputs: Iterable[nn.Module | str] = (),
         config_expressible: bool = False,
         seed: int = 0,
     ) -> Plan:
@@ -125,15 +146,25 @@ class Surgery:
 
         Args:
             ratio: share of the channels of every group to remove, in [0, 1). Params and MACs go roughly with (1 - ratio)^2,
-                because a layer loses inputs and outputs: 0.5 leaves about a quarter.
-            macs, params: instead of ratio, what may stay: a share of the original (up to 1) or an absolute number.
+                because a layer loses inputs and outputs: 0.5 leaves about a quarter. Or {name pattern: ratio}, such as
+                {"*": 0.5, "layer4": 0.2}: the last pattern that matches a layer counts, layers that none matches stay.
+            macs, params: instead of ratio, what may stay: a share of the original (up to 1, or "50%") or a number (above 1, or
+                "1.2G"). Several budgets may be given: all hold, each predicted exactly.
+            size: bytes of parameters and stored buffers that may stay: a share, or a text such as "3MB".
+            memory: bytes of activations alive at once, at most, for the example inputs: a share, or a text such as "20MB".
             criterion: "l1", "l2", "bn_scale", "random", "first" (channels stay in order), or a callable (group, tensors) -> one
                 score per unit, low leaves first. Of weights without values (on the meta device) the first channels stay.
-            scope: "uniform" (the same share of every group) or "global" (the lowest scores of all groups).
-            round_to: kept widths are multiples of this, where a group has that many channels.
+            scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups) or "isomorphic" (the
+                lowest scores among groups of like structure; Fang et al., Isomorphic Pruning, 2024).
+            round_to: kept widths are multiples of this, where a group has that many channels. "auto" takes the block that kernels
+                of the weights' device like (16 on CPUs with AVX-512, 8 on others and on GPUs) and halves it for narrow groups;
+                "cpu", "cuda" and "npu" (32) name another target; 1 switches it off.
             heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
-                "whole", "dims", or "keep" for nothing. Grouped queries keep their ratio.
+                "whole", "dims", or "keep" for nothing.
+            max_ratio: the largest share that a group may lose, under every scope and budget; or {name pattern: share}.
+            min_channels: how many channels every group keeps at least.
             ignore: modules, or names of modules or tensors, whose outputs stay.
+            ignore_inputs: modules, or names of modules, whose inputs stay.
             config_expressible: remove only what the model's config can say (models of transformers), so that
                 `save_pretrained` and `from_pretrained` round-trip: sizes that one number says keep the same share, whole heads
                 leave, and what no number says stays.
@@ -141,18 +172,26 @@ class Surgery:
 
         Raises:
             InputError: an argument is out of range, unknown, or contradicts another.
+            BudgetError: nothing may leave, or a budget lies below what must stay.
             PlanError: no config says what is left (with `config_expressible`).
-            BudgetError: nothing may leave, or the budget lies below what must stay.
         """
-        request = Request(ratio, macs, params, scope, round_to, heads)
+        budgets = {"macs": macs, "params": params, "size": size, "memory": memory}
+        request = Request(
+            ratio, **budgets, scope=scope, round_to=round_to, heads=heads, max_ratio=max_ratio, min_channels=min_channels
+        )
         which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
         self._check_weights()
-        groups, links = self._without(ignore), self.links
+        groups, links = self._without(ignore, ignore_inputs), self.links
         if config_expressible:
             request = dataclasses.replace(request, heads="whole" if heads == "both" else heads)
             groups, links = self._expressible(groups, request.heads)
-        choice = choose(groups, lambda group: criteria.scores(which, group, self.graph.tensors), self.shapes, request, links)
+        block = request.block(next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu"))
+        choice = choose(
+            groups, lambda group: criteria.scores(which, group, self.graph.tensors), self.shapes, request, links, block
+        )
         said = {k: v for k, v in vars(request).items() if v is not None}
+        if isinstance(round_to, str):
+            said["block"] = block
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         if config_expressible:
             said["config_expressible"] = True
@@ -181,6 +220,8 @@ class Surgery:
             hash=self.graph.hash,
             macs=self.shapes.macs(choice),
             params=self.shapes.params(choice),
+            size=self.shapes.size(choice),
+            memory=self.shapes.memory(choice),
             macs_before=self.macs,
             params_before=self.params,
             request=request,
@@ -237,15 +278,14 @@ class Surgery:
                     fix="load sound weights, or repair them (see torch.nan_to_num)",
                 )
 
-    def _without(self, ignore: Iterable[nn.Module | str]) -> list[Group]:
-        """The groups less the units that the outputs of ignored modules hold."""
-        if isinstance(ignore, str | nn.Module):
-            ignore = (ignore,)
+    def _without(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()) -> list[Group]:
+        """The groups less the units that the outputs (or inputs) of ignored modules hold."""
         held = np.zeros(len(self.solution.root), dtype=bool)
-        for item in ignore:
-            for track in self._outputs_of(item):
-                for atoms in self.solution.atoms(track):
-                    held[atoms[atoms >= 0]] = True
+        for items, tracks_of in ((ignore, self._outputs_of), (ignore_inputs, self._inputs_of)):
+            for item in (items,) if isinstance(items, str | nn.Module) else items:
+                for track in tracks_of(item):
+                    for atoms in self.solution.atoms(track):
+                        held[atoms[atoms >= 0]] = True
         if not held.any():
             return self.groups
         linked = {name for link in self.links for name in link}
@@ -260,32 +300,46 @@ class Surgery:
         return kept
 
     def _outputs_of(self, item: nn.Module | str) -> list[Track]:
-        if isinstance(item, nn.Module):
-            path = next((p for p, m in self.model.named_modules() if m is item), None)
-            if path is None:
-                raise InputError(f"ignore holds a {type(item).__name__} that is not part of the model")
-        else:
-            path = item
+        path = self._path(item, "ignore")
         if path in self.graph.tensors:
             return [ids for (name, _), ids in self.propagation.slots.items() if name == path]
+        nodes = self._nodes_of(path, "ignore")
+        given = {n for n in nodes if any(user.op == "output" or user not in nodes for user in n.users)}
+        return self._tracks(given)
+
+    def _inputs_of(self, item: nn.Module | str) -> list[Track]:
+        nodes = self._nodes_of(self._path(item, "ignore_inputs"), "ignore_inputs")
+        read = {used for node in nodes for used in node.all_input_nodes}
+        return self._tracks(node for node in read if node not in nodes and node.op != "get_attr")
+
+    def _path(self, item: nn.Module | str, argument: str) -> str:
+        if isinstance(item, str):
+            return item
+        path: str | None = next((p for p, m in self.model.named_modules() if m is item), None)
+        if path is None:
+            raise InputError(f"{argument} holds a {type(item).__name__} that is not part of the model")
+        return path
+
+    def _nodes_of(self, path: str, argument: str) -> set[fx.Node]:
+        """The ops that ran in a module or below it."""
 
         def inside(module: str) -> bool:
             return path == "" or module == path or module.startswith(f"{path}.")
 
-        tracks = []
-        found = False
-        for node in self.graph.fx.nodes:
-            if node.op == "call_function" and inside(node.meta["module"]):
-                found = True
-                if any(user.op == "output" or not inside(user.meta.get("module", "")) for user in node.users):
-                    axes = self.propagation.axes[node]
-                    tracks += [t for part in (axes if isinstance(axes, tuple) else (axes,)) for t in part.values()]
+        found = {node for node in self.graph.fx.nodes if node.op == "call_function" and inside(node.meta["module"])}
         if not found:
             raise InputError(
-                f"ignore names {item if isinstance(item, str) else path!r}, which is no module that ran and no tensor",
+                f"{argument} names {path!r}, which is no module that ran{' and no tensor' if argument == 'ignore' else ''}",
                 fix="use names as in model.named_modules() or model.named_parameters()",
             )
-        return tracks
+        return found
+
+    def _tracks(self, nodes: Iterable[fx.Node]) -> list[Track]:
+        found = []
+        for node in nodes:
+            axes = self.propagation.axes[node]
+            found += [track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()]
+        return found
 
     def __str__(self) -> str:
         from surgeon.report import describe
@@ -353,44 +407,51 @@ def _doubled(inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Any:
 
 def shrink(
     model: nn.Module,
-    ratio: float | None = None,
+    ratio: Ratio | None = None,
     *,
     example_inputs: Any = None,
     outputs: Sequence[str] | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    criterion: str | Criterion = "l1",
-    scope: str = "uniform",
-    round_to: int = 1,
-    heads: str = "both",
-    ignore: Sequence[nn.Module | str] = (),
-    config_expressible: bool = False,
-    seed: int = 0,
     verify: bool = True,
+    **options: Unpack[PlanOptions],
 ) -> nn.Module:
     """A smaller, proven copy of a model, of the same class; the original is untouched.
 
-    `surgeon.shrink(model, 0.5)` removes half of the channels of every group. See `inspect` and `Surgery.plan` for the arguments.
+    `surgeon.shrink(model, 0.5)` removes half of the channels of every group.
 
     Args:
+        ratio: see `Surgery.plan`.
+        example_inputs, outputs: see `inspect`.
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
+        options: what else `Surgery.plan` takes: budgets (macs=0.5, params="3M"), criterion, scope, round_to, ignore, ...
 
     Raises:
         InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan` and `Plan.apply`.
         ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
     """
-    request = Request(ratio, macs, params, scope, round_to, heads)
-    criteria.criterion(criterion, seed)  # refuse bad arguments before the model runs
+    check_options(ratio, options)  # refuse bad arguments before the model runs
     surgery = inspect(model, example_inputs, outputs=outputs)
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
-    options: dict[str, Any] = {"scope": scope, "round_to": round_to, "heads": heads, "ignore": ignore, "seed": seed}
-    options["config_expressible"] = config_expressible
-    plan = surgery.plan(request.ratio, macs=macs, params=params, criterion=criterion, **options)
+    plan = surgery.plan(ratio, **options)
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery.graph)
     return small
+
+
+def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:
+    """Refuse what `Surgery.plan` would refuse without looking at a model.
+
+    Raises:
+        InputError: see there; TypeError: it has no such argument.
+    """
+    known = inspect_signature(Surgery.plan).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"surgeon has no option {name!r}; Surgery.plan takes {', '.join(list(known)[1:])}")
+    fields = {field.name for field in dataclasses.fields(Request)}
+    Request(ratio, **{name: value for name, value in options.items() if name in fields})
+    criteria.criterion(options.get("criterion", "l1"), options.get("seed", 0))
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph) -> Proof:

@@ -34,6 +34,8 @@ class Plan:
         kept: {tensor name: {dim: kept indices, ascending}}; tensors and dims that keep everything are left out.
         hash: the architecture that the plan fits.
         macs, params: predicted for the small model, and `*_before` of the original; MACs for the example inputs.
+        size: bytes of parameters and stored buffers of the small model.
+        memory: bytes of its activations that are alive at once, at most, for the example inputs.
         edits: changed sizes in the model's code; None until they are found, by the first `apply` or `save`.
         request: what was asked for, for the reader.
     """
@@ -44,6 +46,8 @@ class Plan:
     params: int
     macs_before: int
     params_before: int
+    size: int = 0
+    memory: int = 0
     edits: tuple[Edit, ...] | None = None
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -84,6 +88,8 @@ class Plan:
             "params": plan.params,
             "macs_before": plan.macs_before,
             "params_before": plan.params_before,
+            "size": plan.size,
+            "memory": plan.memory,
             "edits": [dataclasses.asdict(edit) for edit in plan.edits or ()],
             "request": dict(plan.request),
         }

@@ -115,6 +115,8 @@ class Recorder(PlainMode):
             else:
                 self.aliases[name] = first
         self.owned = frozenset(self.tensors)
+        kept = (t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor))
+        self.stored = frozenset(self.names[id(t)] for t in kept if id(t) in self.names)
         self.values: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
         self.kept: list[Tensor] = []  # inputs and lifted constants, alive as long as the recorder
         self.calls: list[Call] = []
@@ -331,6 +333,7 @@ class Recorder(PlainMode):
             fx=self.graph,
             tensors=self.tensors,
             owned=self.owned,
+            stored=self.stored,
             aliases=self.aliases,
             hash=self.hash,
             calls=tuple(self.calls),

@@ -46,14 +46,14 @@ def widths(small: nn.Module) -> list[int]:
 
 
 def test_uniform_ratio(model: Net) -> None:
-    assert widths(surgeon.shrink(model, 0.5, example_inputs=X)) == [16, 24, 12]
+    assert widths(surgeon.shrink(model, 0.5, example_inputs=X, round_to=1)) == [16, 24, 12]
     assert widths(surgeon.shrink(model, 0.0, example_inputs=X)) == [32, 48, 24]
-    assert widths(surgeon.shrink(model, 0.999, example_inputs=X)) == [1, 1, 1]
+    assert widths(surgeon.shrink(model, 0.999, example_inputs=X, round_to=1)) == [1, 1, 1]
 
 
 def test_l1_keeps_the_largest(model: Net) -> None:
     """The scores of one group, computed by hand from its two weights."""
-    plan = surgeon.inspect(model, X).plan(0.5)
+    plan = surgeon.inspect(model, X).plan(0.5, round_to=1)
     own = model.b.weight.detach().abs().sum((1, 2, 3)).double()
     following = model.c.weight.detach().abs().sum((0, 2, 3)).double()
     score = own / own.mean() + following / following.mean()
@@ -71,7 +71,7 @@ def test_l2_against_a_direct_computation(model: Net) -> None:
 
 
 def test_bn_scale_against_a_direct_computation(model: Net) -> None:
-    plan = surgeon.inspect(model, X).plan(0.5, criterion="bn_scale", ignore=["b", "c"])
+    plan = surgeon.inspect(model, X).plan(0.5, criterion="bn_scale", round_to=1, ignore=["b", "c"])
     assert plan.kept["a.weight"][0] == sorted(model.n.weight.detach().abs().argsort()[-16:].tolist())
     assert set(plan.kept) == {"a.weight", "a.bias", "n.weight", "n.bias", "n.running_mean", "n.running_var", "b.weight"}
 
@@ -83,7 +83,7 @@ def test_random_is_seeded(model: Net) -> None:
 
 
 def test_a_callable_is_a_criterion(model: Net) -> None:
-    plan = surgeon.inspect(model, X).plan(0.25, criterion=lambda group, tensors: np.arange(group.units))
+    plan = surgeon.inspect(model, X).plan(0.25, criterion=lambda group, tensors: np.arange(group.units), round_to=1)
     assert plan.kept["a.weight"][0] == list(range(8, 32))
 
 
@@ -92,7 +92,7 @@ def test_a_callable_is_a_criterion(model: Net) -> None:
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_budgets_hold_and_are_met_closely(model: Net, kind: str, budget: float, scope: str) -> None:
     surgery = surgeon.inspect(model, X)
-    plan = surgery.plan(scope=scope, **{kind: budget})
+    plan = surgery.plan(scope=scope, round_to=1, **{kind: budget})
     before, after = getattr(surgery, kind), getattr(plan, kind)
     assert after <= budget * before
     assert after >= (budget - 0.08) * before
@@ -100,7 +100,7 @@ def test_budgets_hold_and_are_met_closely(model: Net, kind: str, budget: float, 
     again = surgeon.inspect(small, X)
     assert (again.macs, again.params) == (plan.macs, plan.params)
     assert plan.params == sum(p.numel() for p in small.parameters())
-    absolute = surgery.plan(scope=scope, **{kind: float(round(budget * before))})
+    absolute = surgery.plan(scope=scope, round_to=1, **{kind: float(round(budget * before))})
     assert getattr(absolute, kind) <= round(budget * before)
 
 
@@ -109,7 +109,7 @@ def test_global_takes_the_lowest_wherever_they_are(model: Net) -> None:
         model.b.weight[:24] *= 1e-3
         model.b.bias[:24] = 0
         model.c.weight[:, :24] *= 1e-3
-    small = surgeon.shrink(model, 24 / 104, example_inputs=X, scope="global")
+    small = surgeon.shrink(model, 24 / 104, example_inputs=X, scope="global", round_to=1)
     assert widths(small) == [32, 24, 24]
 
 
@@ -123,7 +123,7 @@ def test_round_to(model: Net, ratio: float) -> None:
 
 def test_ignore_keeps_outputs(model: Net) -> None:
     for name in (["b"], [model.b], "b"):
-        assert widths(surgeon.shrink(model, 0.5, example_inputs=X, ignore=name)) == [16, 48, 12]
+        assert widths(surgeon.shrink(model, 0.5, example_inputs=X, ignore=name, round_to=1)) == [16, 48, 12]
 
 
 def test_ignore_one_branch_of_a_concat() -> None:
@@ -159,7 +159,7 @@ def test_the_weakest_head_leaves_whole() -> None:
         for layer in (model.q, model.k, model.v):
             layer.weight[6:12] *= 1e-4
         model.o.weight[:, 6:12] *= 1e-4
-    plan = surgeon.inspect(model, torch.randn(2, 7, 5)).plan(0.25)
+    plan = surgeon.inspect(model, torch.randn(2, 7, 5)).plan(0.25, round_to=1)
     assert set(range(24)) - set(plan.kept["o.weight"][1]) == set(range(6, 12))
     assert plan.apply(model).num_heads == 3
 
@@ -177,7 +177,7 @@ def test_heads_say_what_attention_may_lose() -> None:
     assert {g.kind: g.attention for g in surgery.groups} == {"rows": "heads", "middle": "heads", "columns": "head dims"}
     shapes = {}
     for heads in ("both", "whole", "dims"):
-        plan = surgery.plan(1 / 3, heads=heads)
+        plan = surgery.plan(1 / 3, heads=heads, round_to=1)
         small = plan.apply(model)
         assert surgeon.verify(model, small, plan, x).error < 1e-9
         shapes[heads] = (small.q.weight.shape[0], small.k.weight.shape[0], small.head_dim)

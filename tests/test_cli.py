@@ -111,7 +111,7 @@ def test_tied_weights(source: Path, tmp_path: Path, names: tuple[str, ...]) -> N
     save_file({k: v for k, v in state.items() if k in names or "body" in k}, tmp_path / "w.safetensors")
     done = run(
         "shrink", f"{source}:Tied", "--input", "2,7", "--input-dtype", "int64", "--no-onnx", "--no-bench", "--ratio", "0.25",
-        "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "out",
+        "--round-to", "1", "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     small = Plan.load(tmp_path / "out" / "plan.json").apply(made(source, "Tied"))
@@ -126,7 +126,8 @@ def test_options_reach_the_plan(source: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     request = dict(Plan.load(tmp_path / "out" / "plan.json").request)
-    assert request == {"params": 0.6, "scope": "uniform", "round_to": 4, "heads": "both", "criterion": "l2"}
+    options = {"scope": "uniform", "round_to": 4, "heads": "both", "max_ratio": 1.0, "min_channels": 1}
+    assert request == {"params": "0.6", "criterion": "l2", **options}
 
 
 def test_the_seed_decides(source: Path, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ NUMBERS = st.integers(0, 1 << 16)
 STEPS = st.tuples(st.sampled_from([name for name in BLOCKS if name != "head"]), st.integers(0, 255), NUMBERS)  # few: shrinks well
 REQUESTS = st.fixed_dictionaries({
     "ratio": st.sampled_from((0.5, 0.25, 0.75)),
-    "scope": st.sampled_from(("uniform", "global")),
-    "round_to": st.sampled_from((1, 2, 4)),
+    "scope": st.sampled_from(("uniform", "global", "isomorphic")),
+    "round_to": st.sampled_from((1, 2, 4, "auto")),
     "seed": st.integers(0, 9),
 })  # fmt: skip
 

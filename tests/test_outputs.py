@@ -24,9 +24,9 @@ class Encoder(nn.Module):
 
 def test_only_named_outputs_stay() -> None:
     model, x = Encoder(), torch.randn(3, 6)
-    assert surgeon.shrink(model, 0.5, example_inputs=x).body[2].out_features == 12
+    assert surgeon.shrink(model, 0.5, example_inputs=x, round_to=1).body[2].out_features == 12
     surgery = surgeon.inspect(model, x, outputs=["logits"])
-    plan = surgery.plan(0.5)
+    plan = surgery.plan(0.5, round_to=1)
     small = plan.apply(model)
     assert small.body[2].out_features == 6
     found = small(x)
@@ -34,7 +34,7 @@ def test_only_named_outputs_stay() -> None:
     assert found["states"][0].shape == (3, 6)
     proof = surgeon.verify(model, small, plan, x)  # knows from the plan which outputs count
     assert list(proof.errors) == ["logits"]
-    assert surgeon.shrink(model, 0.5, example_inputs=x, outputs=["states"]).head.out_features == 2
+    assert surgeon.shrink(model, 0.5, example_inputs=x, outputs=["states"], round_to=1).head.out_features == 2
 
 
 def test_a_plan_from_a_file_knows_its_outputs(tmp_path: object) -> None:

@@ -56,10 +56,11 @@ def test_widths_that_the_code_computes_from_one_another_stay_linked(ratio: float
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
     x = torch.randn(2, 5, 24)
-    small = surgeon.shrink(layer, ratio, example_inputs=x, ignore=["norm2"])  # the layer's output is the model's: it stays
+    # the layer's output is the model's: it stays
+    small = surgeon.shrink(layer, ratio, round_to=1, example_inputs=x, ignore=["norm2"])
     assert small.self_attn.embed_dim == 24
     stack = nn.Sequential(nn.Linear(6, 24), nn.TransformerEncoderLayer(24, 3, 40, batch_first=True), nn.Linear(24, 2))
-    small = surgeon.shrink(stack, ratio, example_inputs=torch.randn(2, 5, 6))
+    small = surgeon.shrink(stack, ratio, round_to=1, example_inputs=torch.randn(2, 5, 6))
     attention = small[1].self_attn
     assert attention.in_proj_weight.shape[0] == 3 * attention.embed_dim
     assert attention.embed_dim == small[0].out_features < 24
