@@ -62,12 +62,14 @@ class Band:
     def legal(self) -> Track:
         """Counts of steps that may leave, ascending: those that leave whole blocks of every group, and 0.
 
-        Where groups that move together have no such count in common, the blocks are halved until there is one.
+        Where groups that move together have no such count in common, or steps are bundles of another size (heads), the blocks
+        are halved until there is one.
         """
         if self._legal is None:
             shrunk = 1
             self._legal = self._whole_blocks(shrunk)
-            while len(self.groups) > 1 and self.gives and shrunk < max(self.blocks) and len(self._legal) == 1:
+            bundled = len(self.groups) > 1 or any(group.width > group.steps for group in self.groups)
+            while bundled and self.gives and shrunk < max(self.blocks) and len(self._legal) == 1:
                 shrunk *= 2
                 self._legal = self._whole_blocks(shrunk)
         return self._legal
@@ -76,7 +78,8 @@ class Band:
         counts = np.arange(max(self.steps - self.kept, 0) + 1)
         fits = np.ones(len(counts), dtype=bool)
         for group, block in zip(self.groups, self.blocks, strict=True):
-            fits &= (self.steps - counts) * group.width % (max(block // shrunk, 1) * self.steps) == 0
+            if block > shrunk:
+                fits &= (self.steps - counts) * group.width % (block // shrunk * self.steps) == 0
         fits[0] = True
         return counts[fits]
 

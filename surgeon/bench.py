@@ -33,7 +33,7 @@ from surgeon.inputs import find_inputs, normalize
 _SAMPLES = {50: 1, 90: 64, 99: 662}  # percentile -> fewest samples with which it is shown
 _INTERVAL_ROUNDS = 6  # below this not even a sign test can exclude 1 at 95 %: 2 * 0.5 ** 5 > 0.05
 _RESAMPLES = 1000
-_clock: Callable[[], float] = time.perf_counter
+_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Table:
     isa: str
     torch: str
     onnxruntime: str | None
+    clock: str = "wall"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; times in ms."""
@@ -108,7 +109,8 @@ class Table:
         runtime = f", onnxruntime {self.onnxruntime}" if self.onnxruntime else ""
         return (
             f"{self.cpu} ({self.isa}), {self.threads} thread{'s' * (self.threads != 1)}, batch {self.batch_size}, "
-            f"{self.rounds} interleaved rounds after {self.warmup} warm-up runs, torch {self.torch}{runtime}. "
+            f"{self.rounds} interleaved rounds after {self.warmup} warm-up runs, {self.clock} clock, torch {self.torch}"
+            f"{runtime}. "
             "Ratio: reference time / time, median of rounds [bootstrap 95 % interval]; '-': too few samples."
         )
 
@@ -118,7 +120,8 @@ _HEADER = ["model", "ran on", "p50 ms", "p90 ms", "p99 ms", "speed-up", "gain", 
 
 def bench(
     models: Mapping[str, nn.Module | str | os.PathLike[str]], example_inputs: Any = None, *,
-    threads: int | None = None, batch_size: int | None = None, repeats: int = 30, warmup: int = 5, seed: int = 0,
+    threads: int | None = None, batch_size: int | None = None, repeats: int = 30, warmup: int = 5, clock: str = "wall",
+    seed: int = 0,
 ) -> Table:  # fmt: skip
     """Measure the CPU latency of modules (eager, eval, inference mode) and ONNX files (ONNX Runtime) against the first entry.
 
@@ -129,6 +132,8 @@ def bench(
         batch_size: repeat or cut the inputs along dim 0 to this many rows.
         repeats: number of rounds; each times every entry once.
         warmup: untimed runs of each entry before the rounds, after one untimed run that checks it.
+        clock: "wall", or "cpu" for the time that this process spends on processors: on a busy machine it says for one thread what
+            the wall clock would say on a quiet one.
         seed: of the bootstrap.
 
     Returns:
@@ -137,6 +142,8 @@ def bench(
     Raises:
         BenchError: an entry or number is bad, a file is missing or damaged, or an entry does not run on the inputs.
     """
+    if clock not in _CLOCKS:
+        raise BenchError(f"unknown clock {clock!r}", fix=f"use one of {', '.join(_CLOCKS)}")
     _check_numbers(models, threads=threads, batch_size=batch_size, repeats=repeats, warmup=warmup)
     inputs = _inputs(models, example_inputs)
     if batch_size is not None:
@@ -144,12 +151,12 @@ def bench(
     with _conditions(models, threads) as count:
         entries = [_open(name, entry, inputs, count) for name, entry in models.items()]
         for _, run in entries:
-            _measure([run], warmup)
-        times = _measure([run for _, run in entries], repeats)
+            _measure([run], warmup, clock)
+        times = _measure([run for _, run in entries], repeats, clock)
     rows = [_filled(row, times[i], None if i == 0 else times[0], seed) for i, (row, _) in enumerate(entries)]
     numbers, isa = (batch_size_of(inputs), count, repeats, warmup), torch.backends.cpu.get_cpu_capability()
     runtime = None if all(isinstance(entry, nn.Module) for entry in models.values()) else _runtime().__version__
-    return Table(tuple(rows), *numbers, _cpu(), isa, torch.__version__, runtime)
+    return Table(tuple(rows), *numbers, cpu_name(), isa, torch.__version__, runtime, clock)
 
 
 _Entry = tuple[Row, Callable[[], Any]]  # what is known before any timing, and one run
@@ -249,14 +256,15 @@ def _file(name: str, path: Path, inputs: Inputs, threads: int) -> _Entry:
     return Row(name, ", ".join(session.get_providers()), None, size), lambda: session.run(None, fed)
 
 
-def _measure(runs: Sequence[Callable[[], Any]], rounds: int) -> np.ndarray[Any, Any]:
+def _measure(runs: Sequence[Callable[[], Any]], rounds: int, clock: str = "wall") -> np.ndarray[Any, Any]:
     """Seconds of shape (entries, rounds)."""
     times = np.zeros((len(runs), rounds))
+    now = _CLOCKS[clock]
     for turn in range(rounds):
         for index in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
-            start = _clock()
+            start = now()
             runs[index]()
-            times[index, turn] = _clock() - start
+            times[index, turn] = now() - start
     return times
 
 
@@ -293,7 +301,8 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

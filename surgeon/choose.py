@@ -1,8 +1,9 @@
 """choose(...) -> Choice: which units leave, from scores and a ratio or budgets.
 
 Scopes: `uniform` removes the same share of every band (see `bands`); `global` removes the lowest scores wherever they are;
-`isomorphic` does so among groups of like structure. A budget is met from below: the ratio is searched at which all budgets just
-hold, then whatever still fits is given back, the highest scores first, until no band can take one step more.
+`isomorphic` does so among groups of like structure; `knapsack` weighs importance against cost (see there). A budget is met from
+below: the ratio is searched at which all budgets just hold, then whatever still fits is given back, the highest scores first,
+until no band can take one step more.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from surgeon.bands import Band, Link, build, narrowed, sides, without_kept_heads
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.groups import Group
+from surgeon.knapsack import solve as knapsack
 from surgeon.labels import Track
 from surgeon.request import Request, matches
 
 Scores = Mapping[str, Track]
 Costs = Mapping[str, Callable[[Choice], float]]
+_TIGHTER = 20  # times that the limit of a knapsack is lowered
 _NARROWEST = 1e-7  # ratios closer than this remove the same
 
 
@@ -99,14 +102,8 @@ class _Planner:
         block: int,
     ) -> None:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
-        self._scores = scores
-        self._known: dict[str, Track] = {}
+        self.score = scores
         self._bands: dict[tuple[str, ...], list[Band]] = {}
-
-    def score(self, group: Group) -> Track:
-        if group.name not in self._known:
-            self._known[group.name] = self._scores(group)
-        return self._known[group.name]
 
     def bands(self, ratio: float) -> list[Band]:
         chosen = sides(self.groups, ratio)
@@ -183,6 +180,10 @@ class _Planner:
         best = self.at(math.nextafter(1.0, 0.0))
         if not holds(best):
             raise self._too_low(costs, full, limits, self.choice(best))
+        if self.request.scope == "knapsack":
+            best = self._weighed(costs, limits, holds, best)
+            self._fill(best, holds)
+            return self.choice(best)
         low, high = 0.0, 1.0
         while high - low > _NARROWEST:
             middle = (low + high) / 2
@@ -193,6 +194,22 @@ class _Planner:
                 low = middle
         self._fill(best, holds)
         return self.choice(best)
+
+    def _weighed(self, costs: Costs, limits: Mapping[str, float], holds: Callable[[_State], bool], least: _State) -> _State:
+        """The knapsack's choice; its limit is lowered until every budget holds."""
+        bands = self.bands(0.5)
+
+        def cost(counts: list[int]) -> float:
+            choice = self.choice(_State(bands, counts))
+            return sum(cost(choice) / limits[kind] for kind, cost in costs.items())
+
+        limit = float(len(costs))
+        for _ in range(_TIGHTER):
+            state = _State(bands, knapsack(bands, cost, limit))
+            if holds(state):
+                return state
+            limit *= 0.95
+        return least
 
     def _fill(self, state: _State, holds: Callable[[_State], bool]) -> None:
         """Give steps back while all budgets hold, those with the highest scores first."""

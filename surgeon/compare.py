@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.utils._pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgeon._alike import ALIKE, OPTIONAL, alike, of_whole_numbers
 from surgeon._decisions import replay
 from surgeon._quiet import PlainMode, quiet_run
 from surgeon._sizes import looking_inside_functional
@@ -25,9 +26,6 @@ from surgeon.graph import Call, Graph, source_line, spec
 from surgeon.recorder import CallStack
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
-
-ALIKE = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view", "unsafe_split": "split"}
-_OPTIONAL = {"clone", "alias", "detach", "contiguous"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class _Reshapes(TorchFunctionMode):
 class _Comparer(PlainMode):
     def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
         super().__init__()
-        self.calls = [c for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _remembered(c.node)]
+        self.calls = [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
         self.shapes, self.choice = shapes, choice
         self.stack = CallStack(small)
         self.notes: list[Note] = []
@@ -111,7 +109,7 @@ class _Comparer(PlainMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if name.rstrip("_") in _OPTIONAL or name == "as_strided_":
+        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
             return func(*args, **kwargs)
         given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
         if not any(t.is_floating_point() for t in given):
@@ -133,7 +131,7 @@ class _Comparer(PlainMode):
         while self.at < len(self.calls):
             call = self.calls[self.at]
             left_out = name == "slice" and self._belongs_to_next(call, args)
-            if not left_out and (call.op is func or _alike(call.op) == ALIKE.get(name, name)):
+            if not left_out and (call.op is func or alike(call.op) == ALIKE.get(name, name)):
                 return call
             if op_name(call.node) != "slice":
                 break
@@ -204,7 +202,7 @@ class _Comparer(PlainMode):
         """What a reshape that failed should have given, noted."""
         call = self.calls[self.at]
         want = list(self.shapes.shape(call.node, self.choice))
-        if _alike(call.op) != "view" or len(want) != len(sizes):
+        if alike(call.op) != "view" or len(want) != len(sizes):
             raise MendError(
                 f"a reshape to {sizes} fails", where=self.place(), why="its sizes do not fit the smaller tensor",
                 fix="compute the sizes from the tensor's shape, or keep the layer with ignore=[...]",
@@ -224,14 +222,3 @@ class _Comparer(PlainMode):
                 why="the model's code uses a size that surgeon did not see",
                 fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
             )
-
-
-def _remembered(node: fx.Node) -> bool:
-    """Whether an op works on whole numbers: it has no size to mend, and code may remember its result and not run it again."""
-    inputs = [spec(n) for n in node.all_input_nodes] or [spec(node)]
-    return not any(s is not None and s.dtype.is_floating_point for s in inputs)
-
-
-def _alike(op: Any) -> str:
-    name: str = op._schema.name.removeprefix("aten::")
-    return ALIKE.get(name, name)

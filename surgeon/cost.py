@@ -33,8 +33,10 @@ class Shapes:
         self.graph, self.propagation, self.solution = graph, propagation, solution
         self._atoms: dict[int, list[Track]] = {}
         self._widths: dict[tuple[int, int], int] = {}
+        self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
+        self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._choice: Choice | None = None
-        self._products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
+        self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
 
     def leaves(self, track: Track, choice: Choice) -> Track:
         """Which entries of a track leave."""
@@ -51,10 +53,17 @@ class Shapes:
         if choice is not self._choice:
             self._choice = choice
             self._widths.clear()
-        key = (id(track), dim)
+        key = (self._number(track), dim)
         if key not in self._widths:
             self._widths[key] = int((~self.leaves(track, choice)).sum(axis=dim).max())
         return self._widths[key]
+
+    def _number(self, track: Track) -> int:
+        number = self._numbers.get(id(track))
+        if number is None:
+            number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
+            self._numbers[id(track)] = number
+        return number
 
     def shape(self, node: fx.Node, choice: Choice, output: int = 0) -> tuple[int, ...]:
         """Shape of (one output of) a node in the small model."""
@@ -150,7 +159,7 @@ class Shapes:
 
     def macs(self, choice: Choice) -> int:
         """MACs of one run on the example inputs."""
-        return sum(MACS[op_name(n)](*self._operands(n, choice)) for n in self._products)
+        return sum(MACS[op_name(n)](*self._operands(n, choice)) for n in self.products)
 
     def _operands(self, node: fx.Node, choice: Choice) -> tuple[Any, ...]:
         shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]

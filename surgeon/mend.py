@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.compare import ALIKE, Note, compare
+from surgeon._alike import ALIKE
+from surgeon.compare import Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit, literals, trace_one
 from surgeon.errors import MendError

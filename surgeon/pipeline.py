@@ -6,8 +6,9 @@ capture -> propagate -> solve -> groups -> (criteria, choose) -> plan -> rewrite
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from inspect import signature as inspect_signature
@@ -22,7 +23,7 @@ from surgeon import criteria
 from surgeon._quiet import uncollected
 from surgeon.bands import Link, without_kept_heads
 from surgeon.capture import capture
-from surgeon.choose import choose
+from surgeon.choose import Costs, choose
 from surgeon.compare import compare
 from surgeon.configs import Blueprint, config_edits, unsaid
 from surgeon.cost import Choice, Shapes, nothing
@@ -33,6 +34,7 @@ from surgeon.explain import Explanation, FrozenShare, explain, frozen_share
 from surgeon.graph import Graph
 from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.labels import Track
+from surgeon.latency import LatencyTable, Predictor, Stopwatch, search
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
@@ -131,8 +133,13 @@ class Surgery:
         params: Budget | None = None,
         size: Budget | None = None,
         memory: Budget | None = None,
+        latency: Budget | None = None,
+        runtime: str = "onnxruntime",
+        threads: int = 1,
         criterion: str | Criterion = "l1",
-        scope: str = "uniform",
+        data: Iterable[Any] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        scope: str | None = None,
         round_to: int | str = "auto",
         heads: str = "both",
         max_ratio: Ratio = 1.0,
@@ -152,10 +159,20 @@ class Surgery:
                 "1.2G"). Several budgets may be given: all hold, each predicted exactly.
             size: bytes of parameters and stored buffers that may stay: a share, or a text such as "3MB".
             memory: bytes of activations alive at once, at most, for the example inputs: a share, or a text such as "20MB".
-            criterion: "l1", "l2", "bn_scale", "random", "first" (channels stay in order), or a callable (group, tensors) -> one
-                score per unit, low leaves first. Of weights without values (on the meta device) the first channels stay.
-            scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups) or "isomorphic" (the
-                lowest scores among groups of like structure; Fang et al., Isomorphic Pruning, 2024).
+            latency: of one run on the example inputs, batch included: a share, or a text such as "8ms". Kernels are timed on this
+                machine (once: see `latency.LatencyTable`), the candidate is cut and measured in turns with the original, the
+                prediction is corrected, and so on until what is measured is within 3 % below the target.
+            runtime, threads: what the latency is of: "onnxruntime" (fused and exported, on the CPU) or "torch" (eager).
+            criterion: a name of docs/criteria.md ("l1", "l2", "bn_scale", "lamp", "fpgm", "random", ...; with data "taylor",
+                "fisher", "obs", "variance", ...), an object of `surgeon.criteria`, or a callable (group, tensors) -> one score
+                per unit, low leaves first. Of weights without values (on the meta device) the first channels stay.
+            data: batches for criteria that look at data, read once: inputs as the model takes them, in any batch size; with a
+                loss, pairs (inputs, targets).
+            loss: (output, targets) -> a number, for criteria that need gradients. Without one they use the squared norm of the
+                outputs, which needs no labels.
+            scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups), "isomorphic" (the
+                lowest scores among groups of like structure; Fang et al., Isomorphic Pruning, 2024) or "knapsack" (what is worth
+                least for what it costs; needs a budget). By default knapsack for a latency, else uniform.
             round_to: kept widths are multiples of this, where a group has that many channels. "auto" takes the block that kernels
                 of the weights' device like (16 on CPUs with AVX-512, 8 on others and on GPUs) and halves it for narrow groups;
                 "cpu", "cuda" and "npu" (32) name another target; 1 switches it off.
@@ -172,10 +189,10 @@ class Surgery:
 
         Raises:
             InputError: an argument is out of range, unknown, or contradicts another.
-            BudgetError: nothing may leave, or a budget lies below what must stay.
+            BudgetError: nothing may leave, or a budget lies below what must stay, or no candidate reaches the latency.
             PlanError: no config says what is left (with `config_expressible`).
         """
-        budgets = {"macs": macs, "params": params, "size": size, "memory": memory}
+        budgets = {"macs": macs, "params": params, "size": size, "memory": memory, "latency": latency}
         request = Request(
             ratio, **budgets, scope=scope, round_to=round_to, heads=heads, max_ratio=max_ratio, min_channels=min_channels
         )
@@ -185,11 +202,27 @@ class Surgery:
         if config_expressible:
             request = dataclasses.replace(request, heads="whole" if heads == "both" else heads)
             groups, links = self._expressible(groups, request.heads)
+        which = criteria.prepare(
+            which, seed=seed, model=self.model, graph=self.graph, propagation=self.propagation, solution=self.solution,
+            groups=groups, data=data, loss=loss,
+        )  # fmt: skip
         block = request.block(next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu"))
-        choice = choose(
-            groups, lambda group: criteria.scores(which, group, self.graph.tensors), self.shapes, request, links, block
-        )
+
+        def chosen(request: Request, costs: Costs | None = None) -> Choice:
+            return choose(groups, scores, self.shapes, request, links, block, costs)
+
+        known: dict[str, Track] = {}
+
+        def scores(group: Group) -> Track:
+            if group.name not in known:
+                known[group.name] = criteria.scores(which, group, self.graph.tensors)
+            return known[group.name]
+
         said = {k: v for k, v in vars(request).items() if v is not None}
+        if latency is None:
+            choice = chosen(request)
+        else:
+            choice, said["measured"] = self._timed(request, chosen, runtime, threads, block)
         if isinstance(round_to, str):
             said["block"] = block
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
@@ -198,6 +231,28 @@ class Surgery:
         if self.graph.named:
             said["outputs"] = list(self.graph.named)
         return self._as_plan(choice, said)
+
+    def _timed(
+        self, request: Request, chosen: Callable[[Request, Costs], Choice], runtime: str, threads: int, block: int
+    ) -> tuple[Choice, dict[str, Any]]:
+        """A choice whose measured latency meets the budget."""
+        if self.without_values:
+            raise InputError("a model on the meta device has no latency", fix="pass macs=..., or load the weights")
+        device = next((self.graph.tensors[name].device for name in self.shapes.parameters), torch.device("cpu"))
+        table = LatencyTable(runtime, threads, device)
+        inputs = self.graph.kwargs or self.graph.args
+        with tempfile.TemporaryDirectory() as folder:
+            watch = Stopwatch(self.model, inputs, runtime, threads, folder)
+            predict = Predictor(self.shapes, table, watch.measure()[0], block)
+            limit = request.limit("latency", predict.total)
+            fixed = dataclasses.replace(request, latency=f"{limit}ms")  # a share is one of what was measured
+            costs: dict[str, Any] = {kind: getattr(self.shapes, kind) for kind in request.budgets if kind != "latency"}
+            return search(
+                lambda: chosen(fixed, {**costs, "latency": predict}),
+                predict,
+                lambda choice: watch.measure(self._as_plan(choice, {"quiet": True}).apply(self.model)),
+                lambda full: request.limit("latency", full),
+            )
 
     def _expressible(self, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:
         """The groups whose sizes the config says, tied where one number says several."""
@@ -257,6 +312,8 @@ class Surgery:
             found = "the small model's code needs other numbers in it"
         if plan.request.get("config_expressible"):
             raise unsaid(found)
+        if "quiet" in plan.request:
+            return ()
         warnings.warn(
             f"the config of {type(small).__name__} cannot say the new widths ({found}): keep the small model with "
             "surgeon.save(small, folder), or plan with config_expressible=True",

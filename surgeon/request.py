@@ -12,7 +12,7 @@ import torch
 
 from surgeon.errors import InputError
 
-SCOPES = ("uniform", "global", "isomorphic")
+SCOPES = ("uniform", "global", "isomorphic", "knapsack")
 HEADS = {"both": (), "whole": ("head dims",), "dims": ("heads",), "keep": ("heads", "head dims")}  # what may not leave
 BUDGETS = ("macs", "params", "size", "memory", "latency")
 TARGETS = {"cpu": 0, "cuda": 8, "npu": 32}  # block of channels that kernels like; of the CPU it depends on the instruction set
@@ -42,8 +42,9 @@ class Request:
         size: bytes of the parameters and buffers: a share or a text such as "3MB" (10^6) or "3MiB" (2^20).
         memory: bytes of the activations that are alive at once, at most: as size.
         latency: a share, or a text such as "8ms".
-        scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups) or "isomorphic" (the lowest
-            scores among groups of like structure).
+        scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups), "isomorphic" (the lowest
+            scores among groups of like structure) or "knapsack" (what is worth least for what it costs; needs a budget). None:
+            knapsack for a latency, else uniform.
         round_to: kept widths are multiples of this where a group is wide enough: a number, "auto", or a target of `TARGETS`.
         heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
             "whole", "dims", or "keep" for nothing.
@@ -57,7 +58,7 @@ class Request:
     size: Budget | None = None
     memory: Budget | None = None
     latency: Budget | None = None
-    scope: str = "uniform"
+    scope: str | None = None
     round_to: int | str = "auto"
     heads: str = "both"
     max_ratio: Ratio = 1.0
@@ -77,6 +78,10 @@ class Request:
                     _check_share(f"{name} of '{pattern}'" if pattern else name, share, closed=name == "max_ratio")
         for name in asked:
             parse(name, getattr(self, name))
+        if self.scope is None:
+            object.__setattr__(self, "scope", "uniform" if self.latency is None else "knapsack")
+        if self.scope == "knapsack" and not asked:
+            raise InputError("scope 'knapsack' weighs what leaves against a budget, and there is none", fix="pass macs=0.5, say")
         for name, known in (("scope", SCOPES), ("heads", tuple(HEADS))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}", fix=f"use one of {', '.join(known)}")
@@ -118,8 +123,13 @@ class PlanOptions(TypedDict, total=False):
     params: Budget | None
     size: Budget | None
     memory: Budget | None
+    latency: Budget | None
+    runtime: str
+    threads: int
     criterion: Any
-    scope: str
+    data: Any
+    loss: Any
+    scope: str | None
     round_to: int | str
     heads: str
     max_ratio: Ratio

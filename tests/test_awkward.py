@@ -143,6 +143,8 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("every second", net(lambda s, x: s.b(s.a(x)[:, 1::2]), **HALF), FLAT),
     ("padded, then normalised", net(lambda s, x: s.b(F.layer_norm(F.pad(s.a(x), (0, 4)), (12,))), a=LINEAR["a"],
                                     b=lambda: nn.Linear(12, 3)), FLAT),
+    ("padded, then normalised with a scale", net(lambda s, x: s.b(s.n(F.pad(s.a(x), (0, 4)))), a=LINEAR["a"],
+                                                 n=lambda: nn.LayerNorm(12), b=lambda: nn.Linear(12, 3)), FLAT),
     ("padded heads", net(lambda s, x: s.b(s.c(F.pad(s.a(x), (0, 8)).unflatten(-1, (3, -1)).softmax(-1).flatten(1))),
                          a=lambda: nn.Linear(5, 16), c=lambda: nn.Linear(24, 8), b=LINEAR["b"]), FLAT),
     ("norm without scale",

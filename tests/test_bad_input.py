@@ -145,14 +145,14 @@ def test_frozen_parameters_stay_frozen() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = Small().to(dtype)
-    small = surgeon.shrink(model, 0.5, example_inputs=X.to(dtype))
+    small = surgeon.shrink(model, 0.5, example_inputs=X.to(dtype), round_to=1)
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert small.body[0].weight.shape == (8, 3, 3, 3)
 
 
 def test_example_inputs_are_found_and_reported() -> None:
     with pytest.warns(UserWarning, match="assumed"):
-        small = surgeon.shrink(Small(), 0.5)
+        small = surgeon.shrink(Small(), 0.5, round_to=1)
     assert small.body[0].out_channels == 8
     assert "assumed" in str(surgeon.inspect(Small()))
 
@@ -176,7 +176,7 @@ def test_tied_weights_stay_tied() -> None:
 def saved(tmp_path: Path) -> tuple[Small, surgeon.Plan, Path]:
     torch.manual_seed(0)
     model = Small()
-    plan = surgeon.inspect(model, X).plan(0.5)
+    plan = surgeon.inspect(model, X).plan(0.5, round_to=1)
     plan.save(tmp_path / "plan.json")
     return model, plan, tmp_path / "plan.json"
 

@@ -11,9 +11,9 @@ ROOT = Path(surgeon.__file__).parent
 
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
-errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules propagate solve lanes groups cost
-request bands calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
-semantics reference trace verify fuse export bench report explain pipeline models store cli
+errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
+request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
+semantics reference trace verify fuse export bench latency report explain pipeline models store cli
 """.split()
 
 

@@ -1,41 +1,51 @@
-"""Criteria that need nothing but the weights."""
+"""Criteria that need nothing but the sizes of the weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.criteria.combine import Combined, array, by_unit, weights
 from surgeon.errors import InputError
-from surgeon.groups import Group
+from surgeon.groups import Group, Member
 from surgeon.labels import Track
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of torch's own requirements
 
-class Norm:
-    """Mean over a group's weights of the Lp norm of what leaves with a unit.
 
-    For each weight (a tensor with two or more dims) that the group slices: the p-norm of all entries that leave, divided by
-    the mean of these norms over the units, so that large and small layers count alike. Vectors (biases, norm scales) only
-    speak where a group has no weight. (Li et al., Pruning Filters for Efficient ConvNets, 2017, for one layer and p = 1;
-    the mean over coupled layers is Fang et al., DepGraph, 2023.)
+class Norm(Combined):
+    """The Lp norm of what leaves with a unit, of each weight that the group slices: (sum |w|^p)^(1/p) over what leaves.
+
+    Vectors (biases, norm scales) only speak where a group has no weight. (Li et al., Pruning Filters for Efficient ConvNets,
+    2017, for one layer and p = 1; the mean over coupled layers is Fang et al., DepGraph, 2023.)
     """
 
-    def __init__(self, p: int) -> None:
+    def __init__(self, p: float = 1, combine: str = "mean", normalize: str | None = "mean") -> None:
+        if not p > 0 or p == float("inf"):
+            raise InputError(f"p must be a positive number, got {p}", where=type(self).__name__)
+        super().__init__(combine, normalize)
         self.p = p
         self._sums: dict[int, tuple[Track, Track]] = {}  # a weight speaks for its outputs and for its inputs
 
+    def fresh(self) -> Self:
+        found = super().fresh()
+        found._sums = {}
+        return found
+
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        floats = [m for m in group.members if tensors[m.tensor].is_floating_point()]
-        members = [m for m in floats if tensors[m.tensor].dim() >= 2] or floats
-        total = np.zeros(group.units)
-        for member in members:
-            powers = self._power_sums(tensors[member.tensor].detach(), member.dim)
-            norm = np.bincount(member.unit, weights=powers[member.index], minlength=group.units) ** (1 / self.p)
-            total += norm / max(norm.mean(), 1e-30)
-        return total / max(len(members), 1)
+        return self.combined([self.part(m, tensors, group.units) for m in weights(group, tensors)], group.units)
+
+    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> Track:
+        """The norm of what one slot loses with each unit."""
+        powers = self._power_sums(tensors[member.tensor].detach(), member.dim)
+        norm: Track = by_unit(member, powers, units) ** (1 / self.p)
+        return norm
 
     def _power_sums(self, tensor: Tensor, dim: int) -> Track:
         """sum |w|^p over all dims but one."""
@@ -45,28 +55,48 @@ class Norm:
         work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
         work = work.abs() if self.p == 1 else work.abs() ** self.p  # plain sums are several times faster than vector_norm here
         if work.dim() < 2:
-            return _array(work)
+            return array(work)
         if dim >= 2:
-            return _array(work.sum([d for d in range(work.dim()) if d != dim]))
+            return array(work.sum([d for d in range(work.dim()) if d != dim]))
         work = work.flatten(2).sum(2) if work.dim() > 2 else work
-        sums = _array(work.sum(1)), _array(work.sum(0))
+        sums = array(work.sum(1)), array(work.sum(0))
         self._sums[tensor.data_ptr()] = sums
         return sums[dim]
 
 
-def _array(tensor: Tensor) -> Track:
-    found: Track = tensor.double().cpu().numpy()
-    return found
+class Lamp(Norm):
+    """Layer-adaptive magnitude: s_u / (sum of s_v over u and all units v of the group above it), s the combined squared L2 norms.
+
+    Of one group the order is that of s; between groups, the last unit of each scores 1, so that no group is emptied. (Lee et al.,
+    Layer-Adaptive Sparsity for the Magnitude-Based Pruning, 2021; there for single weights.)
+    """
+
+    def __init__(self, combine: str = "mean", normalize: str | None = None) -> None:
+        super().__init__(2, combine, normalize)
+
+    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> Track:
+        return super().part(member, tensors, units) ** 2
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+        size = super().__call__(group, tensors)
+        order = np.argsort(size, kind="stable")
+        found = np.zeros(len(size))
+        above = np.cumsum(size[order][::-1])[::-1]
+        found[order] = size[order] / np.maximum(above, 1e-30)
+        return found
 
 
-class BatchNormScale:
-    """Mean of |gamma| over the group's batch norms (Liu et al., Network Slimming, 2017).
+class BatchNormScale(Combined):
+    """|gamma| of the group's batch norms (Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017).
 
     A vector counts as a scale if the model also holds a `running_var` beside it.
 
     Raises:
         InputError: a group has no batch norm.
     """
+
+    def __init__(self, combine: str = "mean", normalize: str | None = None) -> None:
+        super().__init__(combine, normalize)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
         scales = [m for m in group.members if m.tensor.endswith("weight") and self._has_variance(m.tensor, tensors)]
@@ -77,11 +107,7 @@ class BatchNormScale:
                 why="no batch norm with a scale follows these channels",
                 fix="use criterion='l1' or 'l2', or name the layer in ignore=[...]",
             )
-        total = np.zeros(group.units)
-        for member in scales:
-            size = tensors[member.tensor].detach().double().abs().cpu().numpy()
-            total += np.bincount(member.unit, weights=size[member.index], minlength=group.units)
-        return total / len(scales)
+        return self.combined([by_unit(m, np.abs(array(tensors[m.tensor])), group.units) for m in scales], group.units)
 
     @staticmethod
     def _has_variance(name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -91,7 +117,7 @@ class BatchNormScale:
 class Random:
     """Uniform scores, the same for the same seed and group name whatever else the model holds."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:

@@ -100,9 +100,8 @@ def layer_norm(site: Site) -> Any:
     out = broadcast(site, operands, site.out)
     ndim = len(site.out)
     gone = range(ndim - last, ndim)
-    for d in gone:
-        if d in out:
-            site.ledger.reduced(out[d])
+    for d in set(gone) & set(site.axes(x)):  # x itself: the scale that it meets comes after
+        site.ledger.reduced(site.axes(x)[d])
     passing = {d: t for d, t in out.items() if d < ndim - last}
     stats = reduce_dims(site, passing, gone, ndim, keepdim=True)
     spec = site.node.meta["spec"]

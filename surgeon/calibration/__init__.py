@@ -1,0 +1,267 @@
+"""gather(needs, ...) -> Evidence: one pass over batches of data, in eval mode, for criteria that look at more than weights.
+
+Everything is streamed into float64 sums, so memory does not grow with the number of batches. The model comes back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from surgeon._quiet import quiet_run
+from surgeon._sizes import looking_inside_functional
+from surgeon.calibration.consumers import Atoms, Consumer, find_consumers, find_planes
+from surgeon.calibration.evidence import Evidence, Gradients, Statistics
+from surgeon.calibration.runs import Runs
+from surgeon.calibration.watch import OneOp, See, Watch
+from surgeon.errors import InputError, SurgeonError
+from surgeon.graph import Graph, named, tensor_leaves
+from surgeon.groups import Group
+from surgeon.inputs import normalize
+from surgeon.labels import Track
+from surgeon.propagate import Propagation
+from surgeon.solve import Solution
+
+Loss = Callable[[Any, Any], Tensor]
+
+NEEDS = {
+    "gradients": "of the parameters: sums of g and g^2",
+    "gates": "of the parameters: w * g summed over all dims but one, and its square",
+    "moments": "of what consumers read: mean, mean of squares, mean of sizes; norms of their weights",
+    "covariance": "of what consumers read: X^T X, and W W^T of their weights",
+    "samples": "mean of each channel in each sample",
+    "ranks": "ranks of the feature maps",
+    "activation_gradients": "of what consumers read",
+}
+_BACKWARD = frozenset(("gradients", "gates", "activation_gradients"))
+WIDEST = 4096  # entries of which a covariance is kept: 128 MiB
+
+
+@torch.inference_mode(mode=False)
+def gather(
+    needs: Set[str],
+    *,
+    model: nn.Module,
+    graph: Graph,
+    propagation: Propagation,
+    solution: Solution,
+    groups: Sequence[Group],
+    data: Iterable[Any],
+    loss: Loss | None = None,
+    widest: int = WIDEST,
+) -> Evidence:
+    """One pass over the data.
+
+    Args:
+        needs: names from NEEDS.
+        data: batches: whatever the model takes (a tensor, a tuple or list of positional arguments, a dict of keywords), of any
+            batch size; with a loss, pairs (inputs, targets). Read once, from start to end.
+        loss: called as loss(output, targets). Without one, what needs gradients uses `output_energy`, which needs no labels.
+        widest: covariances are kept of this many channels at most.
+
+    Raises:
+        InputError: no batches; a batch that is no batch, does not run, takes another path through the code or has a loss that is
+            not finite; a consumer too wide; all with the number of the batch, counted from 1.
+    """
+    if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data must be an iterable of batches, got a {type(data).__name__}",
+            fix="pass a list such as data=[batch] or a loader",
+        )
+    if any(graph.tensors[name].is_meta for name in graph.owned):
+        raise InputError(
+            "no evidence can be gathered: the weights have no values (meta device)",
+            fix="load the weights, or use a criterion that needs no data",
+        )
+    parameters = {n: graph.tensors[n] for n in sorted(graph.owned) if _learns(graph.tensors[n])} if needs & _BACKWARD else {}
+    gradients = {
+        n: Gradients(p, "gradients" in needs, [d for d in range(p.dim()) if (n, d) in propagation.slots and "gates" in needs])
+        for n, p in parameters.items()
+    }
+    runs = Runs(model, graph, propagation, solution, lambda *run: _consumers(needs, groups, *run))
+    statistics = [Statistics(consumer, needs, widest) for consumer in runs.consumers]
+    batches = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_untouched(model, parameters.values()))
+        for batch in stack.enter_context(_progress(data)):
+            batches += 1
+            label = f"batch {batches} of the data"
+            args, kwargs, targets = _inputs(batch, label, paired=loss is not None)
+            run, consumers = runs.of(args, kwargs, label) if statistics else (graph, ())
+            with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
+                output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
+                if needs & _BACKWARD:
+                    value = _loss_of(output, targets, loss, graph, label)
+                    _backward(value, gradients, statistics, label)
+            for item in statistics:
+                item.check(label)
+    if not batches:
+        raise InputError(
+            "data holds no batch",
+            why="an iterator that was read before is empty",
+            fix="pass a list of batches, or a fresh iterator",
+        )
+    return Evidence(batches, gradients, statistics)
+
+
+def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
+    """Squared norm of all float outputs, mean over the samples (Aljundi et al., Memory Aware Synapses, 2018): a stand-in for a
+    loss that needs no labels."""
+    floats = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
+    if not floats:
+        raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
+    return sum((t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(()))
+
+
+def _learns(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+
+
+def _consumers(needs: Set[str], groups: Sequence[Group], graph: Graph, propagation: Propagation, atoms: Atoms) -> list[Consumer]:
+    """The consumers of a run that read channels of the groups."""
+    if not groups or not needs - {"gradients", "gates"}:
+        return []
+    alive = np.concatenate([group.lanes.ravel() for group in groups])
+
+    def living(ids: Track) -> list[Track]:
+        return [np.where(np.isin(a, alive), a, -1) for a in atoms(ids)]
+
+    found = find_consumers(graph, propagation, living)
+    if "ranks" in needs:
+        found = [c for c in found if c.planes]
+        seen = Evidence(0, {}, [Statistics(c, (), 0) for c in found])
+        for group in groups:
+            if not seen.of(group):
+                planes = find_planes(graph, propagation, living, group.lanes)
+                found += [planes] if planes else []
+    return found
+
+
+def _inputs(batch: Any, label: str, paired: bool) -> tuple[Any, Any, Any]:
+    targets = None
+    if paired:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise InputError(
+                f"{label} is no pair (inputs, targets)", why="a loss was given", fix="let data yield pairs, or leave loss out"
+            )
+        batch, targets = batch
+    try:
+        args, kwargs = normalize(batch)
+    except InputError as error:
+        what = f"{label} cannot be used: {error.what.replace('example_inputs', 'it')}"
+        raise InputError(what, where=error.where, fix=error.fix) from error
+    return args, kwargs, targets
+
+
+def _run(
+    model: nn.Module, graph: Graph, seeing: Sequence[tuple[Statistics, Consumer]], args: Any, kwargs: Any, label: str
+) -> Any:
+    """The model's output; the statistics see what their consumers read."""
+    see: dict[Any, list[See]] = {}
+    for item, consumer in seeing:
+        see.setdefault(consumer.node, []).append(partial(item.see, consumer))
+    mode = Watch(model, graph, see, label) if seeing else None
+    try:
+        with contextlib.ExitStack() as stack:
+            if mode is not None:
+                for entered in (mode.stack, looking_inside_functional(), mode, OneOp(mode)):
+                    stack.enter_context(entered)
+            output = model(*args, **kwargs)
+        if mode is not None:
+            mode.finish()
+    except SurgeonError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model does not run on {label}: {type(error).__name__}: {error}",
+            why="inputs were: " + ", ".join(f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves((args, kwargs))),
+            fix="let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too",
+        ) from error
+    return output
+
+
+def _loss_of(output: Any, targets: Any, loss: Loss | None, graph: Graph, label: str) -> Tensor:
+    if loss is None:
+        value = output_energy(output, graph.named or None)
+    else:
+        try:
+            value = loss(output, targets)
+        except Exception as error:
+            raise InputError(
+                f"the loss fails on {label}: {type(error).__name__}: {error}",
+                fix="pass a function loss(output, targets) that gives one number",
+            ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(
+            f"the loss of {label} is {shape}" + (" without a gradient" if isinstance(value, Tensor) else ""),
+            fix="pass a function loss(output, targets) that gives one number computed from the output by torch",
+        )
+    if not math.isfinite(value.item()):
+        raise InputError(
+            f"the loss of {label} is {value.item()}",
+            why="the inputs, the targets or the weights are out of range",
+            fix="leave this batch out, or repair the loss",
+        )
+    return value.reshape(())
+
+
+def _backward(value: Tensor, gradients: Mapping[str, Gradients], statistics: Sequence[Statistics], label: str) -> None:
+    """Add this batch's gradients to the sums; `.grad` is not touched."""
+    held = [item for item in statistics if item.edges]
+    learning = [g for g in gradients.values() if g.wanted]
+    wanted: list[Any] = [g.tensor for g in learning] + [edge for item in held for edge in item.edges]
+    try:
+        found = torch.autograd.grad(value, wanted, allow_unused=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"no gradient can be computed on {label}: {error}",
+            why="an op of the model has no backward, or changes in place what another one needs",
+            fix="use a criterion without gradients",
+        ) from error
+    if any(g is not None and not bool(torch.isfinite(g.sum())) and not bool(torch.isfinite(g).all()) for g in found):
+        raise InputError(f"a gradient of {label} is NaN or infinite", fix="leave this batch out, or look for a division by zero")
+    for sums, gradient in zip(learning, found, strict=False):
+        sums.add(gradient)
+    rest = iter(found[len(learning) :])
+    for item in held:
+        item.add_gradients([next(rest) for _ in item.edges])
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Parameters that take gradients, and buffers that forward may write to, put back afterwards."""
+    flags = [(p, p.requires_grad) for p in parameters]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _progress(data: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """The data, with a bar on a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        total = len(data) if isinstance(data, Sized) else None
+        yield bar.track(data, total=total, description="calibrating")
+
+
+__all__ = ["NEEDS", "WIDEST", "Evidence", "Loss", "gather", "output_energy"]

@@ -1,0 +1,128 @@
+"""Watch: a mode that holds a run on other data against the recorded one, op by op, and shows the operands of chosen ops.
+
+The batch may have any size. What it may not do is take another path through the model's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from surgeon._alike import OPTIONAL, alike, of_whole_numbers
+from surgeon._quiet import PlainMode
+from surgeon.errors import InputError
+from surgeon.graph import Call, Graph, source_line
+from surgeon.recorder import CallStack
+from surgeon.rules.registry import op_name
+
+_ATTENTION = "_scaled_dot_product"
+
+See = Callable[[Any, Any], None]  # (arguments, result) of an op
+
+
+class Watch(PlainMode):
+    """Calls each of `see[node]` with (args, out), the real tensors of each op in `see`; `label` names the batch in messages."""
+
+    def __init__(self, model: nn.Module, graph: Graph, see: Mapping[fx.Node, Sequence[See]], label: str) -> None:
+        super().__init__()
+        self.calls = watched(graph)
+        self.see, self.label = see, label
+        self.stack = CallStack(model)
+        self.at = 0
+
+    def place(self) -> str:
+        if self.at >= len(self.calls):
+            return f"module '{self.stack.current}', after the last recorded op"
+        call = self.calls[self.at]
+        return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
+            return func(*args, **kwargs)
+        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        out = None
+        if not any(t.is_floating_point() for t in given):
+            out = func(*args, **kwargs)
+            if given or (isinstance(out, Tensor) and not out.is_floating_point()):
+                return out
+        call = self._match(func)
+        out = func(*args, **kwargs) if out is None else out
+        for see in self.see.get(call.node, ()):
+            see(args, out)
+        self.at += 1
+        return out
+
+    @property
+    def attention_is_next(self) -> bool:
+        """Whether the next product of the recorded run is an attention in one op."""
+        names = (op_name(call.node) for call in self.calls[self.at :])
+        return next((name.startswith(_ATTENTION) for name in names if name.startswith((_ATTENTION, "bmm", "baddbmm"))), False)
+
+    def attended(self, args: Any, out: Any) -> None:
+        """Pass by the attention that was recorded as one op."""
+        while not op_name(self.calls[self.at].node).startswith(_ATTENTION):
+            self.at += 1
+        node = self.calls[self.at].node
+        for see in self.see.get(node, ()):
+            see(args, (out,))
+        self.at += 1
+
+    def _match(self, func: Any) -> Call:
+        if self.at < len(self.calls):
+            call = self.calls[self.at]
+            if fits(call, func):
+                return call
+        raise self.strayed(f"it ran {alike(func)} here")
+
+    def finish(self) -> None:
+        """Raise if the run was shorter than the recorded one."""
+        if self.at < len(self.calls):
+            raise self.strayed("it ended here")
+
+    def strayed(self, why: str) -> InputError:
+        return InputError(
+            f"{self.label} takes another path through the model's code than the example inputs",
+            where=self.place(),
+            why=why,
+            fix="pass batches of which the code does the same as with the example inputs (perhaps of their batch size), or a "
+            "criterion that does not look at activations, such as 'taylor' or 'l1'",
+        )
+
+
+class OneOp(TorchFunctionMode):
+    """Attention whose mask takes a gradient has no fused kernel and becomes many ops: the watch is told of the one it was."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        learnt = isinstance(mask, Tensor) and mask.requires_grad
+        if func is not F.scaled_dot_product_attention or not learnt or not self.watch.attention_is_next:
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            out = func(*args, **kwargs)
+            named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
+            self.watch.attended([*args[:3], *named], out)
+        return out
+
+
+def watched(graph: Graph) -> list[Call]:
+    """The recorded ops that every run on like inputs repeats."""
+    return [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
+
+
+def fits(call: Call, op: Any) -> bool:
+    """Whether an op is the recorded one, up to how a tensor lies in memory."""
+    return call.op is op or alike(call.op) == alike(op)

@@ -1,0 +1,101 @@
+"""solve(bands, cost, limit) -> counts: what to remove so that the layers keep most of their importance within a budget.
+
+Each band keeps a share of its importance (the squared scores of what stays); the product of these shares over all bands is kept
+as large as possible, so that no layer is emptied for the sake of others. Per count of steps a band has a value and a cost, and
+dynamic programming over bands picks one count each (a multiple-choice knapsack; Shen et al., HALP, NeurIPS 2022, use one for
+latency). What a band costs hangs on the widths around it, so the costs are measured at the last solution and the knapsack is
+solved again, a few times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from surgeon.bands import Band
+from surgeon.labels import Track
+
+_BINS = 1000  # how finely the budget is divided
+_OPTIONS = 12  # counts tried per band: evenly spread legal ones
+_ROUNDS = 3
+
+
+def solve(bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float) -> list[int]:
+    """Counts of steps that leave each band; the cheapest ones if the limit cannot be met.
+
+    Args:
+        cost: of all bands together, given their counts.
+    """
+    options = [_spread(band.legal()) for band in bands]
+    losses = [_losses(band, counts) for band, counts in zip(bands, options, strict=True)]
+    counts = [int(found[np.argmin(np.abs(found - band.steps / 3))]) for found, band in zip(options, bands, strict=True)]
+    best: tuple[float, list[int]] | None = None
+    for _ in range(_ROUNDS):
+        whole = cost(counts)
+        curves = [_curve(cost, counts, number, found, whole) for number, found in enumerate(options)]
+        fixed = whole - sum(
+            curve[np.flatnonzero(found == count)[0]] for curve, found, count in zip(curves, options, counts, strict=True)
+        )
+        counts = _fill(options, losses, curves, limit - fixed)
+        spent = cost(counts)
+        lost = sum(float(loss[np.flatnonzero(found == c)[0]]) for loss, found, c in zip(losses, options, counts, strict=True))
+        if best is None or (spent <= limit and lost < best[0]):
+            best = (lost if spent <= limit else np.inf, counts)
+    assert best is not None
+    return best[1]
+
+
+def _spread(counts: Track) -> Track:
+    if len(counts) <= _OPTIONS:
+        return counts
+    some: Track = counts[np.unique(np.linspace(0, len(counts) - 1, _OPTIONS).round().astype(int))]
+    return some
+
+
+def _losses(band: Band, counts: Track) -> Track:
+    """-log of the share of importance that stays; every band counts alike."""
+    energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
+    share = 1 - energy[counts] / energy[-1]
+    found: Track = -np.log(np.maximum(share, 1e-12))
+    return found
+
+
+def _curve(cost: Callable[[list[int]], float], counts: list[int], number: int, options: Track, whole: float) -> Track:
+    """What all bands cost more or less if this one loses another count; 0 at the present one."""
+    found = []
+    for option in options:
+        other = [*counts[:number], int(option), *counts[number + 1 :]]
+        found.append(0.0 if option == counts[number] else cost(other) - whole)
+    curve: Track = np.asarray(found) - min(found)
+    return curve
+
+
+def _fill(options: Sequence[Track], losses: Sequence[Track], curves: Sequence[Track], room: float) -> list[int]:
+    """Dynamic programming: the least loss for each amount spent, band by band."""
+    least = [int(np.argmin(curve)) for curve in curves]
+    if room <= 0:
+        return [int(found[i]) for found, i in zip(options, least, strict=True)]
+    weight = [np.ceil(curve / room * _BINS - 1e-9).astype(int) for curve in curves]
+    table = np.full(_BINS + 1, np.inf)
+    table[0] = 0.0
+    picks = []
+    for loss, bins in zip(losses, weight, strict=True):
+        new, pick = np.full(_BINS + 1, np.inf), np.zeros(_BINS + 1, dtype=int)
+        for option, (lost, bin_) in enumerate(zip(loss, bins, strict=True)):
+            if bin_ > _BINS:
+                continue
+            moved = np.full(_BINS + 1, np.inf)
+            moved[bin_:] = table[: _BINS + 1 - bin_] + lost
+            better = moved < new
+            new[better], pick[better] = moved[better], option
+        table = new
+        picks.append(pick)
+    if not np.isfinite(table).any():
+        return [int(found[i]) for found, i in zip(options, least, strict=True)]
+    place = int(np.argmin(table))
+    chosen = []
+    for pick, bins in zip(reversed(picks), reversed(weight), strict=True):
+        chosen.append(int(pick[place]))
+        place -= int(bins[chosen[-1]])
+    return [int(found[i]) for found, i in zip(options, reversed(chosen), strict=True)]
