@@ -6,9 +6,10 @@ Record a model, find the channels, filters, neurons and heads that must leave to
 from surgeon.bench import bench
 from surgeon.export import export
 from surgeon.fuse import fuse
+from surgeon.iterate import iterate
 from surgeon.pipeline import Surgery, inspect, shrink
 from surgeon.plan import Plan
 from surgeon.store import load, save
 from surgeon.verify import Proof, verify
 
-__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "load", "save", "shrink", "verify"]
+__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate", "load", "save", "shrink", "verify"]

@@ -40,6 +40,7 @@ from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
 from surgeon.request import Budget, PlanOptions, Ratio, Request
 from surgeon.rewrite import shrink_module
+from surgeon.sensitivity import Sensitivity, sensitivity
 from surgeon.solve import Solution, solve
 from surgeon.verify import Proof, verify
 
@@ -124,6 +125,18 @@ class Surgery:
         """
         return explain(self, name)
 
+    def sensitivity(
+        self,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        ratios: Sequence[float] = (0.25, 0.5, 0.75),
+        n_jobs: int | None = None,
+        **options: Any,
+    ) -> Sensitivity:
+        """How much the outputs (or a loss) change when one group alone loses channels; see `surgeon.sensitivity`."""
+        return sensitivity(self, data, loss=loss, ratios=ratios, n_jobs=n_jobs, **options)
+
     @uncollected()
     def plan(
         self,
@@ -198,7 +211,7 @@ class Surgery:
         )
         which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
         self._check_weights()
-        groups, links = self._without(ignore, ignore_inputs), self.links
+        groups, links = self.groups_without(ignore, ignore_inputs), self.links
         if config_expressible:
             request = dataclasses.replace(request, heads="whole" if heads == "both" else heads)
             groups, links = self._expressible(groups, request.heads)
@@ -335,7 +348,7 @@ class Surgery:
                     fix="load sound weights, or repair them (see torch.nan_to_num)",
                 )
 
-    def _without(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()) -> list[Group]:
+    def groups_without(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()) -> list[Group]:
         """The groups less the units that the outputs (or inputs) of ignored modules hold."""
         held = np.zeros(len(self.solution.root), dtype=bool)
         for items, tracks_of in ((ignore, self._outputs_of), (ignore_inputs, self._inputs_of)):
