@@ -92,7 +92,7 @@ def rows_of(kind: str, data: Path, images: Tensor, labels: Tensor) -> list[list[
     params, macs = f"{surgery.params:,}", f"{surgery.macs:,}"
     cells = {kind: [stream(base), "-", params, macs, f"{top1(base, images, labels):.2%}"]}
     for ratio in RATIOS:
-        plan = surgery.plan(ratio, criterion="l1", scope="uniform")
+        plan = surgery.plan(ratio, criterion="l1", scope="uniform", round_to=1)
         small = plan.apply(base)
         proof = surgeon.verify(base, small, plan, images[:1], graph=surgery.graph)
         name = f"{kind} -{ratio:.0%}"

@@ -100,7 +100,7 @@ def row_of(name: str) -> tuple[list[str], list[str]]:
     train_norms(model, image)
     start = time.perf_counter()
     surgery = surgeon.inspect(model, image)
-    plan = surgery.plan(RATIO)
+    plan = surgery.plan(RATIO, round_to=1)
     small = plan.apply(model)
     cut = time.perf_counter()
     proof = surgeon.verify(model, small, plan, image, graph=surgery.graph)
