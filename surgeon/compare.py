@@ -97,7 +97,7 @@ class _Comparer(PlainMode):
     def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
         super().__init__()
         self.calls = [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
-        self.shapes, self.choice = shapes, choice
+        self.small, self.shapes, self.choice = small, shapes, choice
         self.stack = CallStack(small)
         self.notes: list[Note] = []
         self.at = 0
@@ -187,6 +187,7 @@ class _Comparer(PlainMode):
                 old_shape, new_shape = spec(call.node).shape, self.shapes.shape(call.node, self.choice)
                 self._note(call, list(old_shape), list(new_shape), list(old_shape), call.module)
                 if self.notes:
+                    self._note_its_kind(call)
                     return True
             for position, value in wanted(call.node, self.shapes, self.choice).items():
                 old: Any = call.node.args[position]
@@ -197,6 +198,16 @@ class _Comparer(PlainMode):
             if self.notes:
                 return True
         return False
+
+    def _note_its_kind(self, call: Call) -> None:
+        """The same of other modules of the class in which the code stopped: they would stop it next, one by one."""
+        kind, seen = type(self.small.get_submodule(call.module)), {call.module}
+        for later in self.calls[self.at + 1 :]:
+            if later.module in seen or later.op is not call.op or type(self.small.get_submodule(later.module)) is not kind:
+                continue
+            seen.add(later.module)
+            old = list(spec(later.node).shape)
+            self._note(later, old, list(self.shapes.shape(later.node, self.choice)), old, later.module)
 
     def reshaped(self, x: Tensor, sizes: list[Any]) -> Tensor:
         """What a reshape that failed should have given, noted."""

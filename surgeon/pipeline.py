@@ -340,7 +340,9 @@ class Surgery:
                 continue
             if bool(torch.isfinite(tensor.detach().sum())):  # one pass; a sum that overflows is looked at again
                 continue
-            if not bool(torch.isfinite(tensor.detach()).all()) and not name.startswith("_"):
+            given = isinstance(tensor, nn.Parameter)  # buffers may well hold inf: masks do
+            bad = ~torch.isfinite(tensor.detach()) if given else torch.isnan(tensor.detach())
+            if bool(bad.any()) and not name.startswith("_"):
                 raise InputError(
                     "the model's weights hold NaN or inf",
                     where=name,

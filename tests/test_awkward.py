@@ -101,11 +101,12 @@ class Threshold(nn.Module):
 
 
 class Checked(nn.Module):
-    """A norm of one's own, which gives torch's function a size that no op is given."""
+    """Many norms of one's own, which give torch's function a size that no op is given."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b = nn.Linear(5, 8), self.Norm(8), nn.Linear(8, 3)
+        self.a, self.norm, self.b = nn.Linear(5, 8), nn.Sequential(*(self.Norm(8) for _ in range(70))), nn.Linear(8, 3)
+        self.register_buffer("open", torch.tensor([0.0, -torch.inf]))
 
     class Norm(nn.Module):
         def __init__(self, width: int) -> None:
