@@ -258,7 +258,7 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
     for name in names:
         row = cells(name, rows[f"surgeon {name}"])
         if len(tools) > 1:
-            peer = rows[f"torch-pruning {name}"]
+            peer = rows.get(f"torch-pruning {name}", {"failed": "not run yet"})
             row.append(peer["failed"][:80] if "failed" in peer else f"{peer['left']:.1%} left, {peer['seconds']:.1f} s")
         table.append(row)
     if len(tools) > 1:
