@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from cifar_resnet import MODELS
+from cifar import MODELS
 from results import first_line, markdown, write_result
 from safetensors.torch import load_file
 from torch import Tensor, nn
