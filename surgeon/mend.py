@@ -68,6 +68,7 @@ def _tried(
     small: nn.Module, trial: list[Edit], notes: list[Note], refused: set[tuple[str, str, str]], look: Callable[[], list[Note]]
 ) -> tuple[list[Edit], list[Note]]:
     """Make the edits of a trial that help, and tell what is left to change; the others are undone and refused."""
+    before = {edit: type(small.get_submodule(edit.module)) for edit in trial}
     made = [edit for edit in trial if _applied(small, edit, refused)]
     try:
         after = look()
@@ -75,7 +76,10 @@ def _tried(
     except MendError:  # one of them leads the code astray
         worse = made
     for edit in reversed(worse):
-        apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+        if edit.kind == "literal":  # it changed the module's class
+            small.get_submodule(edit.module).__class__ = before[edit]
+        else:
+            apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
     if len(worse) == len(made) > 1:  # find out which
         kept: list[Edit] = []
         for edit in made:
