@@ -31,11 +31,12 @@ from surgeon.errors import ExportError, InputError, SurgeonError
 from surgeon.export import export
 from surgeon.fuse import fuse
 from surgeon.models import build, load_weights
-from surgeon.pipeline import Surgery, check_options, inspect, prove
+from surgeon.pipeline import check_options, inspect, prove
 from surgeon.plan import Plan
 from surgeon.report import count, table
 from surgeon.request import SCOPES
 from surgeon.store import plain_state
+from surgeon.surgery import Surgery
 
 app = typer.Typer(help="Structural pruning for PyTorch: physically smaller models, proven.", no_args_is_help=True)
 

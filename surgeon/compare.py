@@ -10,20 +10,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.utils._pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon._alike import ALIKE, OPTIONAL, alike, of_whole_numbers
+from surgeon._alike import Beside, alike, same
 from surgeon._decisions import replay
-from surgeon._quiet import PlainMode, quiet_run
+from surgeon._quiet import quiet_run
 from surgeon._sizes import looking_inside_functional
 from surgeon._views import getitem
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
 from surgeon.graph import Call, Graph, source_line, spec
-from surgeon.recorder import CallStack
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
@@ -93,30 +90,14 @@ class _Reshapes(TorchFunctionMode):
             return self.comparer.reshaped(args[0], sizes)
 
 
-class _Comparer(PlainMode):
+class _Comparer(Beside):
     def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
-        super().__init__()
-        self.calls = [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
+        super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
-        self.stack = CallStack(small)
         self.notes: list[Note] = []
-        self.at = 0
 
-    def place(self) -> str:
-        call = self.calls[min(self.at, len(self.calls) - 1)]
-        return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
-            return func(*args, **kwargs)
-        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
-        if not any(t.is_floating_point() for t in given):
-            out = func(*args, **kwargs)
-            if given or (isinstance(out, Tensor) and not out.is_floating_point()):
-                return out
-        call = self._match(func, name, args)
+    def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        call = self._match(func, args)
         args = self._corrected(call, list(args))
         out = None
         if "decision" in call.node.meta:  # the small model is to take the same path
@@ -127,11 +108,12 @@ class _Comparer(PlainMode):
         self.at += 1
         return out
 
-    def _match(self, func: Any, name: str, args: Any) -> Call:
+    def _match(self, func: Any, args: Any) -> Call:
+        name = alike(func)
         while self.at < len(self.calls):
             call = self.calls[self.at]
             left_out = name == "slice" and self._belongs_to_next(call, args)
-            if not left_out and (call.op is func or alike(call.op) == ALIKE.get(name, name)):
+            if not left_out and same(call, func):
                 return call
             if op_name(call.node) != "slice":
                 break

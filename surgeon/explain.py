@@ -24,7 +24,7 @@ from surgeon.rules.registry import Family, family, op_name
 from surgeon.solve import Solution
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Surgery
+    from surgeon.surgery import Surgery
 
 OUTPUT = "is the model's output"
 

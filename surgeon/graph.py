@@ -117,6 +117,16 @@ def architecture(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, buffer and plain tensor attribute under every name that it has."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for store in (module._parameters, module._buffers, module.__dict__):
+            for name, value in store.items():
+                if isinstance(value, Tensor):
+                    yield dot + name, value
+
+
 def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a nest of dicts, lists, tuples, dataclasses and plain objects, with their paths."""
     yield from _leaves(value, path, set())

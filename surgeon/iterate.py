@@ -14,9 +14,10 @@ from torch import nn
 
 from surgeon.bands import producers
 from surgeon.errors import BudgetError, InputError
-from surgeon.pipeline import Surgery, inspect, prove
+from surgeon.pipeline import inspect, prove
 from surgeon.plan import Plan
 from surgeon.request import BUDGETS, PlanOptions, parse
+from surgeon.surgery import Surgery
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # part of torch's own requirements

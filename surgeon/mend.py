@@ -22,8 +22,7 @@ from surgeon.compare import Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit, literals, trace_one
 from surgeon.errors import MendError
-from surgeon.graph import Graph, Spec, spec
-from surgeon.recorder import named_tensors
+from surgeon.graph import Graph, Spec, named_tensors, spec
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 

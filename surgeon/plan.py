@@ -19,8 +19,7 @@ from torch import nn
 
 from surgeon.edits import Edit
 from surgeon.errors import PlanError
-from surgeon.graph import architecture
-from surgeon.recorder import named_tensors
+from surgeon.graph import architecture, named_tensors
 from surgeon.rewrite import shrink_module
 
 _VERSION = 1

@@ -7,11 +7,8 @@ are read again when they are next used.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,64 +17,11 @@ from torch import Tensor, fx, nn
 from surgeon import _views
 from surgeon._decisions import decides, decision
 from surgeon._quiet import PlainMode
+from surgeon._running import CallStack, user_line
 from surgeon.errors import CaptureError
-from surgeon.graph import Call, Graph, Spec, architecture, named, tensor_leaves
+from surgeon.graph import Call, Graph, Spec, architecture, named, named_tensors, tensor_leaves
 
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_OWN_DIR = os.path.dirname(__file__) + os.sep
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, buffer and plain tensor attribute under every name that it has."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for store in (module._parameters, module._buffers, module.__dict__):
-            for name, value in store.items():
-                if isinstance(value, Tensor):
-                    yield dot + name, value
-
-
-class CallStack(contextlib.ExitStack):
-    """Knows, while a model runs, the path of the innermost module that is running."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._stack: list[str] = [""]
-
-    @property
-    def current(self) -> str:
-        return self._stack[-1]
-
-    def __enter__(self) -> CallStack:
-        hooks = torch.nn.modules.module
-        before = hooks.register_module_forward_pre_hook(self._push)
-        after = hooks.register_module_forward_hook(self._pop, always_call=True)
-        self.callback(before.remove)
-        self.callback(after.remove)
-        return self
-
-    def _push(self, module: nn.Module, _args: Any) -> None:
-        self._stack.append(self._paths.get(id(module), self._stack[-1]))
-
-    def _pop(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        if len(self._stack) > 1:
-            self._stack.pop()
-
-
-def user_line() -> tuple[str, int] | None:
-    """(file, line) of the innermost frame that is neither torch's nor surgeon's; None if the call came from torch alone."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(_OWN_DIR):
-            if path.endswith("capture.py") and frame.f_code.co_name == "capture":
-                return None
-        elif not path.startswith(_TORCH_DIR) and not path.startswith("<"):
-            return path, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
-    return None
 
 
 class _Value:

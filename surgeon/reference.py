@@ -14,10 +14,9 @@ from surgeon._decisions import replay
 from surgeon._views import getitem
 from surgeon.absence import Op, nest
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, tensor_leaves
+from surgeon.graph import Graph, named_tensors, tensor_leaves
 from surgeon.masks import Mask
 from surgeon.plan import Plan
-from surgeon.recorder import named_tensors
 from surgeon.rules.registry import family, op_name
 from surgeon.semantics import BY_FAMILY, SEMANTICS
 

@@ -15,7 +15,7 @@ from surgeon.graph import where
 from surgeon.groups import FrozenGroup, Group
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Surgery
+    from surgeon.surgery import Surgery
 
 _SHOWN = 3  # tensors named per line
 

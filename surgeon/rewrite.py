@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgeon.edits import Edit, apply_edit, refresh
 from surgeon.errors import PlanError
-from surgeon.recorder import named_tensors
+from surgeon.graph import named_tensors
 
 Kept = Mapping[str, Mapping[int, list[int]]]
 

@@ -21,7 +21,7 @@ from surgeon.inputs import normalize
 from surgeon.plan import Plan
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Surgery
+    from surgeon.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +95,7 @@ def sensitivity(
     n_jobs: int | None = None,
     **options: Any,
 ) -> Sensitivity:
-    """Cut each group alone, at each ratio, and see how much the model changes.
-
-    Args:
-        data: batches as the model takes them; with a loss, pairs (inputs, targets). None: the example inputs.
-        loss: (output, targets) -> a number; the change is then its rise, else the relative change of the outputs.
-        ratios: shares of a group's channels, in (0, 1).
-        n_jobs: processes, through joblib: a registered dask or ray backend spreads them over machines. None: joblib's default.
-        options: criterion, round_to, ... as for `Surgery.plan`.
-
-    Raises:
-        InputError: bad ratios, or a loss without data.
-        MissingExtraError: joblib is not installed.
-    """
+    """See `Surgery.sensitivity`."""
     try:
         import joblib
     except ImportError as error:

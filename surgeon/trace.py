@@ -21,9 +21,8 @@ from surgeon._decisions import decides, replay
 from surgeon._quiet import PlainMode, quiet_run
 from surgeon.absence import in_float64, widened
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, Spec, spec, tensor_leaves
+from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
-from surgeon.recorder import named_tensors
 from surgeon.rules.registry import Family, family, op_name
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided", "_to_copy"}  # compute nothing

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from surgeon.capture import capture
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, named, where
+from surgeon.graph import Graph, named, named_tensors, where
 from surgeon.plan import Plan
-from surgeon.recorder import named_tensors
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import op_name
 from surgeon.trace import float64, line_up, rescaled_constants, run_small

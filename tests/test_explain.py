@@ -86,7 +86,7 @@ def test_every_reason_that_the_package_gives_has_advice() -> None:
     from pathlib import Path
 
     root = Path(surgeon.__file__).parent
-    sources = [*root.glob("rules/*.py"), root / "propagate.py", root / "labels.py", root / "groups.py", root / "pipeline.py"]
+    sources = [*root.glob("rules/*.py"), root / "propagate.py", root / "labels.py", root / "groups.py", root / "surgery.py"]
     text = "\n".join(path.read_text() for path in sources)
     reasons = re.findall(r'(?:freeze|freeze_all)\([^"\n]*f?"([^"]+)"', text) + re.findall(r'reason = f?"([^"]+)"', text)
     assert len(reasons) > 20

@@ -11,9 +11,10 @@ ROOT = Path(surgeon.__file__).parent
 
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
-errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
-request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
-semantics reference trace verify fuse export bench latency report explain sensitivity pipeline iterate models store cli
+errors graph _running _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups
+cost request bands held knapsack calibration criteria choose edits rewrite plan masks wanted compare mend blueprint configs
+absence normalise semantics reference trace verify fuse export bench kernels latency stopwatch report explain sensitivity
+surgery pipeline iterate models store cli
 """.split()
 
 

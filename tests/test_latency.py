@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon import latency
+from surgeon import kernels as timing
 from surgeon.bands import Band
 from surgeon.cost import nothing
 from surgeon.errors import BudgetError, InputError
+from surgeon.kernels import Kernel, kernels
 from surgeon.knapsack import solve
-from surgeon.latency import Kernel, LatencyTable, Predictor, kernels, search
+from surgeon.latency import LatencyTable, Predictor
+from surgeon.stopwatch import Stopwatch, search
 
 
 class Net(nn.Module):
@@ -117,8 +119,8 @@ def test_kernels_can_be_timed() -> None:
             Kernel("conv", (1, 16, 8, 8), (16, 1, 3, 3), (1, 1), (1, 1), (1, 1), 16)]  # fmt: skip
     big = Kernel("matmul", (256, 512), (512, 512))
     for times in (
-        latency.time_by_onnxruntime([*some, big], 1),
-        latency.time_by_torch([*some, big], 1, torch.device("cpu"), torch.float32),
+        timing.time_by_onnxruntime([*some, big], 1),
+        timing.time_by_torch([*some, big], 1, torch.device("cpu"), torch.float32),
     ):
         assert len(times) == 5
         assert all(0 <= t < 1000 for t in times)
@@ -226,9 +228,7 @@ def test_what_cannot_be_reached_is_refused(surgery: surgeon.Surgery, tmp_path: P
 def test_a_latency_on_this_machine(surgery: surgeon.Surgery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it at once; how long things take is a matter of the machine, so only what must hold is asked."""
     monkeypatch.setenv("SURGEON_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        latency.Stopwatch, "measure", lambda self, small=None: (10.0, 10.0 if small is None else 6.9, (0.68, 0.7))
-    )
+    monkeypatch.setattr(Stopwatch, "measure", lambda self, small=None: (10.0, 10.0 if small is None else 6.9, (0.68, 0.7)))
     plan = surgery.plan(latency=0.7, macs=0.9)
     assert plan.request["measured"]["ms"] == 6.9
     assert plan.request["measured"]["limit_ms"] == pytest.approx(7.0)
@@ -244,6 +244,6 @@ def test_the_stopwatch_measures_what_is_deployed(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 32, 32)
     small = surgeon.shrink(net, 0.75, example_inputs=x)
     for runtime in ("onnxruntime", "torch"):
-        watch = latency.Stopwatch(net, x, runtime, 1, str(tmp_path))
+        watch = Stopwatch(net, x, runtime, 1, str(tmp_path))
         before, after, (low, high) = watch.measure(small)
         assert 0 < low <= after / before <= high

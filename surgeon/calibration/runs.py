@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from surgeon._alike import repeated, same
 from surgeon.calibration.consumers import Atoms, Consumer
-from surgeon.calibration.watch import fits, watched
 from surgeon.capture import capture
 from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph, tensor_leaves
@@ -55,15 +55,15 @@ class Runs:
                 why=error.why,
                 fix="let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too",
             ) from error
-        ours, theirs = watched(self.graph), watched(run)
-        if len(ours) == len(theirs) and all(fits(a, b.op) for a, b in zip(ours, theirs, strict=True)):
+        ours, theirs = repeated(self.graph), repeated(run)
+        if len(ours) == len(theirs) and all(same(a, b.op) for a, b in zip(ours, theirs, strict=True)):
             return self.graph, self.consumers
         propagation = propagate(run)
         solution = solve(propagation.ledger)
         table = _translation(propagation, solution, self.propagation, self.solution)
         found = self.find(run, propagation, lambda ids: [np.where(a >= 0, table[a], -1) for a in solution.atoms(ids)])
         if len(found) != len(self.consumers) or not all(map(_alike, found, self.consumers)):
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if not fits(a, b.op)), len(ours) - 1)
+            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if not same(a, b.op)), len(ours) - 1)
             raise InputError(
                 f"{label} takes another path through the model's code than the example inputs",
                 where=f"op {place}: {location(ours[place].node)}",

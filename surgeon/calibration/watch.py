@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-import torch.utils._pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon._alike import OPTIONAL, alike, of_whole_numbers
-from surgeon._quiet import PlainMode
+from surgeon._alike import Beside, alike, same
 from surgeon.errors import InputError
-from surgeon.graph import Call, Graph, source_line
-from surgeon.recorder import CallStack
+from surgeon.graph import Call, Graph
 from surgeon.rules.registry import op_name
 
 _ATTENTION = "_scaled_dot_product"
@@ -27,33 +23,14 @@ _ATTENTION = "_scaled_dot_product"
 See = Callable[[Any, Any], None]  # (arguments, result) of an op
 
 
-class Watch(PlainMode):
+class Watch(Beside):
     """Calls each of `see[node]` with (args, out), the real tensors of each op in `see`; `label` names the batch in messages."""
 
     def __init__(self, model: nn.Module, graph: Graph, see: Mapping[fx.Node, Sequence[See]], label: str) -> None:
-        super().__init__()
-        self.calls = watched(graph)
+        super().__init__(model, graph)
         self.see, self.label = see, label
-        self.stack = CallStack(model)
-        self.at = 0
 
-    def place(self) -> str:
-        if self.at >= len(self.calls):
-            return f"module '{self.stack.current}', after the last recorded op"
-        call = self.calls[self.at]
-        return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
-            return func(*args, **kwargs)
-        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
-        out = None
-        if not any(t.is_floating_point() for t in given):
-            out = func(*args, **kwargs)
-            if given or (isinstance(out, Tensor) and not out.is_floating_point()):
-                return out
+    def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         call = self._match(func)
         out = func(*args, **kwargs) if out is None else out
         for see in self.see.get(call.node, ()):
@@ -79,7 +56,7 @@ class Watch(PlainMode):
     def _match(self, func: Any) -> Call:
         if self.at < len(self.calls):
             call = self.calls[self.at]
-            if fits(call, func):
+            if same(call, func):
                 return call
         raise self.strayed(f"it ran {alike(func)} here")
 
@@ -116,13 +93,3 @@ class OneOp(TorchFunctionMode):
             named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
             self.watch.attended([*args[:3], *named], out)
         return out
-
-
-def watched(graph: Graph) -> list[Call]:
-    """The recorded ops that every run on like inputs repeats."""
-    return [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
-
-
-def fits(call: Call, op: Any) -> bool:
-    """Whether an op is the recorded one, up to how a tensor lies in memory."""
-    return call.op is op or alike(call.op) == alike(op)
