@@ -134,7 +134,7 @@ class Surgery:
             data: batches as the model takes them; with a loss, pairs (inputs, targets). None: the example inputs.
             loss: (output, targets) -> a number; the change is then its rise, else the relative change of the outputs.
             ratios: shares of a group's channels, in (0, 1).
-            n_jobs: processes, through joblib: a registered dask or ray backend spreads them over machines. None: joblib's default.
+            n_jobs: processes, through joblib: a registered dask or ray backend spreads them over machines.
             options: criterion, round_to (here 1 by default), ... as for `plan`.
 
         Raises:
