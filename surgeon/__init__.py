@@ -9,8 +9,24 @@ from surgeon.fuse import fuse
 from surgeon.iterate import iterate
 from surgeon.pipeline import inspect, shrink
 from surgeon.plan import Plan
+from surgeon.recovery import Recovery, recover
 from surgeon.store import load, save
 from surgeon.surgery import Surgery
 from surgeon.verify import Proof, verify
 
-__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate", "load", "save", "shrink", "verify"]
+__all__ = [
+    "Plan",
+    "Proof",
+    "Recovery",
+    "Surgery",
+    "bench",
+    "export",
+    "fuse",
+    "inspect",
+    "iterate",
+    "load",
+    "recover",
+    "save",
+    "shrink",
+    "verify",
+]

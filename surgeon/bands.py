@@ -29,7 +29,7 @@ class Band:
 
     `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of the band. At least
     `kept` steps stay. `blocks[i]` is what the kept width of group i is a multiple of, and `gives` says whether less will do where
-    nothing else fits; `ratio` is the share asked of this band, if one was.
+    nothing else fits; `ratio` is the share asked of this band, if one was. `additive` scores add up over bands to what is lost.
     """
 
     groups: list[Group]
@@ -40,6 +40,7 @@ class Band:
     blocks: Sequence[int] = (1,)
     gives: bool = False
     ratio: float | None = None
+    additive: bool = False
     _legal: Track | None = None
 
     @property
@@ -134,16 +135,20 @@ def build(
     score: Callable[[Group], Track],
     request: Request,
     block_of: Callable[[Group], int],
+    additive: bool = False,
 ) -> list[Band]:
     """The bands of these groups."""
     tied = nx.Graph()
     tied.add_nodes_from(range(len(chosen)))
     place = {group.name: i for i, group in enumerate(chosen)}
     tied.add_edges_from((place[a], place[b]) for a, b in links if a in place and b in place)
-    return [_band([chosen[i] for i in sorted(found)], score, request, block_of) for found in nx.connected_components(tied)]
+    parts = [[chosen[i] for i in sorted(found)] for found in nx.connected_components(tied)]
+    return [_band(groups, score, request, block_of, additive) for groups in parts]
 
 
-def _band(groups: list[Group], score: Callable[[Group], Track], request: Request, block_of: Callable[[Group], int]) -> Band:
+def _band(
+    groups: list[Group], score: Callable[[Group], Track], request: Request, block_of: Callable[[Group], int], additive: bool
+) -> Band:
     steps = math.gcd(*[g.steps for g in groups])
     per = [g.steps // steps for g in groups]
     order, total = [], np.zeros(steps)
@@ -151,8 +156,11 @@ def _band(groups: list[Group], score: Callable[[Group], Track], request: Request
         found = score(group)
         rank = np.stack([_ranked(*lane) for lane in zip(found, group.strata, strict=True)])
         order.append(np.take_along_axis(group.lanes, rank, axis=1))
-        ranked = np.take_along_axis(found, rank, axis=1).mean(axis=0)
-        total += ranked.reshape(steps, count).mean(axis=1) / len(groups)
+        ranked = np.take_along_axis(found, rank, axis=1)
+        if additive:
+            total += ranked.sum(axis=0).reshape(steps, count).sum(axis=1)
+        else:
+            total += ranked.mean(axis=0).reshape(steps, count).mean(axis=1) / len(groups)
     strata = max(max(len(np.unique(lane)) for lane in group.strata) / count for group, count in zip(groups, per, strict=True))
     caps = [of_pattern(request.max_ratio, producers(group), 1.0) for group in groups]
     floor = max(min(1.0, request.min_channels / group.width) for group in groups)
@@ -161,7 +169,7 @@ def _band(groups: list[Group], score: Callable[[Group], Track], request: Request
     if not isinstance(request.ratio, float | int | None):
         ratio = min(of_pattern(request.ratio, producers(group), 0.0) for group in groups)
     blocks = [block_of(group) for group in groups]
-    return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio)
+    return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive)
 
 
 def narrowed(block: int, width: int) -> int:

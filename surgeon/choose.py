@@ -37,6 +37,7 @@ def choose(
     links: Iterable[Link] = (),
     block: int = 1,
     costs: Costs | None = None,
+    additive: bool = False,
 ) -> Choice:
     """The choice that meets the request.
 
@@ -45,6 +46,7 @@ def choose(
         links: pairs of groups that keep the same share.
         block: kept widths are multiples of it.
         costs: what budgets are counted in, by name; those of `shapes` if left out.
+        additive: whether scores add up over groups to what is lost.
 
     Raises:
         BudgetError: there is nothing to remove, or a budget lies below what must stay.
@@ -59,7 +61,7 @@ def choose(
             why="everything that was found is frozen",
             fix="print(surgeon.inspect(model)) names each frozen tensor and the reason",
         )
-    planner = _Planner(groups, scores, shapes, request, links, block)
+    planner = _Planner(groups, scores, shapes, request, links, block, additive)
     if request.ratio is not None:
         return planner.choice(planner.at(request.ratio if isinstance(request.ratio, int | float) else 0.5))
     known = costs or {kind: getattr(shapes, kind) for kind in request.budgets}
@@ -100,20 +102,24 @@ class _Planner:
         request: Request,
         links: list[Link],
         block: int,
+        additive: bool,
     ) -> None:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
-        self.score = scores
+        self.score, self.additive = scores, additive
         self._bands: dict[tuple[str, ...], list[Band]] = {}
 
     def bands(self, ratio: float) -> list[Band]:
         chosen = sides(self.groups, ratio)
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
-            found = build(chosen, self.links, self.score, self.request, self._block)
+            found = build(chosen, self.links, self.score, self.request, self._block, self.additive)
             if isinstance(self.request.round_to, str) and all(len(band.legal()) == 1 for band in found):
-                found = build(chosen, self.links, self.score, self.request, lambda group: narrowed(self.block, group.width))
+                found = build(chosen, self.links, self.score, self.request, self._narrowed, self.additive)
             self._bands[key] = found
         return self._bands[key]
+
+    def _narrowed(self, group: Group) -> int:
+        return narrowed(self.block, group.width)
 
     def _block(self, group: Group) -> int:
         """What the group's width is a multiple of.
@@ -129,16 +135,17 @@ class _Planner:
 
     # -- how many leave -------------------------------------------------------------------------------------------
 
-    def at(self, ratio: float) -> _State:
+    def at(self, ratio: float, scope: str | None = None, bands: list[Band] | None = None) -> _State:
         """What leaves at this share of channels."""
-        bands = self.bands(ratio)
+        bands = self.bands(ratio) if bands is None else bands
+        scope = scope or self.request.scope
         counts = [0] * len(bands)
-        if self.request.scope == "uniform":
+        if scope == "uniform":
             counts = [band.nearest((ratio if band.ratio is None else band.ratio) * band.steps) for band in bands]
         else:
             pools: dict[Hashable, list[int]] = defaultdict(list)
             for number, band in enumerate(bands):
-                pools[_structure(band) if self.request.scope == "isomorphic" else ""].append(number)
+                pools[_structure(band) if scope == "isomorphic" else ""].append(number)
             for pool in pools.values():
                 for number, count in _lowest([bands[i] for i in pool], ratio).items():
                     counts[pool[number]] = bands[pool[number]].nearest(count)
@@ -184,20 +191,29 @@ class _Planner:
             best = self._weighed(costs, limits, holds, best)
             self._fill(best, holds)
             return self.choice(best)
+        best = self._least(holds, best)
+        self._fill(best, holds)
+        return self.choice(best)
+
+    def _least(
+        self, holds: Callable[[_State], bool], best: _State, scope: str | None = None, bands: list[Band] | None = None
+    ) -> _State:
+        """What leaves at the smallest ratio that holds; `best` holds."""
         low, high = 0.0, 1.0
         while high - low > _NARROWEST:
             middle = (low + high) / 2
-            found = self.at(middle)
+            found = self.at(middle, scope, bands)
             if holds(found):
                 best, high = found, middle
             else:
                 low = middle
-        self._fill(best, holds)
-        return self.choice(best)
+        return best
 
     def _weighed(self, costs: Costs, limits: Mapping[str, float], holds: Callable[[_State], bool], least: _State) -> _State:
-        """The knapsack's choice; its limit is lowered until every budget holds."""
+        """The knapsack's choice, from where the other scopes end; its limit is lowered until every budget holds."""
         bands = self.bands(0.5)
+        most = self.at(math.nextafter(1.0, 0.0), "uniform", bands)
+        starts = [self._least(holds, most, scope, bands) for scope in ("uniform", "global")] if holds(most) else []
 
         def cost(counts: list[int]) -> float:
             choice = self.choice(_State(bands, counts))
@@ -205,7 +221,7 @@ class _Planner:
 
         limit = float(len(costs))
         for _ in range(_TIGHTER):
-            state = _State(bands, knapsack(bands, cost, limit))
+            state = _State(bands, knapsack(bands, cost, limit, [state.counts for state in starts]))
             if holds(state):
                 return state
             limit *= 0.95

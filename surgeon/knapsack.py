@@ -1,7 +1,8 @@
 """solve(bands, cost, limit) -> counts: what to remove so that the layers keep most of their importance within a budget.
 
 Each band keeps a share of its importance (the squared scores of what stays); the product of these shares over all bands is kept
-as large as possible, so that no layer is emptied for the sake of others. Per count of steps a band has a value and a cost, and
+as large as possible, so that no layer is emptied for the sake of others. (Scores that add up, such as those of `kfac`, are summed
+instead.) Per count of steps a band has a value and a cost, and
 dynamic programming over bands picks one count each (a multiple-choice knapsack; Shen et al., HALP, NeurIPS 2022, use one for
 latency). What a band costs hangs on the widths around it, so the costs are measured at the last solution and the knapsack is
 solved again, a few times.
@@ -21,29 +22,43 @@ _OPTIONS = 12  # counts tried per band: evenly spread legal ones
 _ROUNDS = 3
 
 
-def solve(bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float) -> list[int]:
+def solve(bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float, starts: Sequence[list[int]] = ()) -> list[int]:
     """Counts of steps that leave each band; the cheapest ones if the limit cannot be met.
 
     Args:
         cost: of all bands together, given their counts.
+        starts: solutions to start from, each by itself; the result loses no more than any of them that is within the limit.
     """
-    options = [_spread(band.legal()) for band in bands]
-    losses = [_losses(band, counts) for band, counts in zip(bands, options, strict=True)]
-    counts = [int(found[np.argmin(np.abs(found - band.steps / 3))]) for found, band in zip(options, bands, strict=True)]
-    best: tuple[float, list[int]] | None = None
+    third = [int(found[np.argmin(np.abs(found - band.steps / 3))]) for found, band in ((band.legal(), band) for band in bands)]
+    found = [_improved(bands, cost, limit, counts) for counts in (starts or [third])]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _improved(
+    bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float, counts: list[int]
+) -> tuple[float, list[int]]:
+    """(what is lost, counts) of the best solution met; infinite if none is within the limit."""
+    options = [np.union1d(_spread(band.legal()), [count]) for band, count in zip(bands, counts, strict=True)]
+    losses = [_losses(band, found) for band, found in zip(bands, options, strict=True)]
+
+    def lost(counts: list[int]) -> float:
+        each = zip(losses, options, counts, strict=True)
+        return sum(float(loss[np.flatnonzero(found == count)[0]]) for loss, found, count in each)
+
+    whole = cost(counts)
+    best = (lost(counts) if whole <= limit else np.inf, counts)
     for _ in range(_ROUNDS):
-        whole = cost(counts)
         curves = [_curve(cost, counts, number, found, whole) for number, found in enumerate(options)]
         fixed = whole - sum(
             curve[np.flatnonzero(found == count)[0]] for curve, found, count in zip(curves, options, counts, strict=True)
         )
         counts = _fill(options, losses, curves, limit - fixed)
-        spent = cost(counts)
-        lost = sum(float(loss[np.flatnonzero(found == c)[0]]) for loss, found, c in zip(losses, options, counts, strict=True))
-        if best is None or (spent <= limit and lost < best[0]):
-            best = (lost if spent <= limit else np.inf, counts)
-    assert best is not None
-    return best[1]
+        whole = cost(counts)
+        if whole > limit and not np.isfinite(best[0]):
+            best = (np.inf, counts)
+        elif whole <= limit and lost(counts) < best[0]:
+            best = (lost(counts), counts)
+    return best
 
 
 def _spread(counts: Track) -> Track:
@@ -54,7 +69,10 @@ def _spread(counts: Track) -> Track:
 
 
 def _losses(band: Band, counts: Track) -> Track:
-    """-log of the share of importance that stays; every band counts alike."""
+    """-log of the share of importance that stays, and every band counts alike; of additive scores what is lost."""
+    if band.additive:
+        lost: Track = np.concatenate([[0.0], np.cumsum(band.score)])[counts]
+        return lost
     energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
     share = 1 - energy[counts] / energy[-1]
     found: Track = -np.log(np.maximum(share, 1e-12))

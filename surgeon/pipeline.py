@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature as inspect_signature
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from surgeon.capture import capture
 from surgeon.errors import CaptureError
 from surgeon.graph import Graph
 from surgeon.plan import Plan
+from surgeon.recovery import batches_of, recover
 from surgeon.request import PlanOptions, Ratio, Request
 from surgeon.surgery import Surgery
 from surgeon.verify import Proof, verify
@@ -81,6 +82,7 @@ def shrink(
     *,
     example_inputs: Any = None,
     outputs: Sequence[str] | None = None,
+    calibration: Iterable[Any] | None = None,
     verify: bool = True,
     **options: Unpack[PlanOptions],
 ) -> nn.Module:
@@ -91,14 +93,19 @@ def shrink(
     Args:
         ratio: see `Surgery.plan`.
         example_inputs, outputs: see `inspect`.
+        calibration: batches of inputs, no labels needed: some hundred to some thousand samples, with which accuracy is won back
+            after the proof (see `surgeon.recover`). Criteria that look at data see them too, if `data` is left out.
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
         options: what else `Surgery.plan` takes: budgets (macs=0.5, params="3M"), criterion, scope, round_to, ignore, ...
 
     Raises:
-        InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan` and `Plan.apply`.
+        InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan`, `Plan.apply` and `surgeon.recover`.
         ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
     """
     check_options(ratio, options)  # refuse bad arguments before the model runs
+    batches = None if calibration is None else batches_of(calibration)
+    if batches is not None and criteria.looks_at_data(options.get("criterion", "l1")):
+        options.setdefault("data", batches)
     surgery = inspect(model, example_inputs, outputs=outputs)
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
@@ -106,7 +113,7 @@ def shrink(
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery.graph)
-    return small
+    return small if batches is None else recover(small, plan, model, batches).model
 
 
 def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:

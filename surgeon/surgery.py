@@ -229,7 +229,7 @@ class Surgery:
         block = request.block(next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu"))
 
         def chosen(request: Request, costs: Costs | None = None) -> Choice:
-            return choose(groups, scores, self.shapes, request, links, block, costs)
+            return choose(groups, scores, self.shapes, request, links, block, costs, getattr(which, "additive", False))
 
         known: dict[str, Track] = {}
 

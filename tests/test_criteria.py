@@ -294,6 +294,90 @@ def test_obs_is_what_the_best_other_weights_lose() -> None:
     check(found, torch.stack(want), 1e-4)
 
 
+class Pointwise(nn.Module):
+    """A 1x1 convolution reads a, and writes what relu_ overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu_()).relu_().mean((2, 3)))
+
+
+def test_kfac_against_every_subset_in_turn() -> None:
+    """Units leave one by one, the least first; a score is what its leaving adds to the loss after the best refit of the rest."""
+    model, data = made(Pointwise), batches((9, 4))
+    pairs = [(x, torch.zeros(())) for x in data]
+    found = scored(criteria.KFAC(damping=0.02), surgeon.inspect(model, X), pairs, loss=lambda out, _: out.square().sum())
+    felt = torch.zeros(5, dtype=torch.float64)
+    for x in data:
+        y = model.b(model.a(x).relu()).detach().requires_grad_()
+        model.head(y.relu().mean((2, 3))).square().sum().backward()
+        felt += y.grad.double().square().sum((0, 2, 3))
+    x = per_channel(read(model, "b", data))
+    hessian = x.T @ x / len(x)
+    hessian += 0.02 * hessian.diagonal().mean() * torch.eye(8)
+    w = model.b.weight.detach().double().flatten(1)  # [5, 8]
+
+    def lost(gone: list[int]) -> float:
+        stays = [i for i in range(8) if i not in gone]
+        best = torch.zeros_like(w)
+        best[:, stays] = torch.linalg.solve(hessian[stays][:, stays], hessian[stays] @ w.T).T
+        return float(((best - w) @ hessian * (best - w)).sum(1) @ felt)
+
+    want, gone, before = np.zeros(8), [], 0.0
+    for _ in range(8):
+        unit = min((i for i in range(8) if i not in gone), key=lambda i: lost([*gone, i]))
+        gone.append(unit)
+        want[unit] = max(lost(gone) - before, want.max())
+        before = lost(gone)
+    check(found["a.weight[0]"], torch.from_numpy(want), 1e-4)
+    alone = scored(criteria.KFAC(damping=0.02, stepwise=0), surgeon.inspect(model, X), pairs, loss=lambda o, _: o.square().sum())
+    check(alone["a.weight[0]"], torch.tensor([lost([i]) for i in range(8)]), 1e-4)
+    assert not np.allclose(alone["a.weight[0]"], want), "one by one is something else than alone"
+
+
+def test_kfac_needs_no_labels() -> None:
+    """Without a loss, outputs times random signs: in the mean, the squared gradient is the sum over outputs of their squares."""
+    model = made(Pointwise)
+    data = batches((64,) * 40)
+    found = ready("kfac", surgeon.inspect(model, X), data).evidence
+    (felt,) = [s.felt_after for s in found.statistics if s.weight is not None and s.weight.shape == (1, 8, 5)]
+    want = torch.zeros(5, dtype=torch.float64)
+    for x in data:
+        y = model.b(model.a(x).relu()).detach().requires_grad_()
+        out = model.head(y.relu().mean((2, 3)))
+        for j in range(4):
+            want += torch.autograd.grad(out[:, j].sum(), y, retain_graph=True)[0].double().square().sum((0, 2, 3))
+    np.testing.assert_allclose(felt.ravel().numpy(), want.numpy(), rtol=0.1)
+
+
+def test_a_knapsack_of_scores_that_add_up() -> None:
+    """The least sum of scores within the budget, over all choices."""
+    model, data = made(Grouped), batches((6,) * 3)
+    surgery = surgeon.inspect(model, X)
+    kfac = ready("kfac", surgery, data)
+    plan = surgery.plan(macs=0.6, criterion=kfac, scope="knapsack", round_to=1)
+    scores = {g.name: criteria.scores(kfac, g, surgery.graph.tensors) for g in surgery.groups}
+
+    def lost(kept: Any) -> float:
+        gone = 0.0
+        for group in (g for g in surgery.groups if g.kind == "columns"):  # rows are their alternative
+            first = group.members[0]
+            stays = kept.get(first.tensor, {}).get(first.dim)
+            if stays is not None:
+                gone += sum(
+                    float(scores[group.name].ravel()[u]) for i, u in zip(first.index, first.unit, strict=True) if i not in stays
+                )
+        return gone
+
+    uniform = surgery.plan(macs=0.6, criterion=kfac, round_to=1)
+    spread = surgery.plan(macs=0.6, criterion=kfac, scope="global", round_to=1)
+    assert lost(plan.kept) <= min(lost(uniform.kept), lost(spread.kept)) * (1 + 1e-9)
+    assert plan.macs <= 0.6 * surgery.macs
+
+
 def test_grouped_and_depthwise_convolutions() -> None:
     """Entries of a grouped convolution meet their own group's weights; a depthwise one mixes nothing, so its reader counts."""
     model, data = made(Grouped), batches((3, 2))
@@ -627,7 +711,13 @@ def test_the_docs_list_every_criterion_with_its_paper() -> None:
         assert year.search(type(found).__doc__ or ""), name
         assert year.search(row) or row.split("|")[-2].strip() == "the same", name
         defaults = (found.combine, found.normalize)
-        others = {"taylor": ("sum", None), "obs": ("sum", "mean"), "bn_scale": ("mean", None), "lamp": ("mean", None)}
+        others = {
+            "taylor": ("sum", None),
+            "obs": ("sum", "mean"),
+            "kfac": ("sum", None),
+            "bn_scale": ("mean", None),
+            "lamp": ("mean", None),
+        }
         assert defaults == others.get(name, ("mean", "mean"))
 
 

@@ -41,8 +41,9 @@ NEEDS = {
     "samples": "mean of each channel in each sample",
     "ranks": "ranks of the feature maps",
     "activation_gradients": "of what consumers read",
+    "output_gradients": "of what consumers give: sums of squares; and their weights",
 }
-_BACKWARD = frozenset(("gradients", "gates", "activation_gradients"))
+_BACKWARD = frozenset(("gradients", "gates", "activation_gradients", "output_gradients"))
 WIDEST = 4096  # entries of which a covariance is kept: 128 MiB
 
 
@@ -100,7 +101,9 @@ def gather(
             with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
                 if needs & _BACKWARD:
-                    value = _loss_of(output, targets, loss, graph, label)
+                    torch.manual_seed(batches)  # other signs for each batch
+                    stand_in = output_probe if "output_gradients" in needs else output_energy
+                    value = _loss_of(output, targets, loss, stand_in, graph, label)
                     _backward(value, gradients, statistics, label)
             for item in statistics:
                 item.check(label)
@@ -120,6 +123,16 @@ def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
     if not floats:
         raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
     return sum((t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(()))
+
+
+def output_probe(output: Any, names: Sequence[str] | None = None) -> Tensor:
+    """All float outputs times random signs: the squared gradient of this is, in the mean, how much the squared outputs change
+    (Hutchinson's estimate of the diagonal of J^T J), for which no labels are needed."""
+    floats = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
+    if not floats:
+        raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
+    signs = [torch.randint(0, 2, t.shape, dtype=t.dtype, device=t.device) * 2 - 1 for t in floats]
+    return sum(((t * sign).sum() for t, sign in zip(floats, signs, strict=True)), start=floats[0].new_zeros(()))
 
 
 def _learns(tensor: Tensor) -> bool:
@@ -189,9 +202,9 @@ def _run(
     return output
 
 
-def _loss_of(output: Any, targets: Any, loss: Loss | None, graph: Graph, label: str) -> Tensor:
+def _loss_of(output: Any, targets: Any, loss: Loss | None, stand_in: Callable[..., Tensor], graph: Graph, label: str) -> Tensor:
     if loss is None:
-        value = output_energy(output, graph.named or None)
+        value = stand_in(output, graph.named or None)
     else:
         try:
             value = loss(output, targets)

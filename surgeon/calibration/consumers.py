@@ -62,14 +62,22 @@ class Consumer:
     moving: bool = False
     planes: bool = False
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Dims of the result along which it has other weights."""
+        name, dims = op_name(self.node), len(spec(self.node).shape)
+        if name in ("convolution", "_convolution"):
+            return (1,)
+        return (0, dims - 1) if name in ("bmm", "baddbmm") else (dims - 1,)
+
 
 def find_consumers(graph: Graph, propagation: Propagation, atoms: Atoms) -> list[Consumer]:
     """All consumers of entries that some atom takes along, in order; `atoms` is `Solution.atoms`."""
-    moving = _moving(graph)
+    moves = moving(graph)
     found = []
     for node in graph.fx.nodes:
         if node.op == "call_function":
-            found += [c for c in _at(node, propagation, atoms, moving) if any((a >= 0).any() for a in c.atoms)]
+            found += [c for c in _at(node, propagation, atoms, moves) if any((a >= 0).any() for a in c.atoms)]
     return found
 
 
@@ -90,7 +98,7 @@ def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: Tra
     return None
 
 
-def _moving(graph: Graph) -> set[fx.Node]:
+def moving(graph: Graph) -> set[fx.Node]:
     """The nodes whose values hang on the model's inputs."""
     found: set[fx.Node] = set()
     for node in graph.fx.nodes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,9 @@ class Statistics:
         weight_product: the same sum of w w^T.
         means: mean of each entry in each sample, of the first samples only. ranks: sum of the ranks of its maps.
         felt: sum over samples of |mean of x * gradient over the positions|.
+        weight: [groups, width, fan], of weights that are no data themselves; only with "output_gradients".
+        felt_after: [groups, fan], the sum over samples and positions of the squared gradient of each of the consumer's results;
+            the taps of a convolution share theirs.
     """
 
     def __init__(self, consumer: Consumer, needs: Collection[str], widest: int) -> None:
@@ -90,10 +93,12 @@ class Statistics:
         square = (groups, width, width) if "covariance" in needs else (0,)
         self.covariance, self.weight_product = (torch.zeros(square, dtype=torch.float64) for _ in range(2))
         self.means: list[Tensor] = []
+        self.weight: Tensor | None = None
+        self.felt_after = torch.zeros(())
         self.edges: list[Any] = []
         self._read: list[tuple[Consumer, Tensor]] = []
 
-    def see(self, consumer: Consumer, args: Any, out: Any) -> None:
+    def see(self, consumer: Consumer, args: Any, out: Any) -> Callable[[], None] | None:
         """One run of the consumer, as it stands in the run that the batch is held against."""
         data = args[consumer.data] if consumer.data >= 0 else out[0] if isinstance(out, tuple | list) else out
         recorded = _spec_of(consumer)
@@ -116,6 +121,13 @@ class Statistics:
             if consumer.weight >= 0 and (self.runs == 0 or consumer.moving) and self.needs_weights:
                 self._add_weight(consumer.fan(args[consumer.weight].detach()).double(), len(rows))
         self.runs += 1
+        return partial(self._after, consumer, out) if "output_gradients" in self.needs and not consumer.moving else None
+
+    def _after(self, consumer: Consumer, out: Any) -> None:
+        """Ask for the gradient of a result, once autograd knows where it comes from."""
+        if isinstance(out, Tensor) and out.requires_grad:
+            self.edges.append(torch.autograd.graph.get_gradient_edge(out))
+            self._read.append((consumer, out.detach()))
 
     @property
     def needs_weights(self) -> bool:
@@ -141,6 +153,8 @@ class Statistics:
             self.ranks += torch.linalg.matrix_rank(work).sum(0).double().cpu().reshape(self.ranks.shape)
 
     def _add_weight(self, fan: Tensor, samples: int) -> None:
+        if "output_gradients" in self.needs and not self.consumer.moving:
+            self.weight = fan.cpu()
         share = fan.shape[-1] / samples if self.consumer.moving else 1
         self.weight_size += fan.abs().sum(-1).cpu() / share
         self.weight_square += fan.square().sum(-1).cpu() / share
@@ -149,11 +163,25 @@ class Statistics:
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         for (consumer, data), gradient in zip(self._read, gradients, strict=True):
-            if gradient is not None:
-                felt = consumer.rows((data * gradient).double()).mean(1).abs()
-                self.felt += felt.sum(0).cpu()
+            if gradient is None:
+                continue
+            if "output_gradients" in self.needs:
+                self.felt_after = self.felt_after + self._by_fan(gradient.double().square())
+            else:
+                self.felt += consumer.rows((data * gradient).double()).mean(1).abs().sum(0).cpu()
         self.edges.clear()
         self._read.clear()
+
+    def _by_fan(self, after: Tensor) -> Tensor:
+        """Values of a consumer's result, summed over all but its outputs, as [groups, fan]."""
+        assert self.weight is not None
+        groups, _, fan = self.weight.shape
+        kept = self.consumer.outputs
+        outputs = after.sum([d for d in range(after.dim()) if d not in kept]).cpu().flatten()
+        if outputs.numel() % groups or fan % (outputs.numel() // groups):  # outputs that no entry of the weight stands for
+            return outputs.mean().expand(groups, fan)
+        outputs = outputs.reshape(groups, -1)
+        return outputs.repeat_interleave(fan // outputs.shape[1], 1)
 
     def check(self, label: str) -> None:
         if not bool(torch.isfinite(self.square).all()):

@@ -20,7 +20,8 @@ from surgeon.rules.registry import op_name
 
 _ATTENTION = "_scaled_dot_product"
 
-See = Callable[[Any, Any], None]  # (arguments, result) of an op
+Later = Callable[[], None]  # called when the next op runs: autograd knows the result by then
+See = Callable[[Any, Any], Later | None]  # (arguments, result) of an op
 
 
 class Watch(Beside):
@@ -29,14 +30,26 @@ class Watch(Beside):
     def __init__(self, model: nn.Module, graph: Graph, see: Mapping[fx.Node, Sequence[See]], label: str) -> None:
         super().__init__(model, graph)
         self.see, self.label = see, label
+        self.pending: list[Later] = []
 
     def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         call = self._match(func)
+        self._catch_up()
         out = func(*args, **kwargs) if out is None else out
-        for see in self.see.get(call.node, ()):
-            see(args, out)
-        self.at += 1
+        self._show(call, args, out)
         return out
+
+    def _show(self, call: Call, args: Any, out: Any) -> None:
+        for see in self.see.get(call.node, ()):
+            later = see(args, out)
+            if later is not None:
+                self.pending.append(later)
+        self.at += 1
+
+    def _catch_up(self) -> None:
+        for later in self.pending:
+            later()
+        self.pending.clear()
 
     @property
     def attention_is_next(self) -> bool:
@@ -48,10 +61,8 @@ class Watch(Beside):
         """Pass by the attention that was recorded as one op."""
         while not op_name(self.calls[self.at].node).startswith(_ATTENTION):
             self.at += 1
-        node = self.calls[self.at].node
-        for see in self.see.get(node, ()):
-            see(args, (out,))
-        self.at += 1
+        self._catch_up()
+        self._show(self.calls[self.at], args, (out,))
 
     def _match(self, func: Any) -> Call:
         if self.at < len(self.calls):
@@ -62,6 +73,7 @@ class Watch(Beside):
 
     def finish(self) -> None:
         """Raise if the run was shorter than the recorded one."""
+        self._catch_up()
         if self.at < len(self.calls):
             raise self.strayed("it ended here")
 

@@ -19,7 +19,7 @@ from surgeon.criteria.combine import Combined, Criterion
 from surgeon.criteria.gradient import Fisher, Gradient, Taylor
 from surgeon.criteria.magnitude import BatchNormScale, Lamp, Norm, Random, first
 from surgeon.criteria.measured import Measured
-from surgeon.criteria.second_order import OBS
+from surgeon.criteria.second_order import KFAC, OBS
 from surgeon.criteria.similarity import GeometricMedian
 from surgeon.errors import InputError
 from surgeon.graph import Graph
@@ -43,6 +43,7 @@ FROM_DATA: Mapping[str, Callable[[int], Criterion]] = {
     "gradient": lambda seed: Gradient(),
     "fisher": lambda seed: Fisher(),
     "obs": lambda seed: OBS(),
+    "kfac": lambda seed: KFAC(),
     "activation_mean": lambda seed: ActivationMean(),
     "activation_l2": lambda seed: ActivationNorm(),
     "variance": lambda seed: Variance(),
@@ -66,6 +67,12 @@ def criterion(which: str | Criterion, seed: int = 0) -> Criterion:
             fix=f"use one of {', '.join(FROM_WEIGHTS)}; with data=... also {', '.join(FROM_DATA)}; or a callable",
         )
     return BUILT_IN[which](seed)
+
+
+def looks_at_data(which: str | Criterion) -> bool:
+    """Whether a criterion needs batches that it has not been shown yet."""
+    found = criterion(which)
+    return isinstance(found, Measured) and not found.is_informed
 
 
 def prepare(
@@ -125,7 +132,7 @@ def scores(which: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> Tra
 
 
 __all__ = [
-    "BUILT_IN", "OBS", "ActivationMean", "ActivationNorm", "BatchNormScale", "Criterion", "Entropy", "Fisher", "GeometricMedian",
-    "Gradient", "HighRank", "Lamp", "Norm", "Random", "Taylor", "TaylorActivation", "Variance", "criterion", "first", "prepare",
-    "scores",
+    "BUILT_IN", "KFAC", "OBS", "ActivationMean", "ActivationNorm", "BatchNormScale", "Criterion", "Entropy", "Fisher",
+    "GeometricMedian", "Gradient", "HighRank", "Lamp", "Norm", "Random", "Taylor", "TaylorActivation", "Variance", "criterion",
+    "first", "looks_at_data", "prepare", "scores",
 ]  # fmt: skip

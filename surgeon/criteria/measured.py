@@ -24,6 +24,7 @@ class Measured(Combined):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     name: ClassVar[str] = ""
+    additive: ClassVar[bool] = False  # whether scores are in one unit for all groups, so that they add up to what is lost
 
     def __init__(self, combine: str = "mean", normalize: str | None = "mean") -> None:
         super().__init__(combine, normalize)

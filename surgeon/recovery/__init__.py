@@ -1,0 +1,268 @@
+"""recover(small, plan, model, batches): win accuracy back without labels and without training, from a few hundred samples."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from surgeon.errors import InputError
+from surgeon.graph import tensor_leaves
+from surgeon.inputs import normalize
+from surgeon.plan import Plan, check_fit
+from surgeon.recovery.lockstep import Recording, samples_of
+from surgeon.recovery.narrow import Narrow
+from surgeon.recovery.norms import reestimate
+from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Track
+
+STEPS = ("refit", "means", "variance", "batch_norm")
+_LIMIT = 50_000  # samples that are read at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step: the distance of the outputs from the original's on held-out samples, before it and with it.
+
+    Attributes:
+        taken: whether it was kept: only what lowers the distance is.
+        fits: what became of each layer.
+        peak: bytes of the activations that were held at once, at most.
+    """
+
+    name: str
+    before: float
+    after: float
+    fits: tuple[Fit, ...] = ()
+    peak: int = 0
+
+    @property
+    def taken(self) -> bool:
+        return self.after < self.before
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """The recovered model, and what each step did; printable.
+
+    Attributes:
+        model: a copy of the small model with other weights.
+        before, after: relative distance of its outputs from the original's on held-out samples (root mean square), in all.
+        learned, held: samples that were learned from, and that judged.
+        remarks: what was found wanting.
+    """
+
+    model: nn.Module
+    steps: tuple[Step, ...]
+    before: float
+    after: float
+    learned: int
+    held: int
+    remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        judged = f"on {self.held} samples that were held out of {self.learned + self.held}"
+        lines = [f"Recovery: outputs {self.before:.2%} -> {self.after:.2%} away from the original's, {judged}"]
+        for step in self.steps:
+            what = f"{step.before:.2%} -> {step.after:.2%}" + ("" if step.taken else ": not taken")
+            fitted = sum(fit.taken for fit in step.fits)
+            layers = f", {fitted} of {len(step.fits)} layers" if step.fits else ""
+            peak = f", {step.peak / 2**20:.0f} MiB of activations" if step.peak else ""
+            lines.append(f"  {step.name}: {what}{layers}{peak}")
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
+
+
+def recover(
+    small: nn.Module,
+    plan: Plan,
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: Sequence[str] = ("refit", "batch_norm"),
+    held_out: float = 0.15,
+    ridges: Sequence[float] = RIDGES,
+    widest: int = WIDEST,
+    seed: int = 0,
+) -> Recovery:
+    """Set the small model's weights so that its layers give what the original's give; no labels, no gradients.
+
+    Both models run side by side, layer by layer, over all batches. Each layer's input comes from the small model as it is by
+    then, its target from the original, at the sum with the residual stream where there is one; so errors do not pile up.
+
+    Args:
+        small: what the plan made of the model; it is not touched.
+        model: the original.
+        batches: of inputs as the model takes them, without targets; some hundred to some thousand samples in all. Two or more
+            batches of one shape are best: the last ones are held out.
+        steps: in this order, of
+            "refit": the affine map of least squares for every convolution and linear layer (normal equations in float64 over
+            sampled places; He et al., Channel Pruning, 2017; Luo et al., ThiNet, 2017), ridged towards the weights as cut;
+            "means": only the constants (An et al., FLAP, 2024);
+            "variance": constant and scale of every output, so that mean and variance are the original's (Jordan et al., REPAIR,
+            2023);
+            "batch_norm": mean and variance of every batch norm's input anew, each with those before it set.
+        held_out: share of the samples that is not learned from. It judges: each layer's new weights, each ridge, and each whole
+            step; what does not lower the distance to the original is not taken.
+        ridges: candidates, relative to the mean square of a layer's inputs.
+        widest: layers with more unknowns per output (input channels x taps) are not refitted.
+        seed: of the sampled places.
+
+    Returns:
+        A `Recovery`, with the new model in `.model`.
+
+    Raises:
+        InputError: no batches, too many, or some that do not run, take another path or give NaN (the first layer is named).
+        PlanError: the plan did not make the small model.
+    """
+    for name in steps:
+        if name not in STEPS:
+            raise InputError(f"unknown step {name!r}", fix=f"use some of {', '.join(STEPS)}")
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
+    if not ridges or min(ridges) <= 0:
+        raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
+    given = [_normal(batch, number) for number, batch in enumerate(batches_of(batches), 1)]
+    remarks = [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(given) == 1 else []
+    parts, held = split(given, held_out)
+    _check_made_by(plan, small, model)
+    recovered = copy.deepcopy(small)
+    recording = Recording(model, recovered, parts, held)
+    narrow = Narrow(recording.big, plan)
+    now = first = recording.distance()
+    done = []
+    with _progress() as track:
+        for name in steps:
+            before = _state(recovered)
+            if name == "batch_norm":
+                found = reestimate(recording, track)
+            else:
+                found = Fitting(recording, narrow, name, ridges=ridges, widest=widest, seed=seed).run(track)
+            step = Step(name, now, found.distance, tuple(found.fits), found.peak)
+            done.append(step)
+            if step.taken:
+                now = step.after
+            else:
+                _restore(recovered, before)
+    thin = sorted({fit.name for step in done for fit in step.fits if 0 < fit.rows < fit.unknowns})
+    if thin:
+        remarks.append(
+            f"{len(thin)} layers have fewer rows than unknowns ({thin[0]} for one): their statistics are rank-deficient, and "
+            "what the data do not show stays as it was cut; pass more batches"
+        )
+    counts = [samples_of(batch) for batch in parts]
+    judged = sum(itertools.compress(counts, held))
+    return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
+
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def batches_of(batches: Iterable[Any]) -> list[Any]:
+    """All batches of an iterable.
+
+    Raises:
+        InputError: none, or more than the limit (an endless iterator, say).
+    """
+    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches must be an iterable of batches, got a {type(batches).__name__}",
+            fix="pass a list such as [batch], or a loader",
+        )
+    found: list[Any] = []
+    samples = 0
+    for batch in batches:
+        found.append(batch)
+        samples += samples_of(_normal(batch, len(found)))
+        if samples > _LIMIT:
+            raise InputError(
+                f"the batches hold more than {_LIMIT} samples",
+                why="they are all held in memory, and an endless iterator has no end",
+                fix="pass some thousand samples, such as itertools.islice(loader, 20)",
+            )
+    if not found:
+        raise InputError(
+            "there is no batch",
+            why="an iterator that was read before is empty",
+            fix="pass a list of batches, or a fresh iterator",
+        )
+    return found
+
+
+def _normal(batch: Any, number: int) -> Batch:
+    try:
+        return normalize(batch)
+    except InputError as error:
+        what = f"batch {number} cannot be used: {error.what.replace('example_inputs', 'it')}"
+        raise InputError(what, where=error.where, fix=error.fix) from error
+
+
+def split(batches: list[Batch], share: float) -> tuple[list[Batch], list[bool]]:
+    """The batches, and whether each is held out; a single one is cut in two along its samples.
+
+    Raises:
+        InputError: there is a single sample.
+    """
+    if len(batches) == 1:
+        count = samples_of(batches[0])
+        if count < 2:
+            raise InputError(
+                "one sample is too little to recover from", why="nothing is left to judge by", fix="pass some hundred samples"
+            )
+        aside = max(1, round(count * share))
+        return [_rows(batches[0], 0, count - aside), _rows(batches[0], count - aside, count)], [False, True]
+    aside = min(max(1, math.ceil(len(batches) * share - 0.5)), len(batches) - 1)
+    return batches, [number >= len(batches) - aside for number in range(len(batches))]
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    count = samples_of(batch)
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() and tensor.shape[0] == count else tensor
+
+    found: Batch = torch.utils._pytree.tree_map_only(Tensor, some, batch)
+    return found
+
+
+def _check_made_by(plan: Plan, small: nn.Module, model: nn.Module) -> None:
+    check_fit(plan, model)
+    shapes = dict(small.named_parameters())
+    for name, tensor in model.named_parameters():
+        want = [len(plan.kept.get(name, {}).get(d, range(n))) for d, n in enumerate(tensor.shape)]
+        if name not in shapes or list(shapes[name].shape) != want:
+            raise InputError(
+                "the small model is not what the plan makes of the model",
+                where=name,
+                why=f"its shape is {list(shapes[name].shape) if name in shapes else 'missing'}, the plan says {want}",
+                fix="pass small = plan.apply(model), before fusing",
+            )
+
+
+def _state(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().clone()) for _, tensor in tensor_leaves(model.state_dict(keep_vars=True))]
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, state: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in state:
+        tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Track]:
+    """Shows what is walked through, on a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        show: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: bar.track(list(items), description=what)  # noqa: E731
+        yield show
+
+
+__all__ = ["STEPS", "Fit", "Recovery", "Step", "batches_of", "recover"]

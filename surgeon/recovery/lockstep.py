@@ -1,0 +1,231 @@
+"""Lockstep: the original and the small model run side by side over all batches, op by op, on their recorded graphs.
+
+Between two ops the small model's weights may change: everything before them has run, everything after them will run with the new
+ones. Each op runs once per batch, and a value lives until its last reader has run, so a pass costs what one run of both models
+costs, and memory holds the values that are alive at one op, for all batches at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree
+from torch import Tensor, fx, nn
+
+from surgeon._alike import alike
+from surgeon._views import getitem
+from surgeon.capture import capture
+from surgeon.errors import CaptureError, InputError
+from surgeon.graph import Graph, tensor_leaves, where
+from surgeon.rules.registry import Family, family, op_name
+
+_READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2"))  # shapes and paths that values decide
+
+
+class Run:
+    """One recorded run, executed node by node with the tensors' present values.
+
+    Attributes:
+        values: what is alive, by node.
+    """
+
+    def __init__(self, graph: Graph, label: str) -> None:
+        self.graph, self.label = graph, label
+        self.nodes = list(graph.fx.nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.values: dict[fx.Node, Any] = {}
+        self.readers = Counter(used for node in self.nodes for used in node.all_input_nodes)
+        self.at = 0
+        unique = {id(tensor): tensor for _, tensor in tensor_leaves((graph.args, graph.kwargs))}
+        self._inputs = iter(unique.values())
+
+    def pin(self, node: fx.Node) -> None:
+        """Keep a node's value until it is released once more than the graph reads it."""
+        self.readers[node] += 1
+
+    def release(self, node: fx.Node) -> None:
+        self.readers[node] -= 1
+        if self.readers[node] <= 0:
+            self.values.pop(node, None)
+
+    def before(self, node: fx.Node) -> None:
+        """Run everything that comes before a node."""
+        while self.at < self.place[node]:
+            self._step(self.nodes[self.at])
+            self.at += 1
+
+    def through(self, node: fx.Node) -> None:
+        """Run everything up to a node, and the node."""
+        self.before(node)
+        if self.at == self.place[node]:
+            self._step(node)
+            self.at += 1
+
+    def finish(self) -> list[Tensor]:
+        """Run what is left, and give the outputs."""
+        self.before(self.nodes[-1])
+        return [self.value(node) for _, node in self.graph.outputs]
+
+    def value(self, node: fx.Node) -> Tensor:
+        found: Tensor = self.graph.tensors[str(node.target)].detach() if node.op == "get_attr" else self.values[node]
+        return found
+
+    def evaluate(self, item: Any) -> Any:
+        """The value of an operand, from what is alive and the tensors as they are now; numbers stand for themselves."""
+        if not isinstance(item, fx.Node):
+            return item
+        if item.op == "get_attr" or item in self.values:
+            return self.value(item)
+        args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.evaluate, (tuple(item.args), dict(item.kwargs)))
+        return item.target(*args, **kwargs)  # type: ignore[operator]  # an op
+
+    def _step(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.values[node] = next(self._inputs)
+        elif node.op == "call_function":
+            args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
+            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
+            if node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
+                self._check(node)
+            for used in node.all_input_nodes:
+                self.release(used)
+            if not self.readers[node]:
+                del self.values[node]
+
+    def _check(self, node: fx.Node) -> None:
+        """Refuse activations that are NaN or infinite, at the first product that gives them."""
+        value = self.values[node]
+        first = value[0] if isinstance(value, list | tuple) else value
+        if not bool(torch.isfinite(first.sum())) and not bool(torch.isfinite(first).all()):
+            raise InputError(
+                f"{self.label} gives activations that are NaN or infinite",
+                where=where(node),
+                fix="leave this batch out, or look for what overflows in the model",
+            )
+
+    @property
+    def bytes(self) -> int:
+        """Of all values that are alive."""
+        found = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensor_leaves(list(self.values.values()))
+        }
+        return sum(found.values())
+
+
+@dataclasses.dataclass
+class Pair:
+    """One batch, recorded on both models; `held` batches are not learned from, they judge."""
+
+    big: Run
+    small: Run
+    samples: int
+    held: bool
+
+
+class Recording:
+    """The batches as graphs: every shape of input is recorded once, or every batch if the run takes decisions that data make.
+
+    Attributes:
+        big, small: the first batch's graphs, in whose nodes everything is said.
+    """
+
+    def __init__(self, model: nn.Module, small: nn.Module, batches: Sequence[tuple[Any, Any]], held: Sequence[bool]) -> None:
+        self._batches, self.held = batches, held
+        self._models = model, small
+        self._known: dict[Any, tuple[Graph, Graph]] = {}
+        self.big, self.small = self._graphs(0)
+
+    @property
+    def count(self) -> int:
+        return len(self._batches)
+
+    def pairs(self) -> list[Pair]:
+        """Fresh runs of every batch."""
+        return [self._pair(number) for number in range(self.count)]
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """How far the small model is from the original now, on the held batches."""
+        return distance([pair for pair in self.pairs() if pair.held])
+
+    def _pair(self, number: int) -> Pair:
+        big, small = self._graphs(number)
+        args, kwargs = self._batches[number]
+        fed = [dataclasses.replace(graph, args=args, kwargs=kwargs) for graph in (big, small)]
+        label = f"batch {number + 1}"
+        return Pair(Run(fed[0], label), Run(fed[1], label), samples_of((args, kwargs)), self.held[number])
+
+    def _graphs(self, number: int) -> tuple[Graph, Graph]:
+        args, kwargs = self._batches[number]
+        key: Any = tuple((path, tuple(tensor.shape)) for path, tensor in tensor_leaves((args, kwargs)))
+        found = self._known.get(key)
+        if found is None:
+            found = self._record(args, kwargs, f"batch {number + 1}")
+            reads = any("decision" in call.node.meta or op_name(call.node) in _READS for call in found[0].calls)
+            self._known[number if reads else key] = found
+        return found
+
+    def _record(self, args: Any, kwargs: Any, label: str) -> tuple[Graph, Graph]:
+        try:
+            big, small = (capture(model, kwargs or args) for model in self._models)
+        except CaptureError as error:
+            raise InputError(
+                f"the model does not run on {label}: {error.what}",
+                where=error.where,
+                why=error.why,
+                fix="let the batches be what the model takes, without targets",
+            ) from error
+        if hasattr(self, "small"):
+            for ours, theirs in ((self.big, big), (self.small, small)):
+                _check_path(ours, theirs, label)
+        return big, small
+
+
+def _check_path(ours: Graph, theirs: Graph, label: str) -> None:
+    """Refuse a batch that runs other ops."""
+    mine, other = list(ours.fx.nodes), list(theirs.fx.nodes)
+    for a, b in zip(mine, other, strict=False):
+        if a.op != b.op or (a.op == "call_function" and _name(a) != _name(b)):
+            break
+    else:
+        if len(mine) == len(other):
+            return
+        a = mine[min(len(mine), len(other)) - 1]
+    raise InputError(
+        f"{label} takes another path through the model's code than the first batch",
+        where=where(a),
+        fix="pass batches of one shape",
+    )
+
+
+def _name(node: fx.Node) -> str:
+    return "getitem" if node.target is getitem else alike(node.target)
+
+
+def twin(node: fx.Node, first: Run, other: Run) -> fx.Node:
+    """The node of another run of the same path."""
+    found: fx.Node = other.nodes[first.place[node]]
+    return found
+
+
+def samples_of(inputs: Any) -> int:
+    """Rows of the first tensor."""
+    first = next(tensor for _, tensor in tensor_leaves(inputs))
+    return first.shape[0] if first.dim() else 1
+
+
+def distance(pairs: Iterable[Pair]) -> float:
+    """Relative distance of the small model's float outputs from the original's, root mean square over all of them."""
+    off = size = 0.0
+    for pair in pairs:
+        for want, got in zip(pair.big.finish(), pair.small.finish(), strict=True):
+            if want.is_floating_point() and want.shape == got.shape:
+                known = torch.isfinite(want)  # masked logits may well be -inf
+                off += float((want.double() - got.double())[known].square().sum())
+                size += float(want.double()[known].square().sum())
+    return math.sqrt(off / max(size, 1e-300))

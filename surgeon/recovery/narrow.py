@@ -1,0 +1,78 @@
+"""Narrow: the part of the original's values that the small model still has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from surgeon.cost import Choice, Shapes
+from surgeon.errors import PlanError
+from surgeon.graph import Graph
+from surgeon.labels import Track
+from surgeon.plan import Plan
+from surgeon.propagate import Propagation, propagate
+from surgeon.solve import Solution, solve
+
+
+class Narrow:
+    """Which entries of each value of the original's run stay under a plan.
+
+    Raises:
+        PlanError: the plan removes what no choice of channels of this run removes.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        self.propagation: Propagation = propagate(graph)
+        self.solution: Solution = solve(self.propagation.ledger)
+        self.shapes = Shapes(graph, self.propagation, self.solution)
+        self.choice = self._choice(plan.kept)
+        here = {name for name, _ in self.propagation.slots}
+        if self.shapes.kept(self.choice) != {name: dims for name, dims in plan.kept.items() if name in here}:
+            raise PlanError(
+                "the plan removes other channels than this model's run ties together",
+                fix="pass the plan that made the small model, and batches like the example inputs that it was made with",
+            )
+
+    def _choice(self, kept: Mapping[str, Mapping[int, list[int]]]) -> Choice:
+        """The atoms that leave: those of removed indices, but for those that a kept index has too."""
+        gone, stays = (np.zeros(len(self.solution.root), dtype=bool) for _ in range(2))
+        for (name, dim), ids in self.propagation.slots.items():
+            indices = kept.get(name, {}).get(dim)
+            present = np.ones(len(ids), dtype=bool)
+            if indices is not None:
+                present[:] = False
+                present[indices] = True
+            for atoms in self.solution.atoms(ids):
+                known = atoms >= 0
+                gone[atoms[known & ~present]] = True
+                stays[atoms[known & present]] = True
+        return gone & ~stays
+
+    def __call__(self, node: fx.Node, value: Tensor) -> Tensor:
+        """What stays of a node's value; the node is of the run that was propagated, the value may be of any batch."""
+        axes = self.propagation.axes.get(node, {})
+        axes = axes[0] if isinstance(axes, tuple) else axes
+        joint: list[Tensor] = []
+        for dim, track in axes.items():
+            stays = ~self.shapes.leaves(track, self.choice)
+            if stays.all():
+                continue
+            if track.size == track.shape[dim]:
+                value = value.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(value.device))
+            else:
+                joint.append(torch.from_numpy(stays).to(value.device))
+        return value if not joint else _jointly(value, joint, self._sizes(node, axes, value))
+
+    def _sizes(self, node: fx.Node, axes: Mapping[int, Track], value: Tensor) -> tuple[int, ...]:
+        small = self.shapes.shape(node, self.choice)
+        return tuple(small[d] if d in axes else n for d, n in enumerate(value.shape))
+
+
+def _jointly(value: Tensor, masks: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
+    present = torch.ones((), dtype=torch.bool, device=value.device)
+    for mask in masks:
+        present = present & mask
+    return value[present.expand(value.shape)].reshape(sizes)

@@ -1,0 +1,385 @@
+"""Recovery: a refit is the closed-form optimum, errors do not pile up, nothing that hurts is taken, bad input is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.errors import InputError, PlanError
+from surgeon.recovery import recover
+from surgeon.recovery.least_squares import Normal
+from surgeon.recovery.lockstep import Recording
+from surgeon.recovery.norms import reestimate
+
+TINY = (1e-13,)  # a ridge that only breaks ties
+
+
+class Chain(nn.Module):
+    """A layer that loses outputs, a nonlinearity, and the layer whose refit is looked at; float64."""
+
+    def __init__(self, first: nn.Module, between: nn.Module, consumer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.consumer = first, between, consumer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.consumer(self.between(self.first(x)))
+
+
+class ChannelsLast(nn.Module):
+    """LayerNorm over the last dim, affine."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(x))
+
+
+LAYERS: dict[str, tuple[Any, Any, Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 8), nn.Tanh, lambda: nn.Linear(8, 5), (6,)),
+    "linear without bias": (lambda: nn.Linear(6, 8), nn.Tanh, lambda: nn.Linear(8, 5, bias=False), (6,)),
+    "linear on tokens": (lambda: nn.Linear(6, 8), nn.Tanh, lambda: nn.Linear(8, 5), (7, 6)),
+    "layer norm in front": (lambda: nn.Linear(6, 8), lambda: ChannelsLast(8), lambda: nn.Linear(8, 5), (7, 6)),
+    "1x1": (lambda: nn.Conv2d(3, 8, 1), nn.Tanh, lambda: nn.Conv2d(8, 5, 1), (3, 6, 6)),
+    "3x3": (lambda: nn.Conv2d(3, 8, 3, padding=1), nn.Tanh, lambda: nn.Conv2d(8, 5, 3, padding=1), (3, 6, 6)),
+    "strided": (lambda: nn.Conv2d(3, 8, 1), nn.Tanh, lambda: nn.Conv2d(8, 5, (3, 2), (2, 1), (1, 0), (1, 2)), (3, 7, 6)),
+    "1d": (lambda: nn.Conv1d(3, 8, 1), nn.Tanh, lambda: nn.Conv1d(8, 5, 3, padding=2, dilation=2), (3, 9)),
+    "3d": (lambda: nn.Conv3d(2, 6, 1), nn.Tanh, lambda: nn.Conv3d(6, 4, 2), (2, 4, 4, 3)),
+    "grouped": (lambda: nn.Conv2d(3, 8, 1), nn.Tanh, lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2), (3, 5, 5)),
+    "transposed": (lambda: nn.Conv2d(3, 8, 1), nn.Tanh, lambda: nn.ConvTranspose2d(8, 5, 3, 2, 1, 1), (3, 4, 4)),
+    "transposed, grouped": (lambda: nn.Conv2d(3, 8, 1), nn.Tanh, lambda: nn.ConvTranspose2d(8, 4, 3, groups=2), (3, 4, 4)),
+}
+
+
+def batches(shape: tuple[int, ...], count: int = 6, size: int = 40, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, *shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def brute_force(layer: nn.Module, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The best weight and bias by a design matrix of which every column is the layer with one weight set to 1."""
+    shape = layer.weight.shape
+    bias = layer.bias is not None
+    columns = []
+    blank = {"weight": torch.zeros_like(layer.weight)} | ({"bias": torch.zeros_like(layer.bias)} if bias else {})
+    for index in itertools.product(*map(range, shape)):
+        one = {name: value.clone() for name, value in blank.items()}
+        one["weight"][index] = 1
+        columns.append(torch.func.functional_call(layer, one, x).flatten())
+    for index in range(len(layer.bias) if bias else 0):
+        one = {name: value.clone() for name, value in blank.items()}
+        one["bias"][index] = 1
+        columns.append(torch.func.functional_call(layer, one, x).flatten())
+    found = torch.linalg.lstsq(torch.stack(columns, 1), wanted.flatten()[:, None], driver="gelsd").solution[:, 0]
+    count = layer.weight.numel()
+    return found[:count].reshape(shape), found[count:] if bias else None
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_refit_is_the_closed_form_optimum(kind: str) -> None:
+    torch.manual_seed(0)
+    first, between, consumer, shape = LAYERS[kind]
+    model = Chain(first(), between(), consumer()).double().eval()
+    data = batches(shape)
+    surgery = surgeon.inspect(model, data[0])
+    plan = surgery.plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("refit",), ridges=TINY)
+    assert found.learned == 200 and found.held == 40 and found.steps[0].taken
+    learned = torch.cat(data[:-1])
+    with torch.no_grad():
+        weight, bias = brute_force(small.consumer, small.between(small.first(learned)), model(learned))
+    torch.testing.assert_close(found.model.consumer.weight, weight, rtol=1e-8, atol=1e-8)
+    if bias is not None:
+        torch.testing.assert_close(found.model.consumer.bias, bias, rtol=1e-8, atol=1e-8)
+    assert torch.equal(found.model.first.weight, small.first.weight)  # it was exact: nothing to gain
+    assert not torch.equal(small.consumer.weight, found.model.consumer.weight), "the small model itself is not touched"
+
+
+class Blocks(nn.Module):
+    """Residual blocks with batch norms, as in ResNets; `late` computes the shortcut after the branch."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.late = late
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        for n in (1, 2):
+            setattr(self, f"a{n}", nn.Conv2d(8, 8, 3, padding=1, bias=False))
+            setattr(self, f"n{n}", nn.BatchNorm2d(8))
+            setattr(self, f"b{n}", nn.Conv2d(8, 8, 3, padding=1, bias=False))
+            setattr(self, f"m{n}", nn.BatchNorm2d(8))
+        self.short = nn.Conv2d(8, 8, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def branch(self, n: int, x: Tensor) -> Tensor:
+        y = F.relu(getattr(self, f"n{n}")(getattr(self, f"a{n}")(x)))
+        return getattr(self, f"m{n}")(getattr(self, f"b{n}")(y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.branch(1, x) + x)
+        y = self.branch(2, x) if self.late else None
+        z = self.norm(self.short(x))
+        y = self.branch(2, x) if y is None else y
+        return self.head(F.relu(y + z).mean((2, 3)))
+
+
+def trained_like(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Norms with statistics and scales of their own, as training leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            held = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5), "running_mean": (-0.3, 0.3), "running_var": (0.3, 1.5)}
+            for name, (low, high) in held.items():
+                tensor = getattr(module, name)
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_block_makes_up_for_what_came_before_it(late: bool) -> None:
+    """The last layer before a sum aims at the original's sum less the small model's other summand, through its batch norm."""
+    torch.manual_seed(0)
+    model = trained_like(Blocks(late))
+    data = batches((3, 6, 6), 5)
+    surgery = surgeon.inspect(model, data[0])
+    plan = surgery.plan({"*": 0.0, "a1": 0.5, "a2": 0.5}, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("refit",), ridges=TINY).model
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        before, after = model.stem(x), found.stem(x)
+        whole = F.relu(model.branch(1, before) + before)
+        cut = F.relu(found.branch(1, after) + after)
+        wanted = model.branch(2, whole) + model.norm(model.short(whole))
+        if late:  # the shortcut comes last, so it makes up; its norm is known
+            site, norm, given, other = found.short, found.norm, cut, found.branch(2, cut)
+        else:
+            site, norm, other = found.b2, found.m2, found.norm(found.short(cut))
+            given = F.relu(found.n2(found.a2(cut)))
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        old = small.norm if late else small.m2
+        shift = norm.bias - old.running_mean * scale
+        target = (wanted - other - shift[:, None, None]) / scale[:, None, None]
+        probe = nn.Conv2d(site.in_channels, 8, site.kernel_size, padding=site.padding).double()
+        weight, bias = brute_force(probe, given, target)
+    torch.testing.assert_close(site.weight, weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(norm.running_mean, old.running_mean - bias, rtol=1e-7, atol=1e-7)
+
+
+def test_recovery_gains_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    data = batches((3, 8, 8), 8)
+    plan = surgeon.inspect(model, data[0]).plan(0.4, round_to=1)  # the stream as well
+    small = plan.apply(model)
+    found = recover(small, plan, model, data)
+    fresh = batches((3, 8, 8), 1, 200, seed=9)[0]
+    with torch.no_grad():
+        far, near = ((m(fresh) - model(fresh)).norm() / model(fresh).norm() for m in (small, found.model))
+    assert near < 0.6 * far and found.after < 0.6 * found.before
+    assert abs(found.after - float(near)) < 0.2 * float(near), "what is reported is what new samples show"
+    text = str(found)
+    assert "refit" in text and f"{found.after:.2%}" in text
+    assert recover(small, plan, model, data).after == found.after, "the same again"
+
+
+def test_the_plan_may_come_from_a_file(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    data = batches((3, 6, 6), 4)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    plan.save(tmp_path / "plan.json")
+    again = surgeon.Plan.load(tmp_path / "plan.json")
+    small = again.apply(model)
+    ours, theirs = recover(small, plan, model, data), recover(small, again, model, data)
+    assert ours.after == theirs.after < ours.before
+
+
+def test_nothing_that_hurts_is_taken() -> None:
+    """Learned from one kind of input, judged by another: whatever fits the first is worse on the second."""
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    data = batches((3, 6, 6), 4)
+    odd = [torch.zeros_like(batch) + 0.01 * batch[:1] for batch in data[:-1]]
+    plan = surgeon.inspect(model, data[0]).plan(0.25, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, [*odd, data[-1]], steps=("batch_norm",))
+    step = found.steps[0]
+    assert step.after > step.before and not step.taken and found.after == found.before
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], tensor), name
+    assert "not taken" in str(found)
+
+
+def test_batch_norms_are_reestimated_in_order() -> None:
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    data = batches((3, 6, 6), 4)
+    found = surgeon.inspect(model, data[0]).plan(0.5, round_to=1).apply(model)
+    reestimate(Recording(model, found, [((x,), {}) for x in data], [False, False, False, True]), lambda items, what: items)
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        given = found.a1(found.stem(x))
+        torch.testing.assert_close(found.n1.running_mean, given.mean((0, 2, 3)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.n1.running_var, given.var((0, 2, 3)), rtol=1e-10, atol=1e-10)
+        given = found.b1(F.relu(found.n1(given)))  # with the norm before it already set
+        torch.testing.assert_close(found.m1.running_mean, given.mean((0, 2, 3)), rtol=1e-10, atol=1e-10)
+
+
+def test_means_of_the_original() -> None:
+    torch.manual_seed(0)
+    first, between, consumer, shape = LAYERS["3x3"]
+    model = Chain(first(), between(), consumer()).double().eval()
+    data = batches(shape)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("means",))
+    assert found.steps[0].taken
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
+    assert torch.equal(found.model.consumer.weight, small.consumer.weight)
+
+
+def test_variance_of_the_original() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 300, 4, dtype=torch.float64), 3 * torch.randn(2, 300, 5, dtype=torch.float64) + 1
+    w, b = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    sums = Normal(2, 4, 5, x.device)
+    for part in range(0, 300, 100):
+        sums.add(x[:, part : part + 100], y[:, part : part + 100])
+    new_w, new_b = sums.scaled(w, b)
+    given = x @ new_w + new_b[:, None]
+    torch.testing.assert_close(given.mean(1), y.mean(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(given.var(1), y.var(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(new_w / w, (new_w / w)[:, :1].expand(w.shape), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sums.error(w, b), (x @ w + b[:, None] - y).square().mean(1), rtol=1e-10, atol=1e-10)
+
+
+class Attention(nn.Module):
+    """A transformer block, as many are: norm, attention, scaled branch, feed-forward network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.norm, self.last = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.out, self.heads = nn.Linear(16, 48), nn.Linear(16, 16), 4
+        self.scale = nn.Parameter(torch.rand(16) + 0.5)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.scale * self.out(y)
+        x = x + self.down(F.gelu(self.up(self.last(x))))
+        return self.head(x)
+
+
+def test_a_transformer() -> None:
+    torch.manual_seed(0)
+    model = Attention().double().eval()
+    generator = torch.Generator().manual_seed(3)
+    data = [torch.randint(20, (16, 9), generator=generator) for _ in range(10)]
+    plan = surgeon.inspect(model, data[0]).plan({"*": 0.0, "qkv": 0.5, "up": 0.5}, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data)
+    fits = {fit.name: fit for fit in found.steps[0].fits}
+    assert fits["out"].taken and fits["down"].taken
+    assert found.after < 0.7 * found.before
+    fresh = torch.randint(20, (64, 9), generator=generator)
+    with torch.no_grad():
+        far, near = ((m(fresh) - model(fresh)).norm() for m in (small, found.model))
+    assert near < 0.7 * far
+
+
+def test_float32_and_batches_of_several_shapes() -> None:
+    torch.manual_seed(0)
+    model = trained_like(Blocks()).float()
+    data = [batch.float() for batch in batches((3, 6, 6), 4)] + [torch.randn(8, 3, 10, 10), torch.randn(3, 3, 6, 6)]
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    found = recover(plan.apply(model), plan, model, data)
+    assert found.after < found.before and found.model.stem.weight.dtype is torch.float32
+
+
+def test_shrink_with_calibration() -> None:
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    data = batches((3, 6, 6), 6)
+    plain = surgeon.shrink(model, 0.5, example_inputs=data[0], round_to=1)
+    found = surgeon.shrink(model, 0.5, example_inputs=data[0], round_to=1, calibration=iter(data))
+    by_hand = surgeon.shrink(model, 0.5, example_inputs=data[0], round_to=1, criterion="kfac", calibration=iter(data))
+    fresh = batches((3, 6, 6), 1, 100, seed=5)[0]
+    with torch.no_grad():
+        far, near, nearer = (float((m(fresh) - model(fresh)).norm()) for m in (plain, found, by_hand))
+    assert near < 0.7 * far and nearer < 0.7 * far
+
+
+def tiny() -> tuple[nn.Module, Any, nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+    data = batches((6,), 3)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    return model, plan, plan.apply(model), data
+
+
+def test_bad_input() -> None:
+    model, plan, small, data = tiny()
+    for bad, message in (
+        ([], "there is no batch"),
+        (iter(()), "there is no batch"),
+        (itertools.repeat(data[0]), "more than 50000 samples"),
+        (data[0], "must be an iterable of batches"),
+        ([data[0], "no tensor"], "batch 2 cannot be used"),
+        ([data[0], torch.randn(4, 7, dtype=torch.float64)], "does not run on batch 2"),
+        ([torch.randn(1, 6, dtype=torch.float64)], "one sample is too little"),
+        ([data[0], torch.full((4, 6), torch.nan)], "batch 2 cannot be used: it holds NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recover(small, plan, model, bad)
+    for options, message in (
+        ({"steps": ("refit", "magic")}, "unknown step 'magic'[\\s\\S]*refit, means, variance, batch_norm"),
+        ({"held_out": 0.0}, "held_out"),
+        ({"ridges": ()}, "ridges"),
+        ({"ridges": (0.0,)}, "ridges"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recover(small, plan, model, data, **options)
+
+
+def test_models_that_do_not_belong_together() -> None:
+    model, plan, small, data = tiny()
+    with pytest.raises(InputError, match=r"not what the plan makes[\s\S]*first.weight"):
+        recover(model, plan, model, data)
+    with pytest.raises(PlanError, match="another architecture"):
+        recover(small, plan, nn.Linear(6, 5).double(), data)
+
+
+def test_nan_names_the_first_layer() -> None:
+    model, plan, _, data = tiny()
+    data[1] = data[1] * 1e300
+    model.first.weight.data *= 1e10
+    with pytest.raises(InputError, match=r"batch 2 gives activations that are NaN or infinite[\s\S]*'first'"):
+        recover(plan.apply(model), plan, model, data)
+
+
+def test_a_single_batch_says_what_it_lacks() -> None:
+    model, plan, small, data = tiny()
+    found = recover(small, plan, model, data[:1])
+    assert (found.learned, found.held) == (34, 6)
+    assert any("a single batch" in remark for remark in found.remarks)
+    found = recover(small, plan, model, [data[0][:4]], ridges=(1e-3,))
+    assert any("rank-deficient" in remark for remark in found.remarks)
+    assert found.after <= found.before
+    assert np.isfinite(found.after)
