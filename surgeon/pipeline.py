@@ -31,7 +31,7 @@ from surgeon.criteria import Criterion
 from surgeon.edits import Edit, apply_edit
 from surgeon.errors import CaptureError, InputError
 from surgeon.explain import Explanation, FrozenShare, explain, frozen_share
-from surgeon.graph import Graph
+from surgeon.graph import Graph, nodes_inside
 from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.labels import Track
 from surgeon.latency import LatencyTable, Predictor, Stopwatch, search
@@ -393,12 +393,7 @@ class Surgery:
         return path
 
     def _nodes_of(self, path: str, argument: str) -> set[fx.Node]:
-        """The ops that ran in a module or below it."""
-
-        def inside(module: str) -> bool:
-            return path == "" or module == path or module.startswith(f"{path}.")
-
-        found = {node for node in self.graph.fx.nodes if node.op == "call_function" and inside(node.meta["module"])}
+        found = set(nodes_inside(self.graph, path))
         if not found:
             raise InputError(
                 f"{argument} names {path!r}, which is no module that ran{' and no tensor' if argument == 'ignore' else ''}",

@@ -12,9 +12,9 @@ ROOT = Path(surgeon.__file__).parent
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
-request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
-semantics reference trace verify fuse export bench latency report explain sensitivity pipeline iterate models store cli
-""".split()
+request bands knapsack calibration criteria choose edits rewrite carry plan distributed masks wanted compare mend configs absence
+normalise semantics reference trace verify fuse export bench latency report explain sensitivity pipeline iterate training models
+store cli """.split()
 
 
 def imports(path: Path) -> set[str]:
@@ -63,8 +63,9 @@ def test_the_proof_is_independent() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate",
+        "Plan", "Proof", "Surgery", "bench", "broadcast_plan", "export", "finetune", "fuse", "inspect", "iterate",
         "load",
+        "regularizer",
         "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:
