@@ -3,8 +3,8 @@ Networks through L0 Regularization, 2018).
 
 A gate stands where a unit is *read*: it scales the columns of the weights that sum over the unit, of every layer that does. So a
 closed gate takes away just what a cut would, whatever biases, norms and activations lie between; a gate on the filters would be
-undone by the next batch norm. Groups that something else than a weight reads (queries by keys) have no such place and are left
-out.
+undone by the next batch norm. Heads are read by the projection after the attention. Groups that something else than a weight reads (dims of queries, by
+keys) have no such place and are left out.
 """
 
 from __future__ import annotations
@@ -179,6 +179,9 @@ class _Places:
             if (units < 0).all():
                 continue
             readers.add(consumer.node)
+            grid = units.reshape(consumer.shape)
+            if consumer.moving and (grid == grid[:, :1]).all():
+                continue  # heads of queries and keys are multiplied one by one: what reads a head comes later
             member = next((m for m in group.members if m.tensor == name and _reads(m, labels.get(m.dim), units)), None)
             if member is None:
                 return []
