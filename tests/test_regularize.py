@@ -7,13 +7,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from motifs import SeparateQKV
+from motifs import MOTIFS, Motif, SeparateQKV
+from test_motifs import prepared
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.bands import producers
 from surgeon.errors import InputError
+from surgeon.graph import tensor_leaves
+from surgeon.groups import Group
 from surgeon.training import Gates, Regularizer
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -58,9 +63,8 @@ def flat(unit: list[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in unit])
 
 
-def surgery_of(model: nn.Module) -> surgeon.Surgery:
-    model.eval()
-    return surgeon.inspect(model, X.double())
+def surgery_of(model: nn.Module, x: Tensor = X.double()) -> surgeon.Surgery:  # noqa: B008  # it is not changed
+    return surgeon.inspect(model.eval(), x)
 
 
 def removed(plan: surgeon.Plan) -> list[int]:
@@ -105,8 +109,8 @@ def test_against_a_direct_computation(model: Any, kind: str) -> None:
     assert parameters[0].grad is held  # in place
 
 
-def test_group_lasso_drives_whole_units_out(model: Any) -> None:
-    """Under the penalty alone, with a gradient step as long as the shortest unit, units vanish; a vanished unit has gradient 0."""
+def test_group_lasso_of_a_unit_that_is_zero(model: Any) -> None:
+    """A unit that has vanished has gradient 0, not NaN."""
     reg = surgeon.regularizer(surgery_of(model), "group_lasso", 1.0)
     with torch.no_grad():
         for part in units(model)[2]:
@@ -149,8 +153,8 @@ def test_growing_empties_what_the_plan_takes(model: Any) -> None:
 # -- gates --------------------------------------------------------------------------------------------------------------
 
 
-def gates_of(model: nn.Module, **options: Any) -> tuple[surgeon.Surgery, Gates]:
-    surgery = surgery_of(model)
+def gates_of(model: nn.Module, x: Tensor | None = None, **options: Any) -> tuple[surgeon.Surgery, Gates]:
+    surgery = surgery_of(model) if x is None else surgery_of(model, x)
     reg = surgeon.regularizer(surgery, "l0", 0.3, **options)
     assert isinstance(reg, Gates)
     return surgery, reg
@@ -222,7 +226,7 @@ def test_gates_take_part_in_an_exception(model: Any) -> None:
 
 
 def test_gates_where_no_weight_reads() -> None:
-    """Dims of queries are read by keys: that group is named, not gated; asked for, it is refused. A closed head leaves exactly."""
+    """Dims of queries are read by keys: that group is named, not gated; asked for, it is refused. Heads close."""
     torch.manual_seed(0)
     model = SeparateQKV().double().eval()
     x = torch.randn(2, 7, 5, dtype=torch.float64)
@@ -237,6 +241,52 @@ def test_gates_where_no_weight_reads() -> None:
     small = surgery.plan(reg.ratios(), criterion=reg.scores, heads="whole", round_to=1).apply(model)
     assert small.q.out_features == model.q.out_features // 2
     torch.testing.assert_close(small(x), model(x))
+
+
+def closing_one_step(group: Group) -> Tensor:
+    """Numbers for the gates of a group: one unit of every lane is closed."""
+    found = torch.full((group.units,), 9.0)
+    found[np.arange(group.units).reshape(group.lanes.shape)[:, 0]] = -9
+    return found
+
+
+UNGATED = {
+    "chunk": "data is multiplied by data",
+    "split_unequal": "data is multiplied by data",
+    "write_through_view": "no weight reads the channels",
+    "layer_norm": "the norm counts closed units",
+}
+
+
+SHARED = ("grouped", "option_a", "channel_shuffle")  # every group of these shares a layer with another one
+
+
+@pytest.mark.parametrize("motif", [m for m in MOTIFS if m.name not in UNGATED], ids=lambda m: m.name)
+def test_closed_gates_are_a_cut(motif: Motif) -> None:
+    """Of each gated group in turn: the model with a step's gates closed and the small one without these units are equal."""
+    model, x = prepared(motif)
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    tested = 0
+    for number in range(len(gates_of(copy.deepcopy(model), x)[1].groups)):
+        twin = copy.deepcopy(model)
+        surgery, reg = gates_of(twin, x)
+        group = reg.groups[number]
+        if any(
+            set(producers(group)) & set(producers(other)) for other in surgery.groups if other is not group and not group.batched
+        ):
+            continue  # a ratio by layer cannot say which of the two loses
+        closed = [closing_one_step(g) if g is group else torch.full((g.units,), 9.0) for g in reg.groups]
+        with torch.no_grad():
+            reg.log_alpha.copy_(torch.cat(closed))
+        reg.bake()
+        scores = {g.name: c.numpy() for g, c in zip(reg.groups, closed, strict=True)}
+        plan = surgery.plan(reg.ratios(), criterion=lambda g, _, s=scores: s.get(g.name, np.zeros(g.units)), round_to=1)
+        small = plan.apply(twin)
+        with torch.no_grad():
+            for (path, left), (_, right) in zip(tensor_leaves(twin(x)), tensor_leaves(small(x)), strict=True):
+                torch.testing.assert_close(left, right, msg=f"{group.name} {path}")
+        tested += 1
+    assert tested or motif.name in SHARED
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

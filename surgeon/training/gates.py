@@ -1,10 +1,11 @@
 """Gates: each unit has a gate that learns whether to stay open; hard concrete gates (Louizos et al., Learning Sparse Neural
 Networks through L0 Regularization, 2018).
 
-A gate stands where a unit is *read*: it scales the columns of the weights that sum over the unit, of every layer that does. So a
-closed gate takes away just what a cut would, whatever biases, norms and activations lie between; a gate on the filters would be
-undone by the next batch norm. Heads are read by the projection after the attention. Groups that something else than a weight reads (dims of queries, by
-keys) have no such place and are left out.
+A gate stands where a unit is *read*: it scales the columns of the weights that sum over the unit, of every layer that does (of a
+head, the columns of the projection after the attention). So a closed gate takes away just what a cut would, whatever biases,
+batch norms and activations lie between; a gate on the filters would be undone by the next batch norm. Two limits: groups that
+something else than a weight reads (dims of queries, by keys) have no such place and are left out; and a norm over the units
+themselves (LayerNorm) still counts those with closed gates.
 """
 
 from __future__ import annotations
@@ -105,13 +106,17 @@ class Gates(Regularizer):
         return found
 
     def ratios(self) -> dict[str, float]:
-        """A ratio for `Surgery.plan`: of each gated group the share of units whose gates are closed, of all else nothing."""
+        """A ratio for `Surgery.plan`: of each gated group the share of units whose gates are closed, of all else nothing.
+
+        Ratios go by layer: where several groups share a layer's outputs (rows and columns of a grid), the largest share counts
+        for all.
+        """
         rest = self.gates().detach()
         found = {"*": 0.0}
         for group in self.groups:
             start = self._starts[group.name]
             closed = float((rest[start : start + group.units] == 0).double().mean())
-            found |= dict.fromkeys(producers(group), closed)
+            found |= {name: max(closed, found.get(name, 0.0)) for name in producers(group)}
         return found
 
     @torch.no_grad()
@@ -209,7 +214,7 @@ def _labels(surgery: Surgery, consumer: Consumer) -> tuple[str, dict[int, Track]
     found = {}
     for dim in range(tensor.dim()):
         index = torch.arange(tensor.shape[dim], dtype=torch.float64)
-        labels = index.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]).expand(tensor.shape)
+        labels = index.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]).expand(tensor.shape).contiguous()
         for step in reversed(chain):
             labels = _rerun(step, labels)
         fan = consumer.fan(labels).flatten(0, 1)
@@ -228,9 +233,8 @@ def _reads(member: Member, labels: Track | None, units: Track) -> bool:
     """Whether the entries with these labels in a slot are those of the units."""
     if labels is None:
         return False
-    unit_of = np.full(max(int(labels.max()), int(member.index.max())) + 1, -1, dtype=np.int64)
-    unit_of[member.index] = member.unit
-    return bool((unit_of[labels] == units).all())
+    unit_of = dict(zip(member.index.tolist(), member.unit.tolist(), strict=True))
+    return all(unit_of.get(label, -1) == unit for label, unit in zip(labels.tolist(), units.tolist(), strict=True))
 
 
 def _ending(surgery: Surgery, node: fx.Node) -> Track:
