@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,11 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
         raise InputError("this file is no checkpoint of surgeon.finetune", where=str(path), fix=fix)
     if hashlib.sha256(raw[start:]).digest() != raw[len(_MAGIC) : start]:
         raise InputError("the checkpoint is damaged", where=str(path), why="its checksum does not match", fix=fix)
-    found: dict[str, Any] = torch.load(io.BytesIO(raw[start:]), map_location="cpu", weights_only=True)
+    try:
+        found: dict[str, Any] = torch.load(io.BytesIO(raw[start:]), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        why = "it holds something else than tensors, numbers and texts (state of a module or optimizer of your own, perhaps)"
+        raise InputError("this checkpoint cannot be loaded", where=str(path), why=why, fix=fix) from error
     theirs = found["identity"]
     differences = [
         f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
