@@ -96,7 +96,7 @@ class Loop:
         try:
             if self.checkpoint is not None and Path(self.checkpoint).exists():
                 self._load(load_checkpoint(self.checkpoint, self._identity))
-            wrapped = self.processes.wrapped(self.model, some_unused=self.distillation.feature_epochs > 0)
+            wrapped = self.processes.wrapped(self.model)
             with objective.ready(), progress_bar(self.epochs * self.length, self.processes.is_main) as tell:
                 while len(self.history) < self.epochs and not self.stopped:
                     self._epoch(wrapped, objective, tell)

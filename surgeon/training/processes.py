@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from surgeon.errors import MissingExtraError
+from surgeon.errors import InputError, MissingExtraError
 from surgeon.training.batches import own_share
 
 
@@ -20,6 +20,7 @@ class Processes:
 
     Raises:
         MissingExtraError: accelerate is not installed.
+        InputError: accelerate was set up for another number of processes.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,16 @@ class Processes:
         except ImportError as error:
             raise MissingExtraError("finetune needs accelerate", why=str(error), fix='pip install "surgeon[train]"') from error
         self._accelerate = accelerate
-        state = accelerate.PartialState()
+        # accelerate takes several processes without a GPU for single ones, unless it is told that they are meant to be on CPUs
+        on_cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = accelerate.PartialState(cpu=on_cpu)
         self.count: int = state.num_processes
+        if self.count != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise InputError(
+                f"{started} processes were started, but accelerate knows of {self.count}",
+                why="its state was set up before, for something else",
+                fix="let finetune set it up, or call accelerate.PartialState(cpu=True) first where there are no GPUs",
+            )
         self.rank: int = state.process_index
         self.is_main: bool = state.is_main_process
         self.device: torch.device = state.device
@@ -39,12 +48,12 @@ class Processes:
         """What `accelerate launch --mixed_precision` asked for."""
         return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
-    def wrapped(self, model: nn.Module, some_unused: bool) -> nn.Module:
+    def wrapped(self, model: nn.Module) -> nn.Module:
         """The model, with gradients that are averaged over processes."""
         if self.count == 1:
             return model
         places: Any = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=places, find_unused_parameters=some_unused)
+        return DistributedDataParallel(model, device_ids=places)
 
     def sharded(self, batches: Iterable[Any]) -> Iterable[Any]:
         """This process's share of an epoch: what accelerate makes of a loader, every n-th batch of anything else."""
