@@ -110,7 +110,7 @@ def main() -> None:
     table.add_row("ONNX file, bytes", f"{sizes[0]:,}", f"{sizes[1]:,}", f"compression ratio {sizes[0] / sizes[1]:.1f}")
     speed = p50["original"] / p50["small"]
     table.add_row("latency, ONNX Runtime, ms", f"{p50['original']:.2f}", f"{p50['small']:.2f}", f"speed-up {speed:.2f}")
-    table.add_row("accuracy", f"{tested[0]:.2%}", f"{tested[1]:.2%}", f"{100 * (tested[0] - tested[1]):.2f} points lost")
+    table.add_row("accuracy", f"{tested[0]:.2%}", f"{tested[1]:.2%}", f"{100 * (tested[1] - tested[0]):+.2f} points")
     say(table)
 
 
