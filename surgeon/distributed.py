@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from surgeon.errors import InputError, PlanError, SurgeonError
+from surgeon.errors import InputError, PlanError
 from surgeon.plan import Plan
 
 
@@ -33,19 +33,16 @@ def broadcast_plan(plan: Plan | None, source: int = 0, group: Any = None) -> Pla
         if plan is None:
             raise _without_plan("this process")
         return plan
-    text, failure = b"", None
-    if dist.get_rank() == source:
-        try:
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    text = b""
+    try:
+        if dist.get_rank() == source:
             if plan is None:
                 raise _without_plan(f"process {source}, the source,")
             text = plan.to_json().encode()
-        except SurgeonError as error:
-            failure = error
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    length = torch.tensor([len(text)], dtype=torch.int64, device=device)
-    dist.broadcast(length, source, group)
-    if failure is not None:
-        raise failure
+    finally:  # the others wait for it, whatever goes wrong
+        length = torch.tensor([len(text)], dtype=torch.int64, device=device)
+        dist.broadcast(length, source, group)
     if not length.item():
         raise PlanError(f"process {source} made no plan", fix="see the error that it raised")
     body = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(int(length.item()), dtype=torch.uint8)

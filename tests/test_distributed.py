@@ -37,8 +37,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 def test_every_process_makes_the_same_plan(both: Found) -> None:
-    one = work.cut(work.made())[1].to_json()
-    assert [item["plan"] for item in both[0]] == [one, one]
+    one = work.plans(work.made())
+    assert [item["plans"] for item in both[0]] == [one, one]
+    assert len(set(one)) == 4
 
 
 def test_the_plan_of_one_process_reaches_all(both: Found) -> None:
@@ -84,6 +85,13 @@ def test_a_loader_is_shared(both: Found) -> None:
     for parts in epochs:
         assert sorted(parts[0] + parts[1]) == list(range(24))
     assert first[:3] != first[3:] and first[0] != sorted(first[0])
+
+
+def test_statistics_are_the_same_in_the_end(both: Found) -> None:
+    """Each process saw other samples; all end with the main one's batch norm."""
+    first, second = (found["seen"] for found in both[1])
+    assert float(first["norm.running_mean"].abs().max()) > 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_broadcast_without_processes() -> None:

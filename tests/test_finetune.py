@@ -320,7 +320,7 @@ def die(model, args, output):
     seen += model.training
     if seen == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-model, options = settings(sys.argv[1])
+model, options = settings(sys.argv[1], sys.argv[3])
 model.register_forward_hook(die)
 surgeon.finetune(model, **options)
 """
@@ -338,7 +338,7 @@ class Noisy:
         return len(PAIRS)
 
 
-def settings(checkpoint: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def settings(checkpoint: str | None, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """A run that has everything that a checkpoint must hold."""
     model = made()
     surgery = surgeon.inspect(model, X[:2])
@@ -346,20 +346,21 @@ def settings(checkpoint: str | None) -> tuple[nn.Module, dict[str, Any]]:
     small = plan.apply(model)
     reg = surgeon.regularizer(surgeon.inspect(small, X[:2]), "l0", 1e-3)
     options = {
-        "train": Noisy(), "epochs": 3, "rate": 1e-2, "teacher": model, "regularizer": reg, "average": 0.9, "evaluate": PAIRS,
-        "checkpoint": checkpoint, "checkpoint_steps": 2 if checkpoint else None, "warmup": 3,
+        "train": Noisy() if kind == "noisy" else DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), "epochs": 3,
+        "rate": 1e-2, "teacher": model, "regularizer": reg, "average": 0.9, "evaluate": PAIRS, "checkpoint": checkpoint,
+        "checkpoint_steps": 2 if checkpoint else None, "warmup": 3,
     }  # fmt: skip
     return small, options
 
 
-@pytest.mark.parametrize("at", [10, 13])  # forwards: in the middle of epoch 2, and at the start of epoch 3
-def test_resume_after_kill_9(tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize(("at", "kind"), [(10, "noisy"), (16, "loader")])  # in the middle of epochs 2 and 3
+def test_resume_after_kill_9(tmp_path: Path, at: int, kind: str) -> None:
     path = tmp_path / "run.ckpt"
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
     paths = os.pathsep.join([str(Path(surgeon.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     died = subprocess.run(
-        [sys.executable, str(script), str(path), str(at)], env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(script), str(path), str(at), kind], env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -368,9 +369,9 @@ def test_resume_after_kill_9(tmp_path: Path, at: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole, options = settings(None)
+        whole, options = settings(None, kind)
         uninterrupted = surgeon.finetune(whole, **options)
-        model, options = settings(str(path))
+        model, options = settings(str(path), kind)
         forwards: list[int] = []
         model.register_forward_hook(lambda module, *_: forwards.append(1) if module.training else None)
         done = surgeon.finetune(model, **options)

@@ -39,12 +39,21 @@ def made() -> Net:
 
 
 def cut(model: Net) -> tuple[surgeon.Surgery, surgeon.Plan]:
-    """With scores from data and from a seed: equal in every process."""
     surgery = surgeon.inspect(model, X[:2])
-    first = surgery.plan(0.25, round_to=1, criterion="taylor", data=[(X, Y)], loss=F.cross_entropy)
-    second = surgery.plan(0.25, round_to=1, criterion="random", seed=3)
-    assert first.kept != second.kept
-    return surgery, second
+    return surgery, surgery.plan(0.25, round_to=1, criterion="random", seed=3)
+
+
+def plans(model: Net) -> list[str]:
+    """By weights, by a seed, by data; within one width, under a budget, and over all groups."""
+    surgery = surgeon.inspect(model, X[:2])
+    data = {"data": [(X, Y)], "loss": F.cross_entropy}
+    found = [
+        surgery.plan(0.25, round_to=1),
+        surgery.plan(0.25, round_to=1, criterion="random", seed=3),
+        surgery.plan(macs=0.5, round_to=1, criterion="taylor", scope="global", **data),
+        surgery.plan(params=0.5, round_to=1, criterion="obs", scope="knapsack", **data),
+    ]
+    return [plan.to_json() for plan in found]
 
 
 def gradients(model: nn.Module, wrapped: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -80,11 +89,11 @@ class Seen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.seen = nn.Linear(1, 2), []
+        self.layer, self.norm, self.seen = nn.Linear(1, 2), nn.BatchNorm1d(2), []
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x.flatten().long().tolist())
-        return self.layer(x)
+        return self.norm(self.layer(x))
 
 
 def main() -> None:
@@ -94,7 +103,7 @@ def main() -> None:
 
     model = made()
     surgery, plan = cut(model)
-    found["plan"] = plan.to_json()
+    found["plans"] = plans(model)
     other = surgery.plan(0.5, criterion="random", seed=10 + rank)
     found["mine"] = other.to_json()
     found["broadcast"] = surgeon.broadcast_plan(other if rank else None, source=1).to_json()
@@ -118,7 +127,8 @@ def main() -> None:
     surgeon.finetune(seen, DataLoader(data, batch_size=4, shuffle=True), epochs=2)
     found["seen"] = seen.seen
 
-    torch.save({"gradients": averaged, "tuned": tuned.state_dict(), "alpha": alpha}, folder / f"{rank}.pt")
+    tensors = {"gradients": averaged, "tuned": tuned.state_dict(), "alpha": alpha, "seen": seen.state_dict()}
+    torch.save(tensors, folder / f"{rank}.pt")
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -10,7 +10,8 @@ from surgeon.training.features import Features
 from surgeon.training.finetune import Epoch, Training, finetune
 from surgeon.training.gates import Gates
 from surgeon.training.losses import Distillation, soft_targets
-from surgeon.training.regularize import Regularizer, regularizer
+from surgeon.training.penalty import Regularizer
+from surgeon.training.regularize import regularizer
 
 __all__ = [
     "Average", "Distillation", "Epoch", "Features", "Gates", "Regularizer", "Training", "accuracy", "clip_adaptive", "clip_norm",

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from surgeon.errors import InputError
 from surgeon.training.batches import check_batches, placed, run, split
+from surgeon.training.losses import stated_logits
 
 
 def hits(output: Any, targets: Any) -> tuple[int, int]:
     """(right, all) of class predictions; (0, 0) where the targets are no class indices that fit logits [samples, classes,
     ...]."""
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(found, Tensor) or found.dim() < 2:
+    found = stated_logits(output)
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or found is None or found.dim() < 2:
         return 0, 0
     if found.shape[:1] + found.shape[2:] != targets.shape:
         return 0, 0

@@ -20,8 +20,8 @@ from surgeon.training.ema import Average
 from surgeon.training.evaluate import accuracy
 from surgeon.training.loop import Epoch, Loop
 from surgeon.training.losses import Distillation
+from surgeon.training.penalty import Regularizer
 from surgeon.training.processes import Processes
-from surgeon.training.regularize import Regularizer
 from surgeon.training.schedules import SCHEDULES, Schedule
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -127,6 +127,8 @@ def finetune(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model has no parameter that takes gradients", fix="model.requires_grad_(True)")
     model.to(processes.device)
+    if regularizer is not None:
+        regularizer.to(processes.device)
     batches = processes.sharded(train)
     length = count(train if batches is train or not hasattr(batches, "__len__") else batches, steps, processes.count)
     loop = Loop(

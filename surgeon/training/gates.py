@@ -23,7 +23,7 @@ from surgeon.calibration.consumers import Consumer, find_consumers
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
-from surgeon.training.regularize import Regularizer
+from surgeon.training.penalty import Regularizer
 
 if TYPE_CHECKING:
     from surgeon.pipeline import Surgery

@@ -23,9 +23,9 @@ from surgeon.training.ema import Average
 from surgeon.training.evaluate import in_eval_mode
 from surgeon.training.losses import Distillation
 from surgeon.training.objective import Objective
+from surgeon.training.penalty import Regularizer
 from surgeon.training.processes import Processes
 from surgeon.training.progress import Tell, progress_bar
-from surgeon.training.regularize import Regularizer
 from surgeon.training.schedules import Schedule
 
 
@@ -185,6 +185,7 @@ class Loop:
             self.epoch_kept = len(self.history)
             if self.average is not None:
                 self.model.load_state_dict(self.average.values)
+        self.processes.agree(self.model)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.used_by(self.model)

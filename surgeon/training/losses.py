@@ -67,16 +67,22 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0, dim
     return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean() * temperature**2
 
 
+def stated_logits(output: Any) -> Tensor | None:
+    """The output itself, or its `logits`, if it is or has one."""
+    found = output
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
 def logits(output: Any) -> Tensor:
     """The logits of a model's output: the output itself, its `logits`, or its only float tensor.
 
     Raises:
         InputError: it is not clear which tensor is meant.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
+    found = stated_logits(output)
+    if found is not None:
         return found
     floats = [(path, tensor) for path, tensor in tensor_leaves(output) if tensor.is_floating_point()]
     if len(floats) != 1:

@@ -78,6 +78,12 @@ class Processes:
         """The main process's number."""
         return self.total([number if self.is_main else 0.0])[0]
 
+    def agree(self, model: nn.Module) -> None:
+        """Give all the main process's values: statistics of batch norms are of each one's own batches."""
+        if self.count > 1:
+            for tensor in model.state_dict().values():
+                self._accelerate.utils.broadcast(tensor)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
