@@ -395,8 +395,14 @@ def test_checkpoints_of_others_and_damaged_ones(tmp_path: Path) -> None:
         surgeon.finetune(other, PAIRS, epochs=1, checkpoint=path)
     with pytest.raises(InputError, match=r"another model or run(?s:.*)model: "):
         surgeon.finetune(model, PAIRS, epochs=1, checkpoint=path)
-    with pytest.raises(InputError, match=r"seed: 0 there, 3 here"):
-        surgeon.finetune(small, PAIRS, epochs=1, checkpoint=path, seed=3)
+    for changed, words in [
+        ({"seed": 3}, "seed: 0 there, 3 here"),
+        ({"rate": 0.1}, r"rates: \[0.001\] there, \[0.1\] here"),
+        ({"schedule": "constant"}, "schedule at"),
+        ({"regularizer": surgeon.regularizer(surgeon.inspect(small, X[:2]), "l1", 0.1)}, "regularizer: None there, 'L1' here"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            surgeon.finetune(small, PAIRS, epochs=1, checkpoint=path, **changed)  # type: ignore[arg-type]
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[: len(whole) // 2] + b"!" + whole[len(whole) // 2 + 1 :]):
         path.write_bytes(damaged)

@@ -76,6 +76,7 @@ class Features:
                         "teacher at the kept channels",
                         fix="use the surgery and the plan that made this student",
                     )
+                student, teacher = (t if t.dtype == torch.float64 else t.float() for t in (student, teacher))
                 parts.append((student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12))
             ours.clear()
             theirs.clear()

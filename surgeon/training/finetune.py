@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from surgeon.errors import InputError
 from surgeon.training.batches import check_batches, count
@@ -130,7 +131,7 @@ def finetune(
     if regularizer is not None:
         regularizer.to(processes.device)
     batches = processes.sharded(train)
-    length = count(train if batches is train or not hasattr(batches, "__len__") else batches, steps, processes.count)
+    length = count(batches if isinstance(batches, DataLoader) else train, steps, processes.count)
     loop = Loop(
         model=model,
         batches=batches,

@@ -83,10 +83,14 @@ class Loop:
             self.optimizer.add_param_group({"params": members, **self.regularizer.group_options})  # type: ignore[union-attr]
         self._schedule = LambdaLR(self.optimizer, self.factor)
         self._scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
+        total = self.epochs * self.length
         self._identity = {
             **identity_of(self.model), "epochs": self.epochs, "batches": self.length, "seed": self.seed,
             "processes": self.processes.count, "optimizer": type(self.optimizer).__name__, "precision": self.precision,
+            "rates": [float(group["initial_lr"]) for group in self.optimizer.param_groups],
+            "schedule at start, middle and end": [float(self.factor(step)) for step in (0, total // 2, total - 1)],
             "average": None if self.average is None else self.average.decay,
+            "regularizer": None if self.regularizer is None else type(self.regularizer).__name__,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -102,6 +106,7 @@ class Loop:
                     self._epoch(wrapped, objective, tell)
         finally:
             restore_random_states(outside)
+            self.model.zero_grad()
             self.model.eval()
         self._settle()
 
