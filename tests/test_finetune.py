@@ -77,13 +77,13 @@ def parameters() -> list[nn.Parameter]:
         parameter.grad = torch.randn(parameter.shape, generator=G)
     with torch.no_grad():
         found[0][1] = 0  # a unit of no size: the least size counts
-        found[0].grad[2] *= 1e-4  # type: ignore[index]  # a unit with a small gradient stays as it is
+        found[0].grad[2] *= 1e-4  # a unit with a small gradient stays as it is
     return found
 
 
 def test_adaptive_clipping_unit_by_unit() -> None:
     found = parameters()
-    want = [p.grad.clone() for p in found[:3]]  # type: ignore[union-attr]
+    want = [p.grad.clone() for p in found[:3]]
     limited = 0
     for parameter, gradient in zip(found[:2], want[:2], strict=True):
         for unit in range(len(parameter)):
@@ -100,16 +100,16 @@ def test_adaptive_clipping_unit_by_unit() -> None:
 
 def test_clipping_by_norm_and_value() -> None:
     found = parameters()
-    before = [p.grad.clone() for p in found[:3]]  # type: ignore[union-attr]
+    before = [p.grad.clone() for p in found[:3]]
     size = math.sqrt(sum(float(g.square().sum()) for g in before))
     clip_norm(found, 0.5)
     for parameter, gradient in zip(found[:3], before, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * (0.5 / size), rtol=1e-4, atol=1e-7)
     found = parameters()
-    before = [p.grad.clone() for p in found[:3]]  # type: ignore[union-attr]
+    before = [p.grad.clone() for p in found[:3]]
     clip_value(found, 0.3)
     for parameter, gradient in zip(found[:3], before, strict=True):
-        assert torch.equal(parameter.grad, gradient.clamp(-0.3, 0.3))  # type: ignore[arg-type]
+        assert torch.equal(parameter.grad, gradient.clamp(-0.3, 0.3))
 
 
 def test_schedules_against_closed_forms() -> None:
@@ -189,7 +189,7 @@ def test_against_a_plain_loop(taught: bool) -> None:
 
 def test_labels_are_not_needed_with_a_teacher() -> None:
     teacher, model = made(1), made()
-    teacher.n.running_mean.normal_()  # type: ignore[union-attr]
+    teacher.n.running_mean.normal_()
     done = surgeon.finetune(model, [x for x, _ in PAIRS], teacher=teacher, epochs=20, rate=1e-2, evaluate=None)
     assert done.history[-1].loss < done.history[0].loss / 2
     assert done.history[0].accuracy is None
@@ -227,6 +227,40 @@ def test_features_of_different_widths() -> None:
     surgeon.finetune(small, PAIRS, teacher=teacher, distillation=rule, epochs=2, optimizer=sgd)
     assert not torch.equal(small.head.weight, head)
     assert done.history[0].score == score
+
+
+class Residual(nn.Module):
+    """A block without weights of its own, and a module that lays channels and pixels out in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 12, 1), nn.Sequential(Added(), nn.ReLU())
+        self.flat, self.head = nn.Flatten(), nn.Linear(12 * 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flat(self.block(self.stem(x))))
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+def test_features_of_any_module() -> None:
+    """What a module gives is cut like what reads it: a block's channels, and channels times pixels after a flatten."""
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(2, 3, 2, 2)
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, round_to=1, criterion="random")
+    again = surgeon.Plan.from_json(plan.to_json())  # what a plan keeps is all that is known of it
+    kept = Features(surgery, again, ["block", "block.0", "flat", "head"]).kept
+    assert kept["block"][1].tolist() == kept["block.0"][1].tolist() == plan.kept["stem.weight"][0] != list(range(6))
+    assert kept["flat"][1].tolist() == plan.kept["head.weight"][1]
+    assert kept["head"] == {}
 
 
 def test_what_is_kept() -> None:
@@ -402,7 +436,7 @@ def test_checkpoints_of_others_and_damaged_ones(tmp_path: Path) -> None:
         ({"regularizer": surgeon.regularizer(surgeon.inspect(small, X[:2]), "l1", 0.1)}, "regularizer: None there, 'L1' here"),
     ]:
         with pytest.raises(InputError, match=words):
-            surgeon.finetune(small, PAIRS, epochs=1, checkpoint=path, **changed)  # type: ignore[arg-type]
+            surgeon.finetune(small, PAIRS, epochs=1, checkpoint=path, **changed)
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[: len(whole) // 2] + b"!" + whole[len(whole) // 2 + 1 :]):
         path.write_bytes(damaged)

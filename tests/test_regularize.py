@@ -311,6 +311,9 @@ def test_bad_input(model: Any) -> None:
         surgeon.regularizer(surgery, "bn_scale", 0.1, groups=scaleless)
     reg: Regularizer = surgeon.regularizer(surgery, "bn_scale", 0.1)
     assert reg.without == tuple(g.name for g in scaleless)
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match="takes gradients"):
+        reg.step()
     other = surgeon.inspect(copy.deepcopy(model).float(), X)
     one = surgeon.regularizer(other, "l1", 1.0, groups=["a.weight[0]"])
     assert [g.name for g in one.groups] == ["a.weight[0]"]

@@ -75,12 +75,8 @@ class Loop:
         self._random: dict[str, Any] = {}
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gates = [] if self.regularizer is None else [p for p in self.regularizer.parameters() if p.requires_grad]
-        known = {id(p) for p in self._parameters}
-        if gates and not all(id(p) in known for p in gates):
-            named = "param_names" in self.optimizer.param_groups[0]  # then all groups must have names
-            members: list[Any] = [(f"gates.{i}", p) for i, p in enumerate(gates)] if named else gates
-            self.optimizer.add_param_group({"params": members, **self.regularizer.group_options})  # type: ignore[union-attr]
+        if self.regularizer is not None:
+            self._adopt(self.regularizer)
         self._schedule = LambdaLR(self.optimizer, self.factor)
         self._scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.precision == "fp16")
         total = self.epochs * self.length
@@ -92,6 +88,15 @@ class Loop:
             "average": None if self.average is None else self.average.decay,
             "regularizer": None if self.regularizer is None else type(self.regularizer).__name__,
         }  # fmt: skip
+
+    def _adopt(self, regularizer: Regularizer) -> None:
+        """Let the optimizer step the regularizer's own parameters, unless it does already."""
+        known = {id(p) for p in self._parameters}
+        own = [p for p in regularizer.parameters() if id(p) not in known]
+        if own:
+            named = "param_names" in self.optimizer.param_groups[0]  # then all groups must have names
+            members: list[Any] = [(f"regularizer.{i}", p) for i, p in enumerate(own)] if named else own
+            self.optimizer.add_param_group({"params": members, **regularizer.group_options})
 
     def run(self) -> None:
         """All epochs that are left."""
