@@ -520,6 +520,7 @@ NAN = [*PAIRS[:3], (X[:8] * float("nan"), Y[:8])]
         (PAIRS, {"evaluate": []}, "evaluate holds no batch"),
         (PAIRS, {"evaluate": lambda model: float("nan")}, "score after epoch 1 is nan"),
         (PAIRS, {"checkpoint_steps": 3}, "needs a file"),
+        (PAIRS, {"regularizer": surgeon.regularizer(surgeon.inspect(Net(), X[:2]), "l1", 0.1)}, "one of another model"),
     ],
 )
 def test_bad_input(train: Any, options: dict[str, Any], words: str) -> None:

@@ -118,6 +118,12 @@ def finetune(
         check_batches(evaluate, "evaluate")
     if checkpoint_steps is not None and checkpoint is None:
         raise InputError("checkpoint_steps needs a file", fix="pass checkpoint=...")
+    if regularizer is not None and not regularizer.covers(model):
+        raise InputError(
+            "the regularizer is one of another model",
+            why="a cut, like a copy, makes new parameters",
+            fix="make it of this one: surgeon.regularizer(surgeon.inspect(model, ...), ...)",
+        )
     clip_gradients = clipper(clip)
     processes = Processes()
     precision = precision or processes.precision

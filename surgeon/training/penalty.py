@@ -54,8 +54,7 @@ class Regularizer(nn.Module):
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= dist.get_world_size()
-        names = {m.tensor for group in self.groups for m in group.members if m.tensor in self._tensors}
-        wanted = mine + [self._tensors[name] for name in sorted(names) if self._tensors[name].requires_grad]
+        wanted = mine + [self._tensors[name] for name in self._names() if self._tensors[name].requires_grad]
         if not wanted:
             raise InputError("no weight that the regularizer covers takes gradients", fix="model.requires_grad_(True)")
         with torch.enable_grad():
@@ -67,6 +66,14 @@ class Regularizer(nn.Module):
 
     def advance(self) -> None:
         """Count a step of the optimizer."""
+
+    def covers(self, model: nn.Module) -> bool:
+        """Whether its weights are this model's."""
+        own = {id(parameter) for parameter in model.parameters()}
+        return any(id(self._tensors[name]) in own for name in self._names())
+
+    def _names(self) -> list[str]:
+        return sorted({m.tensor for group in self.groups for m in group.members if m.tensor in self._tensors})
 
     def _by_unit(self, group: Group, of: Callable[[Tensor], Tensor], members: Iterable[Member] | None = None) -> Tensor:
         """[units]: `of` each entry, summed over what leaves with each unit."""
