@@ -279,14 +279,25 @@ def test_closed_gates_are_a_cut(motif: Motif) -> None:
         with torch.no_grad():
             reg.log_alpha.copy_(torch.cat(closed))
         reg.bake()
-        scores = {g.name: c.numpy() for g, c in zip(reg.groups, closed, strict=True)}
-        plan = surgery.plan(reg.ratios(), criterion=lambda g, _, s=scores: s.get(g.name, np.zeros(g.units)), round_to=1)
+        plan = surgery.plan(reg.ratios(), criterion=reg.scores, round_to=1)
         small = plan.apply(twin)
         with torch.no_grad():
             for (path, left), (_, right) in zip(tensor_leaves(twin(x)), tensor_leaves(small(x)), strict=True):
                 torch.testing.assert_close(left, right, msg=f"{group.name} {path}")
         tested += 1
     assert tested or motif.name in SHARED
+
+
+def test_scores_do_not_guess() -> None:
+    """Groups of a grouped convolution have no gates, its channels have: a plan that might take the former is refused."""
+    model, x = prepared(next(m for m in MOTIFS if m.name == "grouped"))
+    surgery, reg = gates_of(model, x)
+    rows = next(g for g in surgery.groups if g.name in reg.without)
+    assert reg.scores(rows, {}).tolist() == [0.0] * 4  # nothing is closed
+    with torch.no_grad():
+        reg.log_alpha[0] = -9
+    with pytest.raises(InputError, match="has no gates, but shares a layer"):
+        reg.scores(rows, {})
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

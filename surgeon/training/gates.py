@@ -94,13 +94,20 @@ class Gates(Regularizer):
         return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
     def scores(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        """A criterion for `Surgery.plan`: units whose gates are the least open leave first.
+        """A criterion for `Surgery.plan`: units whose gates are the least open leave first. Groups without gates are all alike.
 
         Raises:
-            InputError: the group has no gates.
+            InputError: the group has no gates and shares a layer with one that is to lose units.
         """
         if group.name not in self._starts:
-            raise InputError("this group has no gates", where=group.name, fix="name it in ignore=[...], or give it ratio 0")
+            asked = self.ratios()
+            if any(asked.get(name) for name in producers(group)):
+                raise InputError(
+                    "this group has no gates, but shares a layer with one that is to lose units",
+                    where=group.name,
+                    fix='let the plan take only what has gates, with heads="whole" or ignore=[...]',
+                )
+            return np.zeros(group.units)
         start = self._starts[group.name]
         found: Track = self.log_alpha[start : start + group.units].detach().double().cpu().numpy()
         return found
