@@ -4,6 +4,7 @@ Record a model, find the channels, filters, neurons and heads that must leave to
 """
 
 from surgeon.bench import bench
+from surgeon.distributed import broadcast_plan
 from surgeon.export import export
 from surgeon.fuse import fuse
 from surgeon.iterate import iterate
@@ -12,21 +13,10 @@ from surgeon.plan import Plan
 from surgeon.recovery import Recovery, recover
 from surgeon.store import load, save
 from surgeon.surgery import Surgery
+from surgeon.training import finetune, regularizer
 from surgeon.verify import Proof, verify
 
 __all__ = [
-    "Plan",
-    "Proof",
-    "Recovery",
-    "Surgery",
-    "bench",
-    "export",
-    "fuse",
-    "inspect",
-    "iterate",
-    "load",
-    "recover",
-    "save",
-    "shrink",
-    "verify",
-]
+    "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "export", "finetune", "fuse", "inspect", "iterate", "load",
+    "recover", "regularizer", "save", "shrink", "verify",
+]  # fmt: skip

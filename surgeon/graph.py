@@ -87,6 +87,15 @@ def spec(node: fx.Node) -> Spec:
     return first
 
 
+def nodes_inside(graph: Graph, path: str) -> list[fx.Node]:
+    """The ops that ran in a module or below it."""
+
+    def inside(module: str) -> bool:
+        return path == "" or module == path or module.startswith(f"{path}.")
+
+    return [node for node in graph.fx.nodes if node.op == "call_function" and inside(node.meta["module"])]
+
+
 def where(node: fx.Node) -> str:
     """`op` in `module path` at `file:line: code`, for messages."""
     name = str(node.target).removesuffix(".default") if node.op == "call_function" else f"{node.op} {node.target}"

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from surgeon.bands import Link
 from surgeon.errors import InputError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, nodes_inside
 from surgeon.groups import Group, reachable
 from surgeon.labels import Track
 from surgeon.propagate import Propagation
@@ -75,12 +75,7 @@ class Held:
         return path
 
     def _nodes_of(self, path: str, argument: str) -> set[fx.Node]:
-        """The ops that ran in a module or below it."""
-
-        def inside(module: str) -> bool:
-            return path == "" or module == path or module.startswith(f"{path}.")
-
-        found = {node for node in self.graph.fx.nodes if node.op == "call_function" and inside(node.meta["module"])}
+        found = set(nodes_inside(self.graph, path))
         if not found:
             raise InputError(
                 f"{argument} names {path!r}, which is no module that ran{' and no tensor' if argument == 'ignore' else ''}",

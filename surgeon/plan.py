@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from surgeon.carry import carry, check_optimizer
 from surgeon.edits import Edit
 from surgeon.errors import PlanError
 from surgeon.graph import architecture, named_tensors
@@ -51,20 +53,30 @@ class Plan:
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
         """A new, smaller module of the same class; `model` is not touched.
+
+        Args:
+            model: of the architecture that the plan was made for, with any weights.
+            optimizer: of the model, to go on with the small one: it is changed in place, after all else worked. Its param groups
+                stay, with the small model's parameters; momenta and whatever else has a parameter's shape are sliced like it.
 
         Raises:
             PlanError: the plan does not fit the model.
             MendError: the model's code holds a size that cannot be changed.
+            InputError: the optimizer holds parameters that the model does not, or state that cannot be sliced.
         """
         check_fit(self, model)
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
         if self.edits is None and self._finish is not None:
             small = self._finish(self, model)[0]
         else:
             small = shrink_module(model, self.kept, self.edits or ())
         done = dataclasses.replace(self, _finish=None)
         small.__dict__["_surgeon_plans"] = (*model.__dict__.get("_surgeon_plans", ()), done)  # for surgeon.save
+        if optimizer is not None:
+            carry(optimizer, model, small, self.kept)
         return small
 
     def finished(self) -> Plan:
@@ -79,6 +91,10 @@ class Plan:
         Raises:
             PlanError: the path cannot be written.
         """
+        write_atomically(Path(path), self.to_json().encode())
+
+    def to_json(self) -> str:
+        """What `save` writes."""
         plan = self.finished()
         body = {
             "kept": {name: {str(d): list(map(int, i)) for d, i in dims.items()} for name, dims in plan.kept.items()},
@@ -92,8 +108,7 @@ class Plan:
             "edits": [dataclasses.asdict(edit) for edit in plan.edits or ()],
             "request": dict(plan.request),
         }
-        text = json.dumps({"format": "surgeon-plan", "version": _VERSION, "checksum": _checksum(body), **body}, indent=1)
-        write_atomically(Path(path), text.encode())
+        return json.dumps({"format": "surgeon-plan", "version": _VERSION, "checksum": _checksum(body), **body}, indent=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -103,19 +118,30 @@ class Plan:
             PlanError: the file is missing, truncated, edited or not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            text = Path(path).read_text()
         except (OSError, ValueError) as error:
-            raise PlanError(
-                "cannot read the plan", where=str(path), why=str(error), fix="pass a file written by plan.save(...)"
-            ) from error
+            raise _unreadable(str(path), error) from error
+        return Plan.from_json(text, where=str(path))
+
+    @staticmethod
+    def from_json(text: str, where: str = "") -> Plan:
+        """The plan of a text that `to_json` gave; `where` is for messages.
+
+        Raises:
+            PlanError: the text is truncated, edited or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise _unreadable(where, error) from error
         if not isinstance(data, dict) or data.get("format") != "surgeon-plan":
-            raise PlanError("this file is not a surgeon plan", where=str(path), fix="pass a file written by plan.save(...)")
+            raise PlanError("this file is not a surgeon plan", where=where, fix="pass a file written by plan.save(...)")
         if data.get("version") != _VERSION:
-            raise PlanError(f"plan version {data.get('version')} is not supported (this is {_VERSION})", where=str(path))
+            raise PlanError(f"plan version {data.get('version')} is not supported (this is {_VERSION})", where=where)
         body = {key: value for key, value in data.items() if key not in ("format", "version", "checksum")}
         if data.get("checksum") != _checksum(body):
             raise PlanError(
-                "the plan was changed after it was written", where=str(path), why="its checksum does not match",
+                "the plan was changed after it was written", where=where, why="its checksum does not match",
                 fix="make the plan anew with surgery.plan(...)",
             )  # fmt: skip
         kept = {name: {int(d): i for d, i in dims.items()} for name, dims in body.pop("kept").items()}
@@ -155,6 +181,10 @@ def check_fit(plan: Plan, model: nn.Module) -> None:
         why=why,
         fix="apply the plan to a copy of the model that it was made for, before it was shrunk",
     )
+
+
+def _unreadable(where: str, error: Exception) -> PlanError:
+    return PlanError("cannot read the plan", where=where, why=str(error), fix="pass a file written by plan.save(...)")
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

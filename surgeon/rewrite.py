@@ -43,29 +43,35 @@ def shrink_module(model: nn.Module, kept: Kept, edits: Iterable[Edit] = ()) -> n
     return small
 
 
-def _copy(model: nn.Module, kept: Kept) -> nn.Module:
-    memo: dict[int, Any] = {}
-    cuts: dict[int, dict[int, list[int]]] = {}
+def find_cuts(model: nn.Module, kept: Kept) -> dict[int, tuple[Tensor, dict[int, list[int]]]]:
+    """{id of a tensor: (the tensor, its kept indices by dim)}, for all tensors of a model; a tied one has those of all its names.
+
+    Raises:
+        PlanError: names do not fit the model, or a tied tensor is cut in two ways.
+    """
+    found: dict[int, tuple[Tensor, dict[int, list[int]]]] = {}
     names = set()
-    tensors: dict[int, Tensor] = {}
     for name, tensor in named_tensors(model):
         names.add(name)
-        tensors[id(tensor)] = tensor
+        _, cut = found.setdefault(id(tensor), (tensor, {}))
         for dim, index in kept.get(name, {}).items():
-            known = cuts.setdefault(id(tensor), {}).setdefault(dim, index)
+            known = cut.setdefault(dim, index)
             if known is not index and list(known) != list(index):
                 raise PlanError("tied tensors are cut in different ways", where=name, fix="make the plan anew")
     missing = set(kept) - names
     if missing:
         raise PlanError(f"the model has no tensor '{min(missing)}'", fix="apply the plan to the model that it was made for")
-    slicer = _Slicer()
-    for key, tensor in tensors.items():
-        memo[key] = slicer(tensor, cuts.get(key, {}))
+    return found
+
+
+def _copy(model: nn.Module, kept: Kept) -> nn.Module:
+    slicer = Slicer()
+    memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
     small: nn.Module = _clone(model, memo)
     return small
 
 
-class _Slicer:
+class Slicer:
     """Slices tensors; index lists that several tensors share are checked and converted once."""
 
     def __init__(self) -> None:

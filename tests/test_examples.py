@@ -49,3 +49,23 @@ def test_demo(tmp_path: Path) -> None:
     report = (tmp_path / "demo" / "report.md").read_text()
     assert "proof: max relative error" in report
     assert f"{plan.params:,}" in report
+
+
+def test_lottery() -> None:
+    pytest.importorskip("sklearn")
+    said = run("lottery.py", "--quick")
+    rows = [line for line in said.splitlines() if "%" in line]
+    assert len(rows) == 6
+    assert len({line.split("│")[2].strip() for line in rows[1:]}) == 1  # the rivals have as many parameters
+
+
+def test_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    said = run("recipe.py", "--quick", "--out", str(tmp_path / "out"))
+    assert "step 2: " in said and "the budget is met" in said
+    for word in ("sparsity", "compression ratio", "speed-up", "points"):
+        assert word in said
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"original.onnx", "small.onnx", "small"}
+    plans = [Plan.load(tmp_path / "out" / "small" / name) for name in ("plan.json", "plan-2.json")]
+    assert plans[1].macs <= 0.25 * plans[0].macs_before
+    assert f"{plans[1].macs:,}" in said

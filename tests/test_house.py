@@ -12,9 +12,9 @@ ROOT = Path(surgeon.__file__).parent
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
 errors graph _running _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups
-cost request bands held knapsack calibration criteria choose edits rewrite plan masks wanted compare mend blueprint configs
-absence normalise semantics reference trace verify recovery fuse export bench kernels latency stopwatch report explain sensitivity
-surgery pipeline iterate models store cli
+cost request bands held knapsack calibration criteria choose edits rewrite carry plan distributed masks wanted compare mend
+blueprint configs absence normalise semantics reference trace verify recovery fuse export bench kernels latency stopwatch report
+explain sensitivity surgery pipeline iterate training models store cli
 """.split()
 
 
@@ -64,8 +64,8 @@ def test_the_proof_is_independent() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate",
-        "load", "recover", "Recovery",
+        "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "export", "finetune", "fuse", "inspect", "iterate",
+        "load", "recover", "regularizer",
         "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:

@@ -99,19 +99,21 @@ class BatchNormScale(Combined):
         super().__init__(combine, normalize)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        scales = [m for m in group.members if m.tensor.endswith("weight") and self._has_variance(m.tensor, tensors)]
-        if not scales:
+        found = scales(group, tensors)
+        if not found:
             raise InputError(
                 "criterion 'bn_scale' needs a batch norm in every group",
                 where=group.name,
                 why="no batch norm with a scale follows these channels",
                 fix="use criterion='l1' or 'l2', or name the layer in ignore=[...]",
             )
-        return self.combined([by_unit(m, np.abs(array(tensors[m.tensor])), group.units) for m in scales], group.units)
+        return self.combined([by_unit(m, np.abs(array(tensors[m.tensor])), group.units) for m in found], group.units)
 
-    @staticmethod
-    def _has_variance(name: str, tensors: Mapping[str, Tensor]) -> bool:
-        return name.removesuffix("weight") + "running_var" in tensors
+
+def scales(group: Group, tensors: Mapping[str, Tensor]) -> list[Member]:
+    """The scales of the group's batch norms: vectors beside which the model holds a `running_var`."""
+    norms = {name.removesuffix("running_var") for name in tensors if name.endswith("running_var")}
+    return [m for m in group.members if m.tensor.endswith("weight") and m.tensor.removesuffix("weight") in norms]
 
 
 class Random:

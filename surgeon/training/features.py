@@ -1,0 +1,145 @@
+"""Features: a student imitates what modules of its teacher compute, on the channels that it still has; no adapters.
+
+The ids of the recorded run say which channels of any module's output stay: those of a residual block or an activation as well as
+those of a convolution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from surgeon.errors import InputError
+from surgeon.graph import nodes_inside
+from surgeon.labels import Track
+from surgeon.plan import Plan, check_fit
+
+if TYPE_CHECKING:
+    from surgeon.surgery import Surgery
+
+Kept = dict[int, Tensor]
+
+
+class Features:
+    """The outputs of some modules, of teacher and student, on the channels that both have.
+
+    Args:
+        surgery: of the teacher.
+        plan: the one that made the student of the teacher's architecture.
+        modules: paths of modules that return one tensor, such as ["layer1", "layer2.0.bn2"].
+
+    Raises:
+        InputError: a module did not run, or returns no single tensor of the recorded run.
+    """
+
+    def __init__(self, surgery: Surgery, plan: Plan, modules: Sequence[str]) -> None:
+        if isinstance(modules, str) or not modules:
+            raise InputError("modules must be a list of names", fix='pass names of model.named_modules(), such as ["layer1"]')
+        self.kept: dict[str, Kept] = {path: kept_channels(surgery, plan, path) for path in modules}
+        self._seen: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = {}, {}
+
+    @contextlib.contextmanager
+    def watching(self, student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+        """Inside, runs of the teacher are seen, and those of the student that take gradients."""
+        with contextlib.ExitStack() as stack:
+            for model, seen, learns in zip((student, teacher), self._seen, (True, False), strict=True):
+                for path in self.kept:
+                    seen[path] = []
+                    handle = model.get_submodule(path).register_forward_hook(partial(_see, seen[path], learns))
+                    stack.callback(handle.remove)
+            yield
+
+    def loss(self) -> Tensor:
+        """Sum over modules of mean((student - teacher)^2) / mean(teacher^2), of the runs since it was last asked for.
+
+        Raises:
+            InputError: a module ran differently often in both, or its outputs do not fit.
+        """
+        parts = []
+        for path, kept in self.kept.items():
+            ours, theirs = (seen[path] for seen in self._seen)
+            if len(ours) != len(theirs) or not ours:
+                raise InputError(f"module '{path}' ran {len(ours)} times in the student and {len(theirs)} times in the teacher")
+            for student, full in zip(ours, theirs, strict=True):
+                teacher = full.detach()
+                for dim, index in kept.items():
+                    teacher = teacher.index_select(dim, index.to(teacher.device))
+                if student.shape != teacher.shape:
+                    raise InputError(
+                        f"features of '{path}' have shape {tuple(student.shape)} in the student, {tuple(teacher.shape)} in the "
+                        "teacher at the kept channels",
+                        fix="use the surgery and the plan that made this student",
+                    )
+                student, teacher = (t if t.dtype == torch.float64 else t.float() for t in (student, teacher))
+                parts.append((student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12))
+            ours.clear()
+            theirs.clear()
+        return torch.stack(parts).sum()
+
+
+def kept_channels(surgery: Surgery, plan: Plan, path: str) -> Kept:
+    """{dim: indices} of a module's output that stay under a plan; dims that keep everything are left out.
+
+    Raises:
+        InputError: the module did not run, or what it gives is no single value of the recorded run.
+    """
+    inside = set(nodes_inside(surgery.graph, path))
+    given = [node for node in inside if any(user not in inside for user in node.users)]
+    if not given:
+        raise InputError(f"no module '{path}' ran", fix="pass names of model.named_modules() that compute something")
+    choice = choice_of(surgery, plan)
+    found = [_kept(surgery, node, choice, path) for node in given]
+    first = {dim: index.tolist() for dim, index in found[0].items()}
+    if any({dim: index.tolist() for dim, index in other.items()} != first for other in found[1:]):
+        raise InputError(f"module '{path}' gives several values", fix="name a module that returns one tensor")
+    return found[0]
+
+
+def choice_of(surgery: Surgery, plan: Plan) -> Track:
+    """Which atoms leave under a plan: those of which no slot keeps anything.
+
+    Raises:
+        PlanError: the plan was made for another architecture.
+    """
+    check_fit(plan, surgery.model)
+    touched, stays = (np.zeros(len(surgery.solution.root), dtype=bool) for _ in range(2))
+    for (name, dim), ids in surgery.propagation.slots.items():
+        kept = np.zeros(ids.size, dtype=bool)
+        kept[plan.kept.get(name, {}).get(dim, slice(None))] = True
+        for atoms in surgery.solution.atoms(ids):
+            touched[atoms[atoms >= 0]] = True
+            stays[atoms[(atoms >= 0) & kept]] = True
+    return touched & ~stays
+
+
+def _kept(surgery: Surgery, node: fx.Node, choice: Track, path: str) -> Kept:
+    found = {}
+    axes = surgery.propagation.axes[node]
+    if not isinstance(axes, dict):
+        raise InputError(f"module '{path}' gives several values", fix="name a module that returns one tensor")
+    for dim, track in axes.items():
+        leaves = np.moveaxis(surgery.shapes.leaves(track, choice), dim, 0).reshape(track.shape[dim], -1)
+        if (leaves != leaves[:, :1]).any():
+            raise InputError(
+                f"the output of module '{path}' loses other channels in one place than in another",
+                fix="name a module before its channels are laid out in rows, such as the projection in front of it",
+            )
+        if leaves.any():
+            found[dim] = torch.from_numpy(np.flatnonzero(~leaves[:, 0]))
+    return found
+
+
+def _see(seen: list[Tensor], learns: bool, module: nn.Module, _args: Any, output: Any) -> None:
+    if learns and not torch.is_grad_enabled():
+        return
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"a {type(module).__name__} gives a {type(output).__name__}", fix="name a module that returns one tensor"
+        )
+    seen.append(output)
