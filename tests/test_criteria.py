@@ -343,7 +343,8 @@ def test_kfac_needs_no_labels() -> None:
     model = made(Pointwise)
     data = batches((64,) * 40)
     found = ready("kfac", surgeon.inspect(model, X), data).evidence
-    (felt,) = [s.felt_after for s in found.statistics if s.weight is not None and s.weight.shape == (1, 8, 5)]
+    curvatures = [s.curvature for s in found.statistics]
+    (felt,) = [c.felt for c in curvatures if c is not None and c.weight is not None and c.weight.shape == (1, 8, 5)]
     want = torch.zeros(5, dtype=torch.float64)
     for x in data:
         y = model.b(model.a(x).relu()).detach().requires_grad_()

@@ -41,9 +41,9 @@ NEEDS = {
     "samples": "mean of each channel in each sample",
     "ranks": "ranks of the feature maps",
     "activation_gradients": "of what consumers read",
-    "output_gradients": "of what consumers give: sums of squares; and their weights",
+    "curvature": "of what consumers give, by what they read: see `curvature`",
 }
-_BACKWARD = frozenset(("gradients", "gates", "activation_gradients", "output_gradients"))
+_BACKWARD = frozenset(("gradients", "gates", "activation_gradients", "curvature"))
 WIDEST = 4096  # entries of which a covariance is kept: 128 MiB
 
 
@@ -102,7 +102,7 @@ def gather(
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
                 if needs & _BACKWARD:
                     torch.manual_seed(batches)  # other signs for each batch
-                    stand_in = output_probe if "output_gradients" in needs else output_energy
+                    stand_in = output_probe if "curvature" in needs else output_energy
                     value = _loss_of(output, targets, loss, stand_in, graph, label)
                     _backward(value, gradients, statistics, label)
             for item in statistics:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgeon.calibration.consumers import Consumer
+from surgeon.calibration.curvature import Curvature
 from surgeon.errors import InputError
 from surgeon.graph import where
 from surgeon.groups import Group
@@ -70,9 +71,7 @@ class Statistics:
         weight_product: the same sum of w w^T.
         means: mean of each entry in each sample, of the first samples only. ranks: sum of the ranks of its maps.
         felt: sum over samples of |mean of x * gradient over the positions|.
-        weight: [groups, width, fan], of weights that are no data themselves; only with "output_gradients".
-        felt_after: [groups, fan], the sum over samples and positions of the squared gradient of each of the consumer's results;
-            the taps of a convolution share theirs.
+        curvature: if asked for.
     """
 
     def __init__(self, consumer: Consumer, needs: Collection[str], widest: int) -> None:
@@ -93,10 +92,9 @@ class Statistics:
         square = (groups, width, width) if "covariance" in needs else (0,)
         self.covariance, self.weight_product = (torch.zeros(square, dtype=torch.float64) for _ in range(2))
         self.means: list[Tensor] = []
-        self.weight: Tensor | None = None
-        self.felt_after = torch.zeros(())
+        self.curvature = Curvature(consumer) if "curvature" in needs else None
         self.edges: list[Any] = []
-        self._read: list[tuple[Consumer, Tensor]] = []
+        self._wanting: list[Callable[[Tensor], None]] = []
 
     def see(self, consumer: Consumer, args: Any, out: Any) -> Callable[[], None] | None:
         """One run of the consumer, as it stands in the run that the batch is held against."""
@@ -108,8 +106,7 @@ class Statistics:
                 fix="pass batches like the example inputs",
             )
         if "activation_gradients" in self.needs and data.requires_grad:
-            self.edges.append(torch.autograd.graph.get_gradient_edge(data))
-            self._read.append((consumer, data.detach()))
+            self._want(torch.autograd.graph.get_gradient_edge(data), partial(self._add_felt, consumer, data.detach()))
         with torch.no_grad():
             rows = consumer.rows(data.detach())
             if tuple(rows.shape[2:]) != self.consumer.shape:
@@ -121,13 +118,21 @@ class Statistics:
             if consumer.weight >= 0 and (self.runs == 0 or consumer.moving) and self.needs_weights:
                 self._add_weight(consumer.fan(args[consumer.weight].detach()).double(), len(rows))
         self.runs += 1
-        return partial(self._after, consumer, out) if "output_gradients" in self.needs and not consumer.moving else None
+        if self.curvature is None:
+            return None
+        self.curvature.see(consumer, args)
+        return partial(self._later, self.curvature, consumer, args, out)
 
-    def _after(self, consumer: Consumer, out: Any) -> None:
-        """Ask for the gradient of a result, once autograd knows where it comes from."""
-        if isinstance(out, Tensor) and out.requires_grad:
-            self.edges.append(torch.autograd.graph.get_gradient_edge(out))
-            self._read.append((consumer, out.detach()))
+    def _later(self, curvature: Curvature, consumer: Consumer, args: Any, out: Any) -> None:
+        for edge, wants in curvature.wanted(consumer, args, out):
+            self._want(edge, wants)
+
+    def _want(self, edge: Any, wants: Callable[[Tensor], None]) -> None:
+        self.edges.append(edge)
+        self._wanting.append(wants)
+
+    def _add_felt(self, consumer: Consumer, data: Tensor, gradient: Tensor) -> None:
+        self.felt += consumer.rows((data * gradient).double()).mean(1).abs().sum(0).cpu()
 
     @property
     def needs_weights(self) -> bool:
@@ -153,8 +158,6 @@ class Statistics:
             self.ranks += torch.linalg.matrix_rank(work).sum(0).double().cpu().reshape(self.ranks.shape)
 
     def _add_weight(self, fan: Tensor, samples: int) -> None:
-        if "output_gradients" in self.needs and not self.consumer.moving:
-            self.weight = fan.cpu()
         share = fan.shape[-1] / samples if self.consumer.moving else 1
         self.weight_size += fan.abs().sum(-1).cpu() / share
         self.weight_square += fan.square().sum(-1).cpu() / share
@@ -162,26 +165,11 @@ class Statistics:
             self.weight_product += (fan @ fan.transpose(1, 2)).cpu() / share
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        for (consumer, data), gradient in zip(self._read, gradients, strict=True):
-            if gradient is None:
-                continue
-            if "output_gradients" in self.needs:
-                self.felt_after = self.felt_after + self._by_fan(gradient.double().square())
-            else:
-                self.felt += consumer.rows((data * gradient).double()).mean(1).abs().sum(0).cpu()
+        for wants, gradient in zip(self._wanting, gradients, strict=True):
+            if gradient is not None:
+                wants(gradient)
         self.edges.clear()
-        self._read.clear()
-
-    def _by_fan(self, after: Tensor) -> Tensor:
-        """Values of a consumer's result, summed over all but its outputs, as [groups, fan]."""
-        assert self.weight is not None
-        groups, _, fan = self.weight.shape
-        kept = self.consumer.outputs
-        outputs = after.sum([d for d in range(after.dim()) if d not in kept]).cpu().flatten()
-        if outputs.numel() % groups or fan % (outputs.numel() // groups):  # outputs that no entry of the weight stands for
-            return outputs.mean().expand(groups, fan)
-        outputs = outputs.reshape(groups, -1)
-        return outputs.repeat_interleave(fan // outputs.shape[1], 1)
+        self._wanting.clear()
 
     def check(self, label: str) -> None:
         if not bool(torch.isfinite(self.square).all()):

@@ -17,9 +17,10 @@ from surgeon.calibration import WIDEST, Loss, gather
 from surgeon.criteria.activation import ActivationMean, ActivationNorm, Entropy, HighRank, TaylorActivation, Variance
 from surgeon.criteria.combine import Combined, Criterion
 from surgeon.criteria.gradient import Fisher, Gradient, Taylor
+from surgeon.criteria.kfac import KFAC
 from surgeon.criteria.magnitude import BatchNormScale, Lamp, Norm, Random, first
 from surgeon.criteria.measured import Measured
-from surgeon.criteria.second_order import KFAC, OBS
+from surgeon.criteria.second_order import OBS
 from surgeon.criteria.similarity import GeometricMedian
 from surgeon.errors import InputError
 from surgeon.graph import Graph

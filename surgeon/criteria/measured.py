@@ -57,6 +57,14 @@ class FromReadings(Measured):
     """Parts are the consumers that read the group's channels."""
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+        return self.combined([self._heard(reading, group.units) for reading in self.listen(group)], group.units)
+
+    def listen(self, group: Group) -> list[Reading]:
+        """The readings of a group.
+
+        Raises:
+            InputError: nothing reads some of its units.
+        """
         readings = self.evidence.of(group)
         told = np.zeros(group.units, dtype=bool)
         for reading in readings:
@@ -68,7 +76,7 @@ class FromReadings(Measured):
                 why=self.missing,
                 fix=f"use a criterion that looks at the weights, such as {self.instead}, or name the layer in ignore=[...]",
             )
-        return self.combined([self._heard(reading, group.units) for reading in readings], group.units)
+        return readings
 
     def _heard(self, reading: Reading, units: int) -> Track:
         """The part, with NaN for units of which the consumer reads nothing."""

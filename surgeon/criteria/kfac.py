@@ -1,0 +1,128 @@
+"""The second-order criterion whose scores are what the model's outputs lose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgeon.calibration.curvature import Curvature
+from surgeon.calibration.evidence import Reading
+from surgeon.criteria.measured import FromReadings
+from surgeon.criteria.second_order import inverted
+from surgeon.errors import InputError
+from surgeon.groups import Group
+from surgeon.labels import Track
+
+
+class KFAC(FromReadings):
+    """How far the model's outputs move if a unit leaves and the weights that stay make up for it.
+
+    As OBS, with H = E x x^T over the patches that a consumer reads, and each of its outputs weighed by how much the model's
+    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning, the least first; H^-1 and the
+    weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared distances of
+    the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare. (Martens and
+    Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al., EigenDamage, 2019; van
+    der Ouderaa et al., The LLM Surgeon, 2024.)
+
+    Where only products of data with data read a unit (queries with keys), its score is what zeros in its place do to first order.
+
+    Args:
+        damping: of H, times its mean diagonal.
+        stepwise: entries of one group of a consumer up to which units leave one by one; beyond, each is scored as if alone.
+    """
+
+    name = "kfac"
+    needs: ClassVar[frozenset[str]] = frozenset(("curvature",))
+    additive = True
+
+    def __init__(self, damping: float = 1e-3, stepwise: int = 1200) -> None:
+        super().__init__("sum", None)
+        if not damping > 0:
+            raise InputError(
+                f"damping must be positive, got {damping}", where="KFAC", why="H has no inverse where channels are dead"
+            )
+        self.damping, self.stepwise = damping, stepwise
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+        self.listen(group)
+        found = [self._left(reading, group.units) for reading in self.evidence.of(group)]
+        if any(item.entries > self.stepwise for item in found):
+            return self.combined([item.scores() for item in found], group.units)
+        return _one_by_one(found, group.units)
+
+    def _left(self, reading: Reading, units: int) -> _Left:
+        curvature = reading.statistics.curvature
+        assert curvature is not None
+        if curvature.weight is None:
+            return _Left(reading, units, curvature)
+        hessian = curvature.covariance / max(curvature.count, 1)
+        inverse = torch.stack([inverted(block, self.damping) for block in hessian])
+        return _Left(reading, units, curvature, inverse.numpy(), curvature.error().numpy())
+
+
+def _one_by_one(found: Sequence[_Left], units: int) -> Track:
+    scores, gone, most = np.zeros(units), np.zeros(units, dtype=bool), 0.0
+    for _ in range(units):
+        now = sum((item.scores() for item in found), start=np.zeros(units))
+        now[gone] = np.inf
+        unit = int(np.argmin(now))
+        most = max(most * (1 + 1e-12), float(now[unit]))  # a later one never ranks before an earlier one
+        scores[unit], gone[unit] = most, True
+        for item in found:
+            item.remove(unit)
+    return scores
+
+
+class _Left:
+    """H^-1 and W G W^T of one consumer, less the entries that have left."""
+
+    def __init__(
+        self, reading: Reading, units: int, curvature: Curvature, inverse: Track | None = None, product: Track | None = None
+    ) -> None:
+        self.units, self.inverse, self.product = units, inverse, product
+        self.constant = reading.sum(curvature.zeroed, units)
+        self.entries = 0 if inverse is None else inverse.shape[1]
+        group, place = np.divmod(reading.entry, curvature.consumer.shape[1])
+        places = (place[:, None] * curvature.taps + np.arange(curvature.taps)).ravel()
+        unit, group = np.repeat(reading.unit, curvature.taps), np.repeat(group, curvature.taps)
+        order = np.lexsort((places, group, unit))
+        keys = (unit * (group.max(initial=0) + 1) + group)[order]
+        self.parts = []  # (unit, group, entries that leave with it there)
+        for part in np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) and inverse is not None else ():
+            self.parts.append((int(unit[part[0]]), int(group[part[0]]), places[part]))
+
+    def scores(self) -> Track:
+        """What each unit's leaving would add now."""
+        found = self.constant.copy()
+        if self.inverse is None or self.product is None:
+            return found
+        sizes: dict[int, list[tuple[int, int, Track]]] = {}
+        for part in self.parts:
+            sizes.setdefault(len(part[2]), []).append(part)
+        for parts in sizes.values():
+            unit, group = np.array([p[0] for p in parts]), np.array([p[1] for p in parts])
+            where = np.stack([p[2] for p in parts])
+            at = group[:, None, None], where[:, :, None], where[:, None, :]
+            lost = np.trace(np.linalg.solve(self.inverse[at], self.product[at]), axis1=1, axis2=2)
+            found += np.bincount(unit, weights=np.maximum(lost, 0.0), minlength=self.units)
+        return found
+
+    def remove(self, unit: int) -> None:
+        self.constant[unit] = 0.0
+        if self.inverse is None or self.product is None:
+            return
+        for _, group, where in (part for part in self.parts if part[0] == unit):
+            inverse, product = self.inverse[group], self.product[group]
+            step = np.linalg.solve(inverse[np.ix_(where, where)], inverse[where]).T  # [entries, leaving]
+            rows, inner = product[where].copy(), product[np.ix_(where, where)].copy()
+            inverse -= step @ inverse[where]
+            product += step @ inner @ step.T - step @ rows - (step @ rows).T
+            for matrix in (inverse, product):
+                matrix[where] = 0.0
+                matrix[:, where] = 0.0
+            inverse[where, where] = 1.0
+        self.parts = [part for part in self.parts if part[0] != unit]
