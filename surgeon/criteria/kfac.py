@@ -22,11 +22,11 @@ class KFAC(FromReadings):
     """How far the model's outputs move if a unit leaves and the weights that stay make up for it.
 
     As OBS, with H = E x x^T over the patches that a consumer reads, and each of its outputs weighed by how much the model's
-    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning, the least first; H^-1 and the
-    weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared distances of
-    the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare. (Martens and
-    Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al., EigenDamage, 2019; van
-    der Ouderaa et al., The LLM Surgeon, 2024.)
+    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning, the least first; H^-1
+    and the weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared
+    distances of the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare.
+    (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al.,
+    EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon, 2024.)
 
     Where only products of data with data read a unit (queries with keys), its score is what zeros in its place do to first order.
 
