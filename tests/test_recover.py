@@ -304,6 +304,47 @@ def test_a_transformer() -> None:
     assert near < 0.7 * far
 
 
+class Logits(nn.Module):
+    """Attention whose keys lie in half of the dims of each head, so that half of them can say the same."""
+
+    def __init__(self, fused: bool, by_hand: bool) -> None:
+        super().__init__()
+        self.fused, self.by_hand, self.heads = fused, by_hand, 2
+        if fused:
+            self.qk, self.v = nn.Linear(12, 32), nn.Linear(12, 12)
+        else:
+            self.q, self.k, self.v = nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            q, k = self.qk(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.by_hand:
+            return ((q * 0.25) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, scale=0.25)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_queries_aim_at_the_logits(fused: bool, by_hand: bool) -> None:
+    torch.manual_seed(0)
+    model = Logits(fused, by_hand).double().eval()
+    with torch.no_grad():
+        weight, bias = (model.qk.weight[16:], model.qk.bias[16:]) if fused else (model.k.weight, model.k.bias)
+        for head in (slice(0, 8), slice(8, 16)):
+            low = torch.randn(8, 4, dtype=torch.float64)
+            weight[head] = low @ torch.randn(4, 12, dtype=torch.float64)
+            bias[head] = low @ torch.randn(4, dtype=torch.float64)
+    data = batches((7, 12), 6, 20)
+    plan = surgeon.inspect(model, data[0]).plan({"*": 0.0, ("qk" if fused else "q"): 0.5}, round_to=1, heads="dims")
+    small = plan.apply(model)
+    found = recover(small, plan, model, data)
+    assert found.before > 0.02
+    assert found.after < 1e-5, "exact, but for the ridge"
+
+
 def test_float32_and_batches_of_several_shapes() -> None:
     torch.manual_seed(0)
     model = trained_like(Blocks()).float()

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.graph import spec
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.lockstep import Pair, Recording, distance, twin
+from surgeon.recovery.logits import Aim, find_meetings
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.rows import Equations
 from surgeon.recovery.sites import Site, find_sites, pulled
@@ -75,6 +76,7 @@ class Fitting:
     ) -> None:
         self.recording, self.narrow, self.how, self.ridges, self.widest = recording, narrow, how, ridges, widest
         self.sites, self.left = find_sites(recording.small, recording.big)
+        self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -82,18 +84,28 @@ class Fitting:
         pairs = self.recording.pairs()
         for pair in pairs:
             for site in self.sites:
-                pair.big.pin(twin(site.target, pairs[0].big, pair.big))
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.pin(node)
         fits = [Fit(name.removesuffix(".weight"), skipped=reason) for name, reason in self.left.items()]
         peak = 0
         for site in track(self.sites, self.how):
             for pair in pairs:
                 pair.small.before(twin(site.node, pairs[0].small, pair.small))
-                pair.big.through(twin(site.target, pairs[0].big, pair.big))
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.through(node)
             fits.append(self._fit(site, pairs))
             peak = max(peak, sum(pair.big.bytes + pair.small.bytes for pair in pairs))
             for pair in pairs:
-                pair.big.release(twin(site.target, pairs[0].big, pair.big))
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.release(node)
         return Pass(fits, distance(pair for pair in pairs if pair.held), peak)
+
+    def _aims(self, site: Site, first: Pair, pair: Pair) -> list[fx.Node]:
+        """The values of a batch's original run that say what the site should give."""
+        found = [site.target]
+        if site in self.meetings:
+            found += [self.meetings[site].big.queries, self.meetings[site].big.keys]
+        return [twin(node, first.big, pair.big) for node in found]
 
     def _fit(self, site: Site, pairs: list[Pair]) -> Fit:
         tensors = self.recording.small.tensors
@@ -133,6 +145,7 @@ class Fitting:
         """Normal equations of the batches to learn from and of those to judge by; and how much an error of each output weighs
         where it is compared (the square of what is between), 0 for outputs that cannot be fitted."""
         first = pairs[0]
+        aim = Aim(self.meetings[site], self.narrow, pairs) if site in self.meetings else None
         w = equations.matrix(weight)
         learned, judged = (Normal(w.shape[0], w.shape[1], w.shape[2], weight.device) for _ in range(2))
         scale = torch.ones(w.shape[0], w.shape[2], dtype=torch.float64, device=weight.device)
@@ -145,6 +158,8 @@ class Fitting:
             wanted = self.narrow(site.target, pair.big.value(twin(site.target, first.big, pair.big)))
             if site.sum is not None and wanted.shape != spec(twin(site.sum, first.small, pair.small)).shape:
                 return learned, judged, None
+            if aim is not None:
+                wanted = aim(wanted, pair)
             more, wanted = wanted + 1, pulled(site, first.small, pair.small, wanted)
             if wanted.shape != spec(node).shape:
                 return learned, judged, None

@@ -1,0 +1,166 @@
+"""Attention logits: where dims within heads were cut, queries aim at the products with keys that the original has.
+
+Per head, with q and k of the original and P the dims that stay: k is nearest to k_P M with M = C_PP^-1 C_P: of C = E k^T k, so
+the logits q k^T are nearest to (q M^T) k_P^T. The layer that makes the queries therefore aims at q M^T instead of q_P. Between that
+layer and the product may be nothing but moves and a scale: rotary embeddings and norms of queries do not let a mixture through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon._views import getitem
+from surgeon.calibration.consumers import moving
+from surgeon.graph import Graph, spec
+from surgeon.recovery.lockstep import Pair, twin
+from surgeon.recovery.narrow import Narrow
+from surgeon.recovery.sites import Site
+from surgeon.rules.registry import Family, family, op_name
+
+_RIDGE = 1e-9
+_FLAT = frozenset(("view", "_unsafe_view", "reshape", "expand", "clone"))  # between [N, heads, T, dims] and a batched product
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Queries times keys in one run: both as [N, heads, positions, dims] (keys as [N, heads, dims, positions] if `turned`)."""
+
+    queries: fx.Node
+    keys: fx.Node
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(heads, dims)."""
+        _, heads, _, dims = spec(self.queries).shape
+        return heads, dims
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """A layer that makes queries: the steps from its product to them in the small run, and their product with keys in the
+    original's."""
+
+    path: tuple[fx.Node, ...]
+    big: Product
+
+
+def find_meetings(small: Graph, big: Graph, sites: list[Site]) -> dict[Site, Meeting]:
+    """The layers that make queries of fewer dims for as many heads, as far as there are only moves and scales behind them."""
+    ours, theirs = _products(small), _products(big)
+    if len(ours) != len(theirs):
+        return {}
+    makers = {site.node: site for site in sites}
+    found = {}
+    for mine, other in zip(ours, theirs, strict=True):
+        (heads, dims), (heads_before, dims_before) = mine.shape, other.shape
+        path = _path(mine.queries, makers)
+        if heads == heads_before and dims < dims_before and path and mine.turned == other.turned:
+            found[makers[path[0]]] = Meeting(tuple(path[1:]), other)
+    return found
+
+
+def _products(graph: Graph) -> list[Product]:
+    moves = moving(graph)
+    found = []
+    for node in graph.fx.nodes:
+        name = op_name(node) if node.op == "call_function" else ""
+        left, right = {"bmm": (0, 1), "baddbmm": (1, 2)}.get(name, (0, 1))
+        if not name.startswith("_scaled_dot_product") and name not in ("bmm", "baddbmm"):
+            continue
+        operands: Any = (node.args[left], node.args[right])
+        queries, keys = (_whole(operand) for operand in operands)
+        if queries in moves and keys in moves and len(spec(queries).shape) == 4 == len(spec(keys).shape):
+            found.append(Product(queries, keys, not name.startswith("_scaled")))
+    return found
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """The value of four dims that an operand of a batched product was flattened from."""
+    while node.op == "call_function" and op_name(node) in _FLAT and len(spec(node).shape) < 4:
+        before: Any = node.args[0]
+        node = before
+    return node
+
+
+def _path(node: fx.Node, makers: dict[fx.Node, Site]) -> list[fx.Node]:
+    """From a layer's product to a node, through moves and scales; empty if there is more between, or if others read it."""
+    found = [node]
+    while node not in makers:
+        before: Any = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(before, fx.Node) or not (_moves(node) or _scales(node)):
+            return []
+        if any(user is not node and not (_takes_part(user) and _takes_part(node)) for user in before.users):
+            return []
+        found.append(before)
+        node = before
+    return found[::-1]
+
+
+def _moves(node: fx.Node) -> bool:
+    return node.target is getitem or family(op_name(node)) is Family.MOVEMENT or op_name(node) == "clone"
+
+
+def _scales(node: fx.Node) -> bool:
+    return op_name(node) in ("mul", "div") and not isinstance(node.args[1], fx.Node)
+
+
+def _takes_part(node: fx.Node) -> bool:
+    return node.target is getitem or op_name(node) in ("select", "slice")
+
+
+class Aim:
+    """What a layer that makes queries should give: see above.
+
+    Args:
+        pairs: the batches; those to learn from say what C is.
+    """
+
+    def __init__(self, meeting: Meeting, narrow: Narrow, pairs: list[Pair]) -> None:
+        self.meeting, self.first = meeting, pairs[0]
+        inner: Any = 0
+        for pair in pairs:
+            if not pair.held:
+                keys = self._keys(pair)
+                inner = inner + (keys.transpose(2, 3) @ keys).sum(0)
+        stays = self._stays(narrow)
+        rows = torch.arange(len(stays), device=stays.device)[:, None]
+        cross = inner[rows, stays]  # [heads, dims that stay, dims]
+        square = cross.gather(2, stays[:, None].expand(-1, stays.shape[1], -1))
+        ridge = _RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
+        eye = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
+        self.map = torch.linalg.solve(square + ridge * eye, cross).transpose(1, 2)  # [heads, dims, dims that stay]
+
+    def __call__(self, wanted: Tensor, pair: Pair) -> Tensor:
+        """The narrowed result of the original's layer, with other numbers where the queries are."""
+        queries = pair.big.value(self._twin(self.meeting.big.queries, pair))
+        aimed = (queries.double() @ self.map).to(wanted.dtype)
+        places: Any = torch.arange(wanted.numel(), device=wanted.device).reshape(wanted.shape)
+        scale = 1.0
+        for step in self.meeting.path:
+            node: Any = twin(step, self.first.small, pair.small)
+            if _scales(node):
+                scale = node.target(scale * torch.ones(()), *node.args[1:]).item()
+            else:
+                places = node.target(places, *node.args[1:], **node.kwargs)
+        return wanted.flatten().index_copy(0, places.flatten(), (aimed / scale).flatten()).reshape(wanted.shape)
+
+    def _twin(self, node: fx.Node, pair: Pair) -> fx.Node:
+        return twin(node, self.first.big, pair.big)
+
+    def _keys(self, pair: Pair) -> Tensor:
+        """[samples, heads of queries, positions, dims], in float64."""
+        keys = pair.big.value(self._twin(self.meeting.big.keys, pair)).double()
+        keys = keys.transpose(2, 3) if self.meeting.big.turned else keys
+        return keys.repeat_interleave(self.meeting.big.shape[0] // keys.shape[1], 1)
+
+    def _stays(self, narrow: Narrow) -> Tensor:
+        """Which dims of each head's queries stay, [heads, dims]."""
+        node = self.meeting.big.queries
+        value = self.first.big.value(node)
+        numbers = torch.arange(value.shape[-1], device=value.device).expand(value.shape)
+        return narrow(node, numbers)[0, :, 0]
