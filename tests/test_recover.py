@@ -345,6 +345,38 @@ def test_queries_aim_at_the_logits(fused: bool, by_hand: bool) -> None:
     assert found.after < 1e-5, "exact, but for the ridge"
 
 
+@pytest.mark.parametrize("kind", ["conv", "norm", "linear", "transposed"])
+def test_folding_without_data(kind: str) -> None:
+    """Channels that are multiples of others, through norm and relu, are folded without loss."""
+    torch.manual_seed(0)
+    norm: nn.Module = nn.BatchNorm2d(8) if kind in ("norm", "conv") else nn.Identity()
+    if kind == "linear":
+        model, x = nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(), nn.Linear(8, 5)), torch.randn(4, 6).double()
+    else:
+        last = nn.ConvTranspose2d(8, 5, 3) if kind == "transposed" else nn.Conv2d(8, 5, 3, padding=1)
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), last), torch.randn(2, 3, 7, 7).double()
+    trained_like(model)
+    first: Any = model[0]
+    scale = torch.tensor([0.5, 2.0, 0.25, 3.0], dtype=torch.float64)
+    with torch.no_grad():
+        first.weight[4:] = first.weight[:4]
+        first.bias[4:] = first.bias[:4]
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in (norm.running_mean, norm.running_var):
+                tensor[4:] = tensor[:4]
+            norm.weight[4:], norm.bias[4:] = norm.weight[:4] * scale, norm.bias[:4] * scale
+        else:
+            first.weight[4:] *= scale.reshape(-1, *[1] * (first.weight.dim() - 1))
+            first.bias[4:] *= scale
+    plan = surgeon.inspect(model, x).plan({"*": 0.0, "0": 0.5}, round_to=1, criterion="first")
+    small = plan.apply(model)
+    found = recover(small, plan, model, example_inputs=x)
+    with torch.no_grad():
+        assert (small(x) - model(x)).abs().max() > 0.01
+        torch.testing.assert_close(found.model(x), model(x), rtol=1e-10, atol=1e-10)
+    assert "nothing judged it" in str(found)
+
+
 def test_float32_and_batches_of_several_shapes() -> None:
     torch.manual_seed(0)
     model = trained_like(Blocks()).float()

@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from surgeon.capture import capture
 from surgeon.errors import InputError
 from surgeon.graph import tensor_leaves
 from surgeon.inputs import normalize
 from surgeon.plan import Plan, check_fit
+from surgeon.recovery.fold import fold
 from surgeon.recovery.lockstep import Recording, samples_of
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Track
+from surgeon.recovery.sites import find_sites
 
 STEPS = ("refit", "means", "variance", "batch_norm")
 _LIMIT = 50_000  # samples that are read at most
@@ -69,6 +72,8 @@ class Recovery:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if not self.held:
+            return "\n".join(["Recovery", *(f"  {remark}" for remark in self.remarks)])
         judged = f"on {self.held} samples that were held out of {self.learned + self.held}"
         lines = [f"Recovery: outputs {self.before:.2%} -> {self.after:.2%} away from the original's, {judged}"]
         for step in self.steps:
@@ -84,8 +89,9 @@ def recover(
     small: nn.Module,
     plan: Plan,
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
+    example_inputs: Any = None,
     steps: Sequence[str] = ("refit", "batch_norm"),
     held_out: float = 0.15,
     ridges: Sequence[float] = RIDGES,
@@ -101,7 +107,9 @@ def recover(
         small: what the plan made of the model; it is not touched.
         model: the original.
         batches: of inputs as the model takes them, without targets; some hundred to some thousand samples in all. Two or more
-            batches of one shape are best: the last ones are held out.
+            batches of one shape are best: the last ones are held out. None: what left is folded into the channels that are most
+            like it, by their filters alone (Kim et al., Neuron Merging, 2020); nothing judges then.
+        example_inputs: without batches, for the run that is recorded; found from the model if left out, as in `inspect`.
         steps: in this order, of
             "refit": the affine map of least squares for every convolution and linear layer (normal equations in float64 over
             sampled places; He et al., Channel Pruning, 2017; Luo et al., ThiNet, 2017), ridged towards the weights as cut;
@@ -129,11 +137,13 @@ def recover(
         raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
     if not ridges or min(ridges) <= 0:
         raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
+    _check_made_by(plan, small, model)
+    recovered = copy.deepcopy(small)
+    if batches is None:
+        return _folded(recovered, plan, model, example_inputs)
     given = [_normal(batch, number) for number, batch in enumerate(batches_of(batches), 1)]
     remarks = [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(given) == 1 else []
     parts, held = split(given, held_out)
-    _check_made_by(plan, small, model)
-    recovered = copy.deepcopy(small)
     recording = Recording(model, recovered, parts, held)
     narrow = Narrow(recording.big, plan)
     now = first = recording.distance()
@@ -160,6 +170,15 @@ def recover(
     counts = [samples_of(batch) for batch in parts]
     judged = sum(itertools.compress(counts, held))
     return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
+
+
+def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: Any) -> Recovery:
+    big = capture(model, example_inputs)
+    small = capture(recovered, dict(big.kwargs) or big.args)
+    sites, _ = find_sites(small, big)
+    fits = tuple(Fit(name) for name in fold(sites, Narrow(big, plan), big, small.tensors))
+    remark = f"no batches: what left was folded into {len(fits)} layers, and nothing judged it"
+    return Recovery(recovered, (Step("fold", math.nan, math.nan, fits),), math.nan, math.nan, 0, 0, (remark,))
 
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]

@@ -1,8 +1,8 @@
 """Attention logits: where dims within heads were cut, queries aim at the products with keys that the original has.
 
 Per head, with q and k of the original and P the dims that stay: k is nearest to k_P M with M = C_PP^-1 C_P: of C = E k^T k, so
-the logits q k^T are nearest to (q M^T) k_P^T. The layer that makes the queries therefore aims at q M^T instead of q_P. Between that
-layer and the product may be nothing but moves and a scale: rotary embeddings and norms of queries do not let a mixture through.
+the logits q k^T are nearest to (q M^T) k_P^T. The layer that makes the queries therefore aims at q M^T instead of q_P. Between
+that layer and the product may be nothing but moves and a scale: rotary embeddings and norms of queries let no mixture through.
 """
 
 from __future__ import annotations

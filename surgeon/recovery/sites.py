@@ -210,6 +210,17 @@ class _Finder:
         return name in self.small.owned and len(self.readers.get(name, ())) == 1
 
 
+def norm_behind(node: fx.Node, graph: Graph) -> tuple[Tensor, Tensor] | None:
+    """(scale, shift) of the batch norm in eval mode that alone reads a product, in float64; None if there is none."""
+    reader = _reader(node)
+    if reader is None or op_name(reader) not in NORMS or _trains(reader) or reader.args[0] is not node:
+        return None
+    held: list[Any] = [
+        graph.tensors[str(a.target)].double() if isinstance(a, fx.Node) and a is not node else a for a in reader.args
+    ]
+    return norm_affine(held)
+
+
 def _reader(node: fx.Node) -> fx.Node | None:
     """The only reader of a node; of a norm, that of its first result."""
     readers = [u for u in node.users if not (u.target is getitem and u.args[1] != 0 and not u.users)]

@@ -1,0 +1,119 @@
+"""Folding, for when there are no data: what a removed channel gave goes to the kept channel that is most like it.
+
+Two channels whose filters (with bias, through the batch norm behind) are f_r = c f_p + rest give about x_r = c x_p, also behind
+a ReLU if c > 0. So the weights that read r are added, times c, to those that read p. (Kim et al., Neuron Merging, NeurIPS 2020.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgeon.graph import Graph
+from surgeon.labels import Track
+from surgeon.recovery.narrow import Narrow
+from surgeon.recovery.rows import Equations
+from surgeon.recovery.sites import Site, norm_behind
+
+_LIKE = 0.3  # cosine below which a channel is like none
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """The rows with which one layer of the original makes channels: [channels, inputs + 1], and the atoms they leave with."""
+
+    atoms: Track
+    rows: Tensor
+
+
+@torch.no_grad()
+def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, Tensor]) -> list[str]:
+    """Fold what left into the small model's weights, as cut; the names of the layers that took something up."""
+    made = [_filters(site, narrow, big) for site in sites]
+    done = []
+    for site in sites:
+        name = site.weight.name
+        dim = _inputs(site, big.tensors[name])
+        slot = narrow.propagation.slots.get((name, dim)) if dim is not None else None
+        if dim is None or slot is None:
+            continue
+        gone = narrow.shapes.leaves(slot, narrow.choice)
+        atoms = narrow.solution.atoms(slot)[0]
+        known = [f for f in made if f is not None and np.isin(atoms, f.atoms).all()]
+        if not gone.any() or not known or len(np.unique(atoms)) != len(atoms):
+            continue
+        rows = torch.cat([f.rows[torch.from_numpy(_find(f.atoms, atoms))] for f in known], 1)
+        share = _shares(rows, torch.from_numpy(gone))
+        if not bool(share.any()):
+            continue
+        whole = big.tensors[name].detach().double()
+        for other in range(whole.dim()):
+            ids = narrow.propagation.slots.get((name, other))
+            if other != dim and ids is not None:
+                stays = np.flatnonzero(~narrow.shapes.leaves(ids, narrow.choice))
+                whole = whole.index_select(other, torch.from_numpy(stays))
+        more = torch.tensordot(share, whole.index_select(dim, torch.from_numpy(np.flatnonzero(gone))), ([0], [dim]))
+        small[name].add_(more.movedim(0, dim).to(small[name].dtype))
+        done.append(site.name)
+    return done
+
+
+def _filters(site: Site, narrow: Narrow, big: Graph) -> Filters | None:
+    """What a layer of the original makes its channels with."""
+    name = site.weight.name
+    dim = _outputs(site, big.tensors[name])
+    slot = narrow.propagation.slots.get((name, dim)) if dim is not None else None
+    if slot is None:
+        return None
+    matrix = Equations(site, big.tensors[name]).matrix(big.tensors[name]).double()  # [1, inputs, channels]
+    rows = matrix[0].T
+    constant = torch.zeros(len(rows), dtype=torch.float64)
+    if site.bias and not site.norm:
+        constant = big.tensors[site.bias].detach().double()
+    affine = norm_behind(site.twin, big)
+    if affine is not None:
+        rows, constant = rows * affine[0][:, None], constant * affine[0] + affine[1]
+    return Filters(narrow.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
+
+
+def _outputs(site: Site, weight: Tensor) -> int | None:
+    """The dim of the stored weight that numbers outputs; None for groups and batches of products."""
+    return _dim(site, weight, 1)
+
+
+def _inputs(site: Site, weight: Tensor) -> int | None:
+    return _dim(site, weight, 0)
+
+
+def _dim(site: Site, weight: Tensor, which: int) -> int | None:
+    equations = Equations(site, weight)
+    if equations.batched or (equations.layout is not None and equations.layout.groups > 1):
+        return None
+    if equations.layout is not None:
+        return which if equations.layout.transposed else 1 - which
+    # a matrix: see which stored dim the turns bring to rows (inputs) or columns (outputs)
+    probe = equations.matrix(torch.arange(weight.numel()).reshape(weight.shape))[0]
+    step = probe[1, 0] - probe[0, 0] if which == 0 else probe[0, 1] - probe[0, 0]
+    return int(step == 1)
+
+
+def _find(known: Track, wanted: Track) -> Track:
+    order = np.argsort(known)
+    found: Track = order[np.searchsorted(known[order], wanted)]
+    return found
+
+
+def _shares(rows: Tensor, gone: Tensor) -> Tensor:
+    """[removed, kept]: how much of each removed channel goes to each kept one; one each, or none."""
+    left, kept = rows[gone], rows[~gone]
+    length = kept.norm(dim=1).clamp(min=1e-30)
+    like = left @ kept.T / length / left.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    best, place = like.max(1)
+    share = (left * kept[place]).sum(1) / length[place].square()
+    found = torch.zeros(len(left), len(kept), dtype=rows.dtype)
+    found[torch.arange(len(left)), place] = torch.where(best > _LIKE, share, 0.0)
+    return found
