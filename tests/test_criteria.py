@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -848,6 +849,12 @@ def test_a_batch_may_run_other_ops_in_the_same_layers() -> None:
 def test_groups_that_nothing_fit_reads() -> None:
     refused("hrank", batches((3, 2), (7, 5)), r"hrank[\s\S]*rows[\s\S]*variance", SeparateQKV, torch.randn(1, 7, 5))
     refused(criteria.OBS(widest=20), batches((4,)), r"45 x 45[\s\S]*OBS\(widest=45\)")
+    refused(criteria.KFAC(widest=20), batches((4,)), r"45 x 45[\s\S]*KFAC\(widest=45\)")
+
+
+def test_endless_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.calibration._LIMIT", 100)
+    refused("variance", itertools.repeat(batches((30,))[0]), "more than 100 samples")
 
     class Vectors(nn.Module):
         def __init__(self) -> None:

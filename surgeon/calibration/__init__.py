@@ -44,6 +44,7 @@ NEEDS = {
     "curvature": "of what consumers give, by what they read: see `curvature`",
 }
 _BACKWARD = frozenset(("gradients", "gates", "activation_gradients", "curvature"))
+_LIMIT = 200_000  # samples; an endless iterator has more
 WIDEST = 4096  # entries of which a covariance is kept: 128 MiB
 
 
@@ -90,13 +91,20 @@ def gather(
     }
     runs = Runs(model, graph, propagation, solution, lambda *run: _consumers(needs, groups, *run))
     statistics = [Statistics(consumer, needs, widest) for consumer in runs.consumers]
-    batches = 0
+    batches = samples = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(_untouched(model, parameters.values()))
         for batch in stack.enter_context(_progress(data)):
             batches += 1
             label = f"batch {batches} of the data"
             args, kwargs, targets = _inputs(batch, label, paired=loss is not None)
+            samples += next((t.shape[0] for _, t in tensor_leaves((args, kwargs)) if t.dim()), 1)
+            if samples > _LIMIT:
+                raise InputError(
+                    f"data holds more than {_LIMIT} samples",
+                    why="an endless iterator has no end, and some hundred samples do",
+                    fix="pass a part of it, such as itertools.islice(loader, 20)",
+                )
             run, consumers = runs.of(args, kwargs, label) if statistics else (graph, ())
             with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from surgeon.calibration.consumers import Consumer
 from surgeon.calibration.windows import Layout
-from surgeon.graph import spec
+from surgeon.errors import InputError
+from surgeon.graph import spec, where
 from surgeon.rules.registry import op_name
 
 MOST = 1200  # entries with which the taps of a convolution are entries of their own; beyond, they share one covariance
@@ -36,8 +37,15 @@ class Curvature:
             outputs lose to first order if an entry is zero.
     """
 
-    def __init__(self, consumer: Consumer) -> None:
+    def __init__(self, consumer: Consumer, widest: int) -> None:
         groups, width = consumer.shape
+        if width > widest and not consumer.moving:
+            raise InputError(
+                f"criterion 'kfac' would need a covariance of {width} x {width} channels",
+                where=where(consumer.node),
+                why=f"the limit is {widest}",
+                fix=f"use criterion 'variance', or criteria.KFAC(widest={width}) if memory allows",
+            )
         self.consumer = consumer
         self.taps = _taps(consumer)
         if width * self.taps > MOST:

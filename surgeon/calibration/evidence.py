@@ -92,7 +92,7 @@ class Statistics:
         square = (groups, width, width) if "covariance" in needs else (0,)
         self.covariance, self.weight_product = (torch.zeros(square, dtype=torch.float64) for _ in range(2))
         self.means: list[Tensor] = []
-        self.curvature = Curvature(consumer) if "curvature" in needs else None
+        self.curvature = Curvature(consumer, widest) if "curvature" in needs else None
         self.edges: list[Any] = []
         self._wanting: list[Callable[[Tensor], None]] = []
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.calibration import WIDEST
 from surgeon.calibration.curvature import Curvature
 from surgeon.calibration.evidence import Reading
 from surgeon.criteria.measured import FromReadings
@@ -32,6 +33,7 @@ class KFAC(FromReadings):
 
     Args:
         damping: of H, times its mean diagonal.
+        widest: channels of which a covariance is kept, at most.
         stepwise: entries of one group of a consumer up to which units leave one by one; beyond, each is scored as if alone.
     """
 
@@ -39,13 +41,13 @@ class KFAC(FromReadings):
     needs: ClassVar[frozenset[str]] = frozenset(("curvature",))
     additive = True
 
-    def __init__(self, damping: float = 1e-3, stepwise: int = 1200) -> None:
+    def __init__(self, damping: float = 1e-3, widest: int = WIDEST, stepwise: int = 1200) -> None:
         super().__init__("sum", None)
         if not damping > 0:
             raise InputError(
                 f"damping must be positive, got {damping}", where="KFAC", why="H has no inverse where channels are dead"
             )
-        self.damping, self.stepwise = damping, stepwise
+        self.damping, self.widest, self.stepwise = damping, widest, stepwise
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
         self.listen(group)
