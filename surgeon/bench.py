@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from surgeon.agree import Inputs, batch_size_of, feeds, with_batch
 from surgeon.errors import BenchError, SurgeonError
-from surgeon.export import Inputs, batch_size_of, feeds, with_batch
 from surgeon.inputs import find_inputs, normalize
 
 _SAMPLES = {50: 1, 90: 64, 99: 662}  # percentile -> fewest samples with which it is shown
@@ -247,7 +247,7 @@ def _file(name: str, path: Path, inputs: Inputs, threads: int) -> _Entry:
         what, fix = f"entry '{name}' is not an ONNX file that ONNX Runtime can load", "write it anew with surgeon.export(...)"
         raise BenchError(what, where=str(path), why=_reason(error), fix=fix) from error
     try:
-        fed = feeds(inputs, [item.name for item in session.get_inputs()])
+        fed = feeds(inputs, session.get_inputs())
     except (SurgeonError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         fix = "pass example_inputs with one tensor for each input of the file, of its dtype"
         raise BenchError(f"entry '{name}' cannot be fed", where=str(path), why=str(error), fix=fix) from error

@@ -1,8 +1,8 @@
 """Edits: change one number in a module, an attribute or a literal of its forward; and keep torch's own layers' numbers in step.
 
 `refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes; `apply_edit` makes an
-`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, which becomes an instance of a subclass
-of its class.
+`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, which becomes an instance of a
+subclass of its class.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Edit:
     Attributes:
         module: path of the module.
         kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0"), "literal"
-            (`name` is "function:occurrence:position" of a call in the module's forward) or "operand" (so it is; the operand at that
-            position takes the place of the call's result).
+            (`name` is "function:occurrence:position" of a call in the module's forward) or "operand" (so it is; the operand at
+            that position takes the place of the call's result).
         old, new: the number before and after; for "operand" they mean nothing.
     """
 

@@ -28,12 +28,14 @@ from surgeon.errors import CaptureError, FuseError
 from surgeon.folding import Fold, Site, constants, products
 from surgeon.folding.found import counted, set_module
 from surgeon.graph import Graph, tensor_leaves
+from surgeon.plan import Plan
 
 _RULES = (constants.after, products.branches, products.chains, constants.before)  # in this order: the first one takes an op
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output, through all layers; for lower precision:
 _LOW_ROUNDING = 0.1
 _ON_MODEL = "_surgeon_folds"
+_CUT_BY = "_surgeon_cut_by"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,12 @@ def folds(fused: nn.Module) -> FoldReport | None:
     return found
 
 
+def plans_of(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that cut a model, or the model that it was fused from; () if it was not cut."""
+    found: tuple[Plan, ...] = model.__dict__.get("_surgeon_plans", model.__dict__.get(_CUT_BY, ()))
+    return found
+
+
 def fusable_pairs(model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
     """The (layer path, batch-norm path) of each pair in which the norm directly follows its layer, in the order of the run.
 
@@ -146,6 +154,7 @@ def _copied(model: nn.Module) -> nn.Module:
             "the model cannot be copied", where=type(model).__name__, why=str(error), fix="let copy.deepcopy(model) work"
         ) from error
     if isinstance(fused, nn.Module):  # capture refuses anything else
+        fused.__dict__[_CUT_BY] = plans_of(model)
         fused.__dict__.pop("_surgeon_plans", None)  # they make the unfused model
     return fused
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgeon.agree import relative_error
 from surgeon.errors import ExportError, InputError
-from surgeon.export import export, relative_error
+from surgeon.export import export
 from surgeon.fuse import fuse
 
 module = importlib.import_module("surgeon.export")  # the package may name the function as the module
