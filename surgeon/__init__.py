@@ -9,7 +9,10 @@ from surgeon.fuse import fuse
 from surgeon.iterate import iterate
 from surgeon.pipeline import Surgery, inspect, shrink
 from surgeon.plan import Plan
+from surgeon.quantize import quantize
 from surgeon.store import load, save
 from surgeon.verify import Proof, verify
 
-__all__ = ["Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate", "load", "save", "shrink", "verify"]
+__all__ = [
+    "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate", "load", "quantize", "save", "shrink", "verify",
+]  # fmt: skip

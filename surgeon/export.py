@@ -33,10 +33,9 @@ from surgeon.fuse import FoldReport, folds, plans_of
 from surgeon.fuse import fuse as fold
 from surgeon.graph import tensor_leaves
 from surgeon.inputs import find_inputs, normalize
-from surgeon.onnx_file import draft_of, head, opset_of, params_of, read, size_on_disk
+from surgeon.onnx_file import INLINE_LIMIT, SCOPES, draft_of, head, opset_of, params_of, read, size_on_disk
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_INLINE_LIMIT = 1 << 31  # protobuf refuses larger files
 _SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")
 
 
@@ -215,7 +214,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
 def _write(model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str) -> None:
     """Run the exporter; `shapes` is None if every size is fixed."""
     args, kwargs = inputs
-    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > 0.9 * _INLINE_LIMIT
+    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > INLINE_LIMIT
     options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
     names = _output_names(model, inputs)
     try:
@@ -256,7 +255,7 @@ def _slim(draft: Path) -> None:
 
     with agree.silence():
         slimmed = _onnxslim().slim(read(draft, weights=True))
-    onnx.save(slimmed, str(draft), save_as_external_data=slimmed.ByteSize() > 0.9 * _INLINE_LIMIT, location=f"{draft.name}.data")
+    onnx.save(slimmed, str(draft), save_as_external_data=slimmed.ByteSize() > INLINE_LIMIT, location=f"{draft.name}.data")
 
 
 def _checked(draft: Path, opset: int | None) -> Any:
@@ -277,7 +276,10 @@ def _checked(draft: Path, opset: int | None) -> Any:
 
 
 def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -> None:
-    """Write surgeon's version, params, MACs and what was cut into the file's metadata."""
+    """Write surgeon's version, params, MACs and what was cut into the file's metadata.
+
+    Of what the exporter notes on each node, source lines and paths of this machine among it, only the module's path stays.
+    """
     try:
         version = importlib.metadata.version("surgeon")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
@@ -292,6 +294,11 @@ def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -
         facts["surgeon.architecture"] = plans[0].hash
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=value)
+    del proto.graph.metadata_props[:]
+    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        scopes = [entry for entry in item.metadata_props if entry.key == SCOPES]
+        del item.metadata_props[:]
+        item.metadata_props.extend(scopes)
     draft.write_bytes(proto.SerializeToString())
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from surgeon.errors import FileError
 
 _WRITE_ANEW = "write it anew with surgeon.export(model, path)"
+SCOPES = "pkg.torch.onnx.name_scopes"  # a node's modules, the outermost first, then its own name
+INLINE_LIMIT = int(0.9 * (1 << 31))  # bytes; protobuf refuses files of more than 2 GB
 _EXTERNAL = 1  # TensorProto.EXTERNAL
 
 

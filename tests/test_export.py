@@ -214,7 +214,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_large_weights_lie_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(module, "INLINE_LIMIT", 1000)
     model, path = nn.Linear(64, 64), tmp_path / "large.onnx"
     report = export(model, path, torch.randn(2, 64))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]

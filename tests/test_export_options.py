@@ -86,6 +86,13 @@ def test_metadata_and_macs(tmp_path: Path) -> None:
     assert "surgeon.plan" not in {item.key for item in onnx.load(str(tmp_path / "whole.onnx")).metadata_props}
 
 
+def test_no_source_paths_are_shipped(tmp_path: Path) -> None:
+    report = export(_cnn(), tmp_path / "a.onnx", torch.randn(2, 3, 9, 9))
+    text = report.path.read_bytes()
+    assert b"stack_trace" not in text and b"site-packages" not in text
+    assert b"'7'" in text  # the path of the linear layer, for surgeon.doctor
+
+
 def test_stale_sizes_would_be_seen(tmp_path: Path) -> None:
     """Every tensor of a cut model's file has the cut model's shape."""
     x = torch.randn(1, 3, 9, 9)

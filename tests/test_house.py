@@ -13,7 +13,7 @@ ROOT = Path(surgeon.__file__).parent
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
 request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
-semantics reference trace verify folding fuse onnx_file agree widen check_file export quantize bench latency doctor report
+semantics reference trace verify folding fuse onnx_file agree widen check_file export losses quantize bench latency doctor report
 explain sensitivity pipeline iterate models store cli
 """.split()
 
@@ -65,7 +65,7 @@ def test_the_proof_is_independent() -> None:
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
         "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate",
-        "load",
+        "load", "quantize",
         "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:
