@@ -193,7 +193,7 @@ def test_bad_inputs(tmp_path: Path, onnx_file: Path) -> None:
         ("no entries", [model], _X, {}),
         ("is a int", {"a": 3}, _X, {}),
         ("no such file", {"a": tmp_path / "missing.onnx"}, _X, {}),
-        ("can load", {"a": tmp_path / "corrupt.onnx"}, _X, {}),
+        ("not an ONNX file", {"a": tmp_path / "corrupt.onnx"}, _X, {}),
         ("'b' does not run", {"a": nn.Identity(), "b": model}, torch.ones(2, 4), {}),
         ("does not run", {"a": onnx_file}, torch.ones(2, 4), {}),
         ("does not run", {"a": onnx_file}, _X.double(), {}),

@@ -13,8 +13,8 @@ ROOT = Path(surgeon.__file__).parent
 LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
 request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
-semantics reference trace verify folding fuse onnx_file agree widen check_file export losses quantize bench latency doctor report
-explain sensitivity pipeline iterate models store cli
+semantics reference trace verify folding fuse onnx_file agree widen check_file export losses quantize bench_table profiled
+runners bench latency doctor report explain sensitivity pipeline iterate models store cli
 """.split()
 
 
