@@ -4,6 +4,7 @@ Record a model, find the channels, filters, neurons and heads that must leave to
 """
 
 from surgeon.bench import bench
+from surgeon.doctor import doctor
 from surgeon.export import export
 from surgeon.fuse import fuse
 from surgeon.iterate import iterate
@@ -14,5 +15,6 @@ from surgeon.store import load, save
 from surgeon.verify import Proof, verify
 
 __all__ = [
-    "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate", "load", "quantize", "save", "shrink", "verify",
+    "Plan", "Proof", "Surgery", "bench", "doctor", "export", "fuse", "inspect", "iterate", "load", "quantize", "save", "shrink",
+    "verify",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ if there is a way to take one, and the error that each layer adds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -186,13 +187,26 @@ def _entropy_ranges(ready: Path, reader: Any, folder: Path, large: bool) -> Path
     return folder / "ranges.json"
 
 
+def _even(feeds: list[dict[str, Array]]) -> list[dict[str, Array]]:
+    """The same rows in batches of one size: the histograms of ONNX Runtime take no other."""
+    rows = [next(iter(fed.values())).shape[0] for fed in feeds if all(array.ndim for array in fed.values())]
+    size = math.gcd(*rows) if len(rows) == len(feeds) else 0
+    if len(set(rows)) < 2 or not size or any(len(a) != n for fed, n in zip(feeds, rows, strict=True) for a in fed.values()):
+        return feeds
+    return [
+        {name: array[start : start + size] for name, array in fed.items()}
+        for fed, count in zip(feeds, rows, strict=True)
+        for start in range(0, count, size)
+    ]
+
+
 def _static(source: Path, draft: Path, feeds: list[dict[str, Array]], ranges: str, per_channel: bool, ignore: list[str]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # an untyped base
         def __init__(self) -> None:
-            self.left = iter(feeds)
+            self.left = iter(_even(feeds))
 
         def get_next(self) -> dict[str, Array] | None:
             return next(self.left, None)

@@ -14,7 +14,7 @@ LAYERS = """
 errors graph _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups cost
 request bands knapsack calibration criteria choose edits rewrite plan masks wanted compare mend configs absence normalise
 semantics reference trace verify folding fuse onnx_file agree widen check_file export losses quantize bench_table profiled
-runners bench latency doctor report explain sensitivity pipeline iterate models store cli
+runners bench latency doctor report explain sensitivity pipeline iterate models store cli_files cli
 """.split()
 
 
@@ -64,7 +64,7 @@ def test_the_proof_is_independent() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Surgery", "bench", "export", "fuse", "inspect", "iterate",
+        "Plan", "Proof", "Surgery", "bench", "doctor", "export", "fuse", "inspect", "iterate",
         "load", "quantize",
         "save", "shrink", "verify",
     }  # fmt: skip

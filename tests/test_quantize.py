@@ -113,6 +113,13 @@ def test_scores_of_both_files(cnn: tuple[nn.Module, Path], tmp_path: Path) -> No
     assert (seen[0] == seen[1]).mean() >= 0.75
 
 
+@pytest.mark.parametrize("ranges", ["minmax", "entropy", "percentile"])
+def test_batches_may_differ_in_size(cnn: tuple[nn.Module, Path], tmp_path: Path, ranges: str) -> None:
+    rows = torch.cat(_batches(5))
+    parts = [quantize(cnn[1], tmp_path / f"{n}.onnx", rows.split(n), ranges=ranges, test_batches=[rows]) for n in (8, 4)]
+    assert parts[0].error == pytest.approx(parts[1].error, rel=1e-6)
+
+
 def test_bad_input(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
     path = cnn[1]
     folder = tmp_path / "in"
