@@ -34,7 +34,7 @@ FILE_BACKENDS = tuple(_PROVIDERS)
 Timed = Callable[[Callable[[], float]], float]  # (clock) -> seconds of one run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Runner:
     """What is known before any timing; one run; and how a run is timed."""
 

@@ -1,8 +1,9 @@
-"""benchmarks/cuda.py: its logic on the CPU device, with a tiny model; no time is asserted."""
+"""benchmarks/cuda.py and gpu.py: their logic on the CPU device, with a tiny model; no time is asserted."""
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,7 @@ _FOLDER = Path(__file__).parent.parent / "benchmarks"
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(_FOLDER))
-    monkeypatch.setitem(sys.modules, "cuda", None)
-    del sys.modules["cuda"]
-    return importlib.import_module("cuda")
+    return importlib.import_module("gpu")
 
 
 def _tiny() -> tuple[nn.Module, torch.Tensor]:
@@ -53,6 +52,12 @@ def test_a_backend_that_fails_is_a_row(cuda: Any, monkeypatch: pytest.MonkeyPatc
     model, x = _tiny()
     rows = cuda.timed((model, model), x, "cpu", "fp32", [1], 6)
     assert rows[0][1] == "torch" and rows[1][1] == "cudagraph" and "CUDA graphs need a CUDA device" in rows[1][2]
+
+
+def test_the_command_hides_no_package_of_its_name() -> None:
+    """torch imports `cuda` if there is one; scripts of the folder have that folder first on their path."""
+    run = subprocess.run([sys.executable, str(_FOLDER / "cuda.py"), "--help"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "--precisions" in run.stdout, run.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
