@@ -164,9 +164,12 @@ def _fused(model: nn.Module, inputs: Inputs) -> nn.Module:
         return model
     try:
         return fold(model, inputs[1] or inputs[0])
-    except (FuseError, CaptureError) as error:
+    except FuseError as error:
         fix = f"pass fuse=False to export it as it is, or: {error.fix}"
         raise ExportError(f"the model cannot be fused: {error.what}", where=error.where, why=error.why, fix=fix) from error
+    except CaptureError as error:
+        fix = f"{error.fix}; or pass fuse=False, if it cannot be recorded but runs"
+        raise ExportError(error.what, where=error.where, why=error.why, fix=fix) from error
 
 
 def _macs(model: nn.Module, inputs: Inputs) -> int | None:

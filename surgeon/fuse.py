@@ -26,12 +26,12 @@ from surgeon._quiet import quiet_run
 from surgeon.capture import capture
 from surgeon.errors import CaptureError, FuseError
 from surgeon.folding import Fold, Site, constants, products
+from surgeon.folding.forward import DROPOUTS
 from surgeon.folding.found import counted, set_module
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.plan import Plan
 
 _RULES = (constants.after, products.branches, products.chains, constants.before)  # in this order: the first one takes an op
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest output, through all layers; for lower precision:
 _LOW_ROUNDING = 0.1
 _ON_MODEL = "_surgeon_folds"
@@ -173,7 +173,7 @@ def _round(site: Site) -> list[Fold]:
 
 def _without_dropout(fused: nn.Module) -> list[Folded]:
     """Dropouts do nothing in eval mode; they may not wake up either."""
-    paths = [path for path, module in fused.named_modules() if path and type(module) in _DROPOUTS and not module.training]
+    paths = [path for path, module in fused.named_modules() if path and type(module) in DROPOUTS and not module.training]
     for path in paths:
         set_module(fused, path, nn.Identity().eval())
     return [Folded("dropout", "", path) for path in paths]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgeon import doctor as public
 from surgeon.doctor import Diagnosis, Layer, _advice, _around, _remarks, doctor
 from surgeon.errors import FileError, InputError
 from surgeon.export import export
@@ -107,5 +106,4 @@ def test_bad_input(files: Path, tmp_path: Path) -> None:
     for match, kind, args, options in bad:
         with pytest.raises(kind, match=match):
             doctor(*args, **options)
-    assert public is doctor or public.doctor is doctor
     assert doctor(tmp_path / "open.onnx", example_inputs=torch.randn(1, 3, 20, 12), runs=1).layers

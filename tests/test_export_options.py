@@ -305,6 +305,10 @@ def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export(model, tmp_path / "a.onnx", x, simplify="onnxslim")
     with pytest.raises(ExportError, match=r"could not export|dynamic batch"):
         export(model, tmp_path / "a.onnx", x, dynamic_shapes={"no_such_input": {0: "batch"}})
+    with pytest.raises(ExportError, match=r"does not run on the example inputs(.|\n)*fuse=False"):
+        export(model, tmp_path / "a.onnx", torch.randn(2, 5))
+    with pytest.raises(ExportError, match="could not export"):
+        export(model, tmp_path / "a.onnx", torch.randn(2, 5), fuse=False)
     assert list(tmp_path.iterdir()) == []
     assert folds(model) is None
 

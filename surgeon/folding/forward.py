@@ -17,7 +17,8 @@ _NAMES = {
     "scale": ("mul", "mul_", "imul", "multiply", "div", "div_", "truediv", "itruediv"),
     "shift": ("add", "add_", "iadd", "sub", "sub_", "isub", "rsub"),
 }
-_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSING = (nn.Identity, *DROPOUTS)
 Key = tuple[frozenset[str], tuple[float, ...]]  # what a constant is made of: names of tensors, and a number if it is one
 
 
