@@ -122,8 +122,8 @@ def main() -> None:
     notes = [
         f"{done} of {len(rows)} ({done / max(len(rows), 1):.0%}) agree at two batch sizes; the goal is {GOAL:.0%}.",
         (
-            "params in file: the parameters that it holds by name before it is simplified (which spreads tables that are looked up by "
-            "constants, and drops rows that are not) against those of the fused small model; fewer: the model does not read them."
+            "params in file: the parameters that it holds by name before it is simplified (which spreads tables looked up "
+            "by constants, and drops rows that are not) against those of the fused small model, read or not."
         ),
         "relative error: max |onnx - torch| / max |torch|, over outputs and both batch sizes, against the model before fusing.",
     ]

@@ -217,6 +217,12 @@ def test_the_report_names_layers_and_what_left() -> None:
     ]
 
 
+def test_a_folded_norm_of_a_subclass_keeps_no_parameters() -> None:
+    model = _random(nn.Sequential(_conv(bias=False), _NormAct(4)))
+    fused = fuse(model, _input(*_IMAGE))
+    assert [name for name, _ in fused.named_parameters()] == ["0.weight", "0.bias"] and len(list(model.parameters())) == 3
+
+
 def test_merged_convolution_is_the_only_one_left() -> None:
     model, x = _random(_Block()), _input(*_IMAGE)
     fused = fuse(model, x)

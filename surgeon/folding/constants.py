@@ -118,7 +118,14 @@ def _norm_leaves(site: Site, op: fx.Node, norm: nn.Module) -> Callable[[], None]
     if type(norm) in NORMS:
         return lambda: set_module(site.model, path, nn.Identity().eval())
     edit = forward.norm_call(norm, path)  # a subclass that does more than to normalise
-    return None if edit is None else lambda: apply_edit(site.model, edit)
+    if edit is None:
+        return None
+
+    def leave() -> None:
+        apply_edit(site.model, edit)
+        norm._parameters.update(dict.fromkeys(norm._parameters))  # nothing reads its scale and shift any more
+
+    return leave
 
 
 def _op_leaves(site: Site, op: fx.Node, other: Any, family: str) -> Callable[[], None] | None:
