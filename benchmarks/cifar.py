@@ -40,12 +40,12 @@ HOW_TO_GET = """These files are needed in {folder}: {missing}
 Pass the folder with --data or in the environment variable SURGEON_DATA."""
 
 
-def read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """Normalised images [N, 3, 32, 32] and labels [N]."""
+def read_images(path: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised images [N, 3, 32, 32] and labels [N], at most `limit` of them."""
     with np.load(path, allow_pickle=False) as file:
-        labels = file["labels"]
+        labels = file["labels"][:limit]
         if "images" in file.files:
-            pixels = file["images"]
+            pixels = file["images"][:limit]
         else:
             head, scans, ends = file["header"].tobytes(), file["scans"].tobytes(), file["offsets"]
             jpegs = (head + scans[ends[i] : ends[i + 1]] for i in range(len(labels)))

@@ -1,4 +1,4 @@
-"""The command line: `surgeon shrink MODEL` and `surgeon inspect MODEL`.
+"""The command line: `surgeon shrink MODEL`, `surgeon inspect MODEL`, and the commands of `cli_files` on ONNX files.
 
 MODEL is `file.py:factory`, `torchvision/NAME`, `timm/NAME`, `transformers/TYPE`, or a bare name that torchvision or timm knows.
 Nothing is downloaded and nothing is unpickled: weights are random, or come from a safetensors file.
@@ -22,14 +22,13 @@ import safetensors.torch
 import torch
 import typer
 from rich.console import Console
-from rich.text import Text
 from torch import nn
 
 from surgeon import criteria
 from surgeon.bench import Table, bench
-from surgeon.errors import ExportError, InputError, SurgeonError
+from surgeon.cli_files import register, reported
+from surgeon.errors import ExportError, InputError
 from surgeon.export import export
-from surgeon.fuse import fuse
 from surgeon.models import build, load_weights
 from surgeon.pipeline import check_options, inspect, prove
 from surgeon.plan import Plan
@@ -39,6 +38,7 @@ from surgeon.store import plain_state
 from surgeon.surgery import Surgery
 
 app = typer.Typer(help="Structural pruning for PyTorch: physically smaller models, proven.", no_args_is_help=True)
+register(app)
 
 _Dtype = Literal["float32", "int64"]
 _Model = Annotated[
@@ -82,7 +82,7 @@ def inspect_command(
     seed: _Seed = 0,
 ) -> None:
     """Print what may leave a model, what is frozen, and why."""
-    with _reported():
+    with reported():
         net, inputs = _load(model, weights, input_shape, input_dtype, seed)
         with _stage("record"):
             surgery = inspect(net, inputs)
@@ -114,7 +114,7 @@ def shrink(
     seed: _Seed = 0,
 ) -> None:
     """Cut a model, prove the cut, and write the small one."""
-    with _reported():
+    with reported():
         ratio = 0.5 if ratio is None and not any((macs, params, size, memory)) else ratio
         options: dict[str, Any] = {
             "macs": macs, "params": params, "size": size, "memory": memory, "criterion": criterion, "scope": scope,
@@ -148,16 +148,6 @@ def shrink(
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Surgeon's own errors become a red message and exit code 1."""
-    try:
-        yield
-    except SurgeonError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 def _stage(name: str) -> contextlib.AbstractContextManager[Any]:
@@ -238,16 +228,16 @@ def _write(
     for name, file, module in (("original, ONNX", "original.onnx", model), ("small, ONNX", "model.onnx", small)):
         if onnx and (original or module is small):
             files[name] = draft / file
-            _export(fuse(module, inputs) if fused else module, draft / file, inputs)
+            _export(module, draft / file, inputs, fused)
     return files
 
 
-def _export(model: nn.Module, path: Path, inputs: Any) -> None:
+def _export(model: nn.Module, path: Path, inputs: Any, fused: bool) -> None:
     """With any batch size if the model can, else with the one of the inputs."""
     try:
-        export(model, path, inputs)
+        export(model, path, inputs, fuse=fused)
     except ExportError as error:
-        export(model, path, inputs, dynamic_batch=False)
+        export(model, path, inputs, dynamic_batch=False, fuse=fused)
         _say(f"note: {path.name} has a fixed batch size: {error.what}")
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from torch.nn import Parameter
 
 from surgeon._views import is_view, writes
-from surgeon.graph import Graph
+from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Track
 from surgeon.propagate import Propagation
 from surgeon.rules.registry import op_name
@@ -164,6 +164,16 @@ class Shapes:
     def _operands(self, node: fx.Node, choice: Choice) -> tuple[Any, ...]:
         shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
         return (self.shape(node, choice), *shapes)
+
+
+def macs_of(graph: Graph) -> int:
+    """MACs of one run of the model as it was recorded."""
+    total = 0
+    for node in graph.fx.nodes:
+        if node.op == "call_function" and op_name(node) in MACS:
+            given = [spec(a).shape if isinstance(a, fx.Node) else a for a in node.args]
+            total += MACS[op_name(node)](spec(node).shape, *given)
+    return total
 
 
 def nothing(solution: Solution) -> Choice:

@@ -1,7 +1,8 @@
 """Edits: change one number in a module, an attribute or a literal of its forward; and keep torch's own layers' numbers in step.
 
 `refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes; `apply_edit` makes an
-`Edit`. A literal is changed in the traced forward of that one module, which becomes an instance of a subclass of its class.
+`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, which becomes an instance of a
+subclass of its class.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from surgeon.errors import MendError
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One number in a module that changes.
+    """One number in a module that changes, or one call that is left out.
 
     Attributes:
         module: path of the module.
-        kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0") or "literal"
-            (`name` is "function:occurrence:position" of a call in the module's forward).
-        old, new: the number before and after.
+        kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0"), "literal"
+            (`name` is "function:occurrence:position" of a call in the module's forward) or "operand" (so it is; the operand at
+            that position takes the place of the call's result).
+        old, new: the number before and after; for "operand" they mean nothing.
     """
 
     module: str
     kind: str
     name: str
-    old: int
-    new: int
+    old: int = 0
+    new: int = 0
 
 
 def _linear(m: Any) -> dict[str, Any]:
@@ -124,12 +126,13 @@ def apply_edit(model: nn.Module, edit: Edit) -> None:
         set_path(module, edit.name, edit.new)
         refresh(module, edit.module)
     else:
-        rewrite_literal(module, edit)
+        rewrite_forward(module, edit)
 
 
 def _misfit(edit: Edit, why: str) -> MendError:
+    change = f"leave out {edit.name}" if edit.kind == "operand" else f"change {edit.name} from {edit.old} to {edit.new}"
     return MendError(
-        f"cannot change {edit.name} from {edit.old} to {edit.new}", where=f"module '{edit.module}'", why=why,
+        f"cannot {change}", where=f"module '{edit.module}'", why=why,
         fix="make the plan anew for this version of the model's code",
     )  # fmt: skip
 
@@ -165,33 +168,45 @@ def set_path(owner: Any, path: str, value: Any) -> None:
 
 
 class _OneModule(fx.Tracer):
-    """Traces a single module: its children stay calls."""
+    """Traces a single module: its children stay calls, its buffers are read or (as literals have been counted) computed with."""
+
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def trace_one(module: nn.Module) -> fx.GraphModule:
+def trace_one(module: nn.Module, buffers: bool = False) -> fx.GraphModule:
     """The module's own forward as an fx GraphModule with its children untouched.
+
+    Args:
+        buffers: read buffers when it runs, instead of keeping what was computed of them alone.
 
     Raises:
         Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
     """
-    return fx.GraphModule(module, _OneModule().trace(module), type(module).__name__)
+    return fx.GraphModule(module, _OneModule(buffers).trace(module), type(module).__name__)
 
 
 def literals(traced: fx.GraphModule) -> list[tuple[str, int]]:
     """Every whole number in the arguments of the calls of a traced forward: (name of the place, number)."""
     found: list[tuple[str, int]] = []
-    seen: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        occurrence = seen[name] = seen.get(name, -1) + 1
+    for name, occurrence, node in calls(traced):
         for place, value in _numbers((node.args, node.kwargs), ""):
             found.append((f"{name}:{occurrence}:{place}", value))
     return found
+
+
+def calls(traced: fx.GraphModule) -> Iterable[tuple[str, int, fx.Node]]:
+    """(function, occurrence, node) of every call of a function or method in a traced forward."""
+    seen: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            occurrence = seen[name] = seen.get(name, -1) + 1
+            yield name, occurrence, node
 
 
 def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
@@ -209,29 +224,38 @@ def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
             yield from _numbers(x, f"{path}.{key}")
 
 
-def rewrite_literal(module: nn.Module, edit: Edit) -> None:
-    """Replace one number in one call of the module's forward.
+def rewrite_forward(module: nn.Module, edit: Edit) -> None:
+    """Replace one number in one call of the module's forward, or the call by one of its operands.
 
     The module becomes an instance of a subclass of its class that differs in `forward` alone: it stays the user's class, trains,
     deep-copies and pickles (by making the edits again).
     """
     name, occurrence, place = edit.name.split(":")
     try:
-        traced = trace_one(module)
+        traced = trace_one(module, buffers=edit.kind == "operand")
     except Exception as error:
         raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
-    count = -1
-    for node in traced.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        count += called == name
+    for called, count, node in calls(traced):
         if called == name and count == int(occurrence):
-            node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
+            if edit.kind == "operand":
+                _leave_out(node, get_path((node.args, node.kwargs), place))
+            else:
+                node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
             traced.recompile()
             _become(module, traced, edit)
             return
     raise _misfit(edit, "the call is not there")
+
+
+def _leave_out(call: fx.Node, operand: fx.Node) -> None:
+    """Put the operand where the call's result was; what served the call alone goes with it."""
+    call.replace_all_uses_with(operand)
+    unread = [call]
+    while unread:
+        node = unread.pop()
+        if not node.users and node.op != "placeholder" and not node._erased:
+            unread += [used for used in node.all_input_nodes if used is not operand]
+            node.graph.erase_node(node)
 
 
 def _become(module: nn.Module, traced: fx.GraphModule, edit: Edit) -> None:
@@ -274,7 +298,7 @@ def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
     edits = made.__dict__.pop("_surgeon_pending")
     made.__dict__.update(state)
     for edit in edits:
-        rewrite_literal(made, edit)
+        rewrite_forward(made, edit)
 
 
 def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:

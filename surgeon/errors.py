@@ -55,8 +55,16 @@ class FuseError(SurgeonError):
     """A fusion was asked for that would not be exact."""
 
 
+class FileError(SurgeonError, ValueError):
+    """An ONNX file is missing, damaged or incomplete, or a path cannot be written."""
+
+
 class ExportError(SurgeonError):
     """The model could not be exported, or the exported file computes something else."""
+
+
+class QuantizeError(SurgeonError):
+    """A file could not be quantised, or the quantised file does not run."""
 
 
 class BenchError(SurgeonError):

@@ -1,39 +1,41 @@
 """export(model, path) -> an ONNX file and a report; the file computes what the model computes, or there is no file.
 
-The exporter runs with a batch of at least two, so that the batch is not taken for a constant; the file is then compared with
-torch in ONNX Runtime (CPU) on the exported and on another batch size, with fresh values, before it is moved to `path`.
+The model is fused, exported by torch's dynamo exporter with a batch of at least two, so that the batch is not taken for a
+constant, and simplified. Before it is moved to `path` the file is compared in ONNX Runtime (CPU) with the model itself (with the
+fused one if that was rounded to another precision) on the exported and on another batch size, with fresh values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import io
-import logging
-import math
+import hashlib
+import importlib.metadata
+import json
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgeon import agree
 from surgeon._quiet import quiet_run
-from surgeon.errors import ExportError, InputError
+from surgeon.agree import Inputs, batch_size_of, with_batch
+from surgeon.capture import capture
+from surgeon.check_file import ANY_BATCH, compare, larger
+from surgeon.cost import macs_of
+from surgeon.errors import CaptureError, ExportError, FileError, FuseError, InputError, MissingExtraError
+from surgeon.fuse import FoldReport, folds, plans_of
+from surgeon.fuse import fuse as fold
 from surgeon.graph import tensor_leaves
 from surgeon.inputs import find_inputs, normalize
+from surgeon.onnx_file import INLINE_LIMIT, SCOPES, draft_of, head, opset_of, params_of, read, size_on_disk
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-_TOLERANCE = {torch.float16: 1e-2}  # of the largest output; all other dtypes:
-_DEFAULT_TOLERANCE = 1e-4
-_INLINE_LIMIT = 1 << 31  # protobuf refuses larger files
-_ANY_BATCH = "pass dynamic_batch=False, or make forward independent of the batch size (-1 in views)"
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")
 
 
@@ -44,10 +46,13 @@ class ExportReport:
     Attributes:
         path: the ONNX file; weights of more than 2 GB lie in `<path>.data` next to it.
         size_bytes: size on disk, weights included.
-        params: number of elements in the file's initializers.
+        params: elements of the file's floating-point tensors, scalars left out; what is folded in is part of them.
         error: largest over outputs and runs of max |onnx - torch| / max |torch|.
         batch_sizes: the batch sizes on which the two were compared.
         opset: version of the default ONNX operator set in the file.
+        macs: MACs of one run on the example inputs; None where the model cannot be recorded.
+        folds: what was fused.
+        compared: how the file was run: "as it is", or (bfloat16: the CPU has no kernels) "in float32" with the same weights.
     """
 
     path: Path
@@ -56,245 +61,251 @@ class ExportReport:
     error: float
     batch_sizes: tuple[int, ...]
     opset: int
+    macs: int | None = None
+    folds: FoldReport | None = None
+    compared: str = "as it is"
 
     def __str__(self) -> str:
         file = f"{self.path}: {self.size_bytes:,} bytes, {self.params:,} params, opset {self.opset}"
-        return f"{file}; ONNX Runtime differs from torch by {self.error:.1e} (batch {', '.join(map(str, self.batch_sizes))})"
+        batches = ", ".join(map(str, self.batch_sizes))
+        return f"{file}; ONNX Runtime differs from torch by {self.error:.1e} (batch {batches})"
 
 
 def export(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *,
-    opset: int | None = None, dynamic_batch: bool = True,
+    opset: int | None = None, dynamic_batch: bool = True, dynamic_shapes: Any = None, precision: str | None = None,
+    simplify: bool | str = True, fuse: bool = True,
 ) -> ExportReport:  # fmt: skip
-    """Write `model` as it is (fuse it first for speed) to an ONNX file and compare the file with the model.
+    """Write `model` to an ONNX file and compare the file with the model.
 
     Args:
-        model: any module; it runs in eval mode and keeps its training flags.
+        model: any module; it runs in eval mode and keeps its training flags. It is not touched.
         path: the file to write; missing folders are made. It appears only if every check passes.
         example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model.
         opset: version of the default operator set. None: the exporter's default.
         dynamic_batch: let dim 0 of every input that has the batch size of the first input vary.
+        dynamic_shapes: instead, which dims may vary, in the form of `torch.export.export`; dims that are named are also
+            compared at twice their size, if the model runs there.
+        precision: "fp32", "fp16" or "bf16" of weights, inputs and outputs. None: the model's own.
+        simplify: fold constants and leave out what does nothing, by onnxscript's optimizer; "onnxslim": by onnxslim as well.
+        fuse: fold batch norms and the like into layers first (see `surgeon.fuse`).
 
     Returns:
-        An `ExportReport`.
+        An `ExportReport`. The file's metadata say surgeon's version, params, MACs and, of a cut model, a digest of its plans.
 
     Raises:
-        ExportError: the path cannot be written, the model cannot be exported, or the file computes something else.
-        InputError: `example_inputs` holds no tensor, or NaN.
+        ExportError: the path cannot be written, the model cannot be fused or exported, or the file computes something else.
+        InputError: `example_inputs` holds no tensor, or NaN, or an option is unknown.
         CaptureError: no inputs were given and none could be found.
+        MissingExtraError: onnxslim was asked for and is not installed.
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"expected a torch.nn.Module, got {type(model).__name__}", fix="pass the model itself")
+    _check_options(precision, simplify)
     target = Path(path)
     inputs = normalize(find_inputs(model)[0] if example_inputs is None else example_inputs)
+    dynamic_batch = dynamic_batch and dynamic_shapes is None
     batch = batch_size_of(inputs)
     if dynamic_batch and batch == 0:
         raise ExportError("the first input has no batch dimension", fix="pass dynamic_batch=False, or inputs with a batch")
-    batches: tuple[int, ...] = (batch,)
-    if dynamic_batch:
-        inputs = with_batch(inputs, max(batch, 2))
-        batches = (max(batch, 2), 5 if batch == 3 else 3)
     try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            draft = Path(folder) / target.name
-            with quiet_run(model, seed=0):
-                _write(model, draft, inputs, opset, batch if dynamic_batch else None)
-                params, written = _check_file(draft, opset)
-                error = max(_compare(model, draft, inputs, size) for size in batches)
-            files = sorted(Path(folder).iterdir(), reverse=True)  # the weights before the file that names them
-            size_bytes = sum(file.stat().st_size for file in files)
-            for file in files:
-                os.replace(file, target.parent / file.name)
-    except OSError as problem:
-        fix = "choose a path that can be written"
-        raise ExportError("cannot write the file", where=str(target), why=str(problem), fix=fix) from problem
-    return ExportReport(target, size_bytes, params, error, batches, written)
+        with draft_of(target) as draft, quiet_run(model, seed=0):
+            ready = _fused(model, inputs) if fuse else model
+            expected = model
+            if precision is not None:
+                ready = expected = copy.deepcopy(ready).to(PRECISIONS[precision])  # as rounded: rounding is no fault of the file
+                inputs = agree.cast_floats(inputs, PRECISIONS[precision])
+            macs = _macs(ready, inputs)
+            batches: tuple[int, ...] = (batch,)
+            if dynamic_batch:
+                inputs = with_batch(inputs, max(batch, 2))
+                batches = (max(batch, 2), 5 if batch == 3 else 3)
+                dynamic_shapes = _any_batch(inputs)
+            with _without_writes(ready, inputs):
+                _write(ready, draft, inputs, opset, dynamic_shapes, simplify)
+            if simplify == "onnxslim":
+                _slim(draft)
+            proto = _checked(draft, opset)
+            sizes = [with_batch(inputs, size) for size in batches]
+            if not dynamic_batch and dynamic_shapes is not None:
+                sizes += larger(ready, inputs, proto)
+            compared, error = compare(expected, draft, sizes)
+            report = ExportReport(
+                target, 0, params_of(proto), error, tuple(batch_size_of(s) for s in sizes), opset_of(proto), macs, folds(ready),
+                compared,
+            )  # fmt: skip
+            _describe(draft, proto, report, model)
+            report = dataclasses.replace(report, size_bytes=size_on_disk(draft, proto))
+    except FileError as problem:
+        raise ExportError(problem.what, where=problem.where, why=problem.why, fix=problem.fix) from problem
+    return report
 
 
-def batch_size_of(inputs: Inputs) -> int:
-    """Dim 0 of the first tensor in (args, kwargs) that has one; 0 if all are scalars."""
-    return next((int(tensor.shape[0]) for _, tensor in tensor_leaves(inputs) if tensor.ndim), 0)
+def _check_options(precision: str | None, simplify: bool | str) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", fix=f"use one of {', '.join(PRECISIONS)}")
+    if not isinstance(simplify, bool) and simplify != "onnxslim":
+        raise InputError(f"unknown way to simplify: {simplify!r}", fix='use True, False or "onnxslim"')
+    if simplify == "onnxslim":
+        _onnxslim()
 
 
-def with_batch(inputs: Inputs, size: int) -> Inputs:
-    """The inputs with `size` rows, repeated or cut along dim 0 of every tensor that has the batch size of the first."""
-    batch = batch_size_of(inputs)
-
-    def resize(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch or size == batch:
-            return value
-        return value.index_select(0, torch.arange(size, device=value.device) % max(batch, 1))
-
-    return cast(Inputs, pytree.tree_map(resize, inputs))
+def _onnxslim() -> Any:
+    try:
+        import onnxslim
+    except ImportError as error:
+        raise MissingExtraError("onnxslim is not installed", fix='pip install "surgeon[deploy]"') from error
+    return onnxslim
 
 
-def feeds(inputs: Inputs, names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """The tensor leaves of (args, kwargs) as arrays for ONNX inputs: by name where all names agree, else in order.
-
-    Raises:
-        InputError: there are more or fewer tensors than names.
-    """
-    leaves = [(path, tensor.detach().cpu().numpy()) for part in inputs for path, tensor in tensor_leaves(part)]
-    known = dict(leaves)
-    if set(names) <= set(known):
-        return {name: known[name] for name in names}
-    if len(names) != len(leaves):
-        what = f"the file has {len(names)} inputs ({', '.join(names)}) but {len(leaves)} tensors were given"
-        raise InputError(what, fix="pass example inputs with one tensor for each input of the file")
-    return dict(zip(names, (array for _, array in leaves), strict=True))
+def _fused(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The model with everything folded; one that `surgeon.fuse` gave is taken as it is."""
+    if folds(model) is not None:
+        return model
+    try:
+        return fold(model, inputs[1] or inputs[0])
+    except FuseError as error:
+        fix = f"pass fuse=False to export it as it is, or: {error.fix}"
+        raise ExportError(f"the model cannot be fused: {error.what}", where=error.where, why=error.why, fix=fix) from error
+    except CaptureError as error:
+        fix = f"{error.fix}; or pass fuse=False, if it cannot be recorded but runs"
+        raise ExportError(error.what, where=error.where, why=error.why, fix=fix) from error
 
 
-def _write(model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, batch: int | None) -> None:
-    """Run the exporter; `batch` is the caller's batch size if dim 0 is to vary, None if every size is fixed."""
+def _macs(model: nn.Module, inputs: Inputs) -> int | None:
+    try:
+        return macs_of(capture(model, inputs[1] or inputs[0]))
+    except CaptureError:  # it is only for the record
+        return None
+
+
+def _any_batch(inputs: Inputs) -> Any:
+    """dynamic_shapes that let dim 0 vary wherever it is the batch size."""
     (args, kwargs), size = inputs, batch_size_of(inputs)
-    shapes: Any = None
-    if batch is not None:
 
-        def dims(value: Any) -> Any:
-            return {0: "batch"} if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else None
+    def dims(value: Any) -> Any:
+        return {0: "batch"} if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else None
 
-        shapes = pytree.tree_map(dims, kwargs or args)
-    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > 0.9 * _INLINE_LIMIT
-    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
+    return pytree.tree_map(dims, kwargs or args)
+
+
+@contextlib.contextmanager
+def _without_writes(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Layers that may work in place do not, where that changes nothing: torch.export takes twice as long over those that do."""
+    layers = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    before = list(_outputs(model, inputs)) if layers else []
     try:
-        with _silence():
+        for layer in layers:
+            layer.inplace = False  # type: ignore[assignment]  # a flag of torch's activations
+        after = list(_outputs(model, inputs)) if layers else []
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):  # forward reads what a layer wrote
+            for layer in layers:
+                layer.inplace = True  # type: ignore[assignment]  # the same
+        yield
+    finally:
+        for layer in layers:
+            layer.inplace = True  # type: ignore[assignment]  # the same
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
+        for _, tensor in tensor_leaves(model(*args, **kwargs)):
+            yield tensor.nan_to_num() if tensor.is_floating_point() else tensor
+
+
+def _write(model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str) -> None:
+    """Run the exporter; `shapes` is None if every size is fixed."""
+    args, kwargs = inputs
+    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > INLINE_LIMIT
+    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
+    names = _output_names(model, inputs)
+    try:
+        with agree.silence():
             torch.onnx.export(
-                model, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=True, verbose=False,
-                external_data=large, **options,
+                model, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=bool(simplify), verbose=False,
+                external_data=large, output_names=names, **options,
             )  # fmt: skip
     except OSError:
         raise
     except Exception as error:  # the exporter and the model's own code: all of it is reported
         causes = [text for cause in _chain(error) if (text := str(cause).strip())]
         text = "\n".join(causes).lower()
-        if batch is not None and any(word in text for word in _SPECIALISED):
-            why = "its code fixes the batch size: " + _head(causes[-1])
-            raise ExportError("the model cannot be exported with a dynamic batch", why=why, fix=_ANY_BATCH) from error
+        if shapes is not None and any(word in text for word in _SPECIALISED):
+            why = "its code fixes the batch size: " + head(causes[-1])
+            raise ExportError("the model cannot be exported with a dynamic batch", why=why, fix=ANY_BATCH) from error
         raise ExportError(
             "torch.onnx.export could not export the model",
             where=type(model).__name__,
-            why=f"{type(error).__name__}: {_head(causes[-1] if causes else '')}",
+            why=f"{type(error).__name__}: {head(causes[-1] if causes else '')}",
             fix="change the op that is named, try dynamic_batch=False or another opset, or update torch and onnxscript",
         ) from error
 
 
-def _check_file(draft: Path, opset: int | None) -> tuple[int, int]:
-    """(number of initializer elements, opset) of a legal file."""
+def _output_names(model: nn.Module, inputs: Inputs) -> list[str] | None:
+    """The names that the model gives its outputs (keys of dicts, fields); None where two are alike or the model fails."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+    taken = {path for part in inputs for path, _ in tensor_leaves(part)}
+    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
+        names = [path if not path[0].isdigit() else f"output.{path}" for path, _ in tensor_leaves(model(*args, **kwargs))]
+        if len(set(names)) == len(names) and not taken & set(names):
+            return names
+    return None
+
+
+def _slim(draft: Path) -> None:
+    import onnx
+
+    with agree.silence():
+        slimmed = _onnxslim().slim(read(draft, weights=True))
+    onnx.save(slimmed, str(draft), save_as_external_data=slimmed.ByteSize() > INLINE_LIMIT, location=f"{draft.name}.data")
+
+
+def _checked(draft: Path, opset: int | None) -> Any:
+    """The ModelProto (external weights stay outside) of a legal file."""
     import onnx
 
     try:
         onnx.checker.check_model(str(draft))
     except (onnx.checker.ValidationError, ValueError) as error:
         fix = "update torch and onnxscript, or try another opset"
-        raise ExportError("the exporter wrote an illegal file", why=_head(str(error)), fix=fix) from error
-    proto = onnx.load(str(draft), load_external_data=False)
-    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
-    if opset is not None and written != opset:
+        raise ExportError("the exporter wrote an illegal file", why=head(str(error)), fix=fix) from error
+    proto = read(draft)
+    if opset is not None and opset_of(proto) != opset:
         raise ExportError(
-            f"opset {opset} was asked for but the exporter wrote {written}", fix="leave out opset, or ask for that one"
+            f"opset {opset} was asked for but the exporter wrote {opset_of(proto)}", fix="leave out opset, or ask for that one"
         )
-    return sum(math.prod(item.dims) for item in proto.graph.initializer), written
+    return proto
 
 
-def _compare(model: nn.Module, draft: Path, inputs: Inputs, batch: int) -> float:
-    """The largest relative error over the outputs on `batch` rows of fresh values.
+def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -> None:
+    """Write surgeon's version, params, MACs and what was cut into the file's metadata.
 
-    Raises:
-        ExportError: it is above the tolerance, or ONNX Runtime cannot run the file.
+    Of what the exporter notes on each node, source lines and paths of this machine among it, only the module's path stays.
     """
-    args, kwargs = _fresh(with_batch(inputs, batch), seed=batch)
     try:
-        expected = [(path, tensor.detach().cpu()) for path, tensor in tensor_leaves(model(*args, **kwargs))]
-    except Exception as error:  # the model's own code: anything may come out of it, and all of it is reported
-        why = f"{type(error).__name__}: {_head(str(error))}"
-        raise ExportError(f"the model itself does not run on a batch of {batch}", why=why, fix=_ANY_BATCH) from error
-    found = _run_onnx(draft, (args, kwargs))
-    if len(found) != len(expected):
-        fix = "return each output once, as a tensor or a tuple or dict of tensors"
-        raise ExportError(f"the file has {len(found)} outputs and the model {len(expected)}", fix=fix)
-    worst = 0.0
-    for (path, tensor), array in zip(expected, found, strict=True):
-        gap = relative_error(array, tensor.numpy())
-        limit = _TOLERANCE.get(tensor.dtype, _DEFAULT_TOLERANCE)
-        if not gap <= limit:
-            raise ExportError(
-                f"the exported file computes something else: output differs by {gap:.1e} (at most {limit:.0e} is allowed)",
-                where=f"output '{path}', batch {batch}",
-                why="the exporter or ONNX Runtime changed the model's arithmetic, or forward is random or fixes the batch size",
-                fix="export with dynamic_batch=False, another opset, or after surgeon.fuse(model); compare op by op if it stays",
-            )
-        worst = max(worst, gap)
-    return worst
-
-
-def _run_onnx(path: Path, inputs: Inputs) -> list[Any]:
-    import onnxruntime
-
-    try:
-        with _silence():
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            return list(session.run(None, feeds(inputs, [item.name for item in session.get_inputs()])))
-    except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
-        raise ExportError(
-            "ONNX Runtime cannot run the exported file",
-            where=f"batch {batch_size_of(inputs)}",
-            why=f"{type(error).__name__}: {_head(str(error))}",
-            fix="pass dynamic_batch=False if the batch is named, model.float() if a dtype is, or try another opset",
-        ) from error
-
-
-def relative_error(found: Any, expected: Any) -> float:
-    """max |found - expected| / max |expected|; places where both are the same infinity or both NaN count as equal."""
-    a, b = np.asarray(found), np.asarray(expected)
-    if a.shape != b.shape:
-        return math.inf
-    kind = np.complex128 if np.iscomplexobj(b) else np.float64
-    a, b = a.astype(kind), b.astype(kind)
-    wild = ~(np.isfinite(a) & np.isfinite(b))
-    if not np.array_equal(a[wild], b[wild], equal_nan=True):
-        return math.inf
-    a, b = a[~wild], b[~wild]
-    gap, scale = (float(np.abs(x).max(initial=0.0)) for x in (a - b, b))
-    return gap / scale if scale else (math.inf if gap else 0.0)
-
-
-def _fresh(inputs: Inputs, seed: int) -> Inputs:
-    """Other float values in the range of the given ones: shuffled, or normal where they were constant."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def change(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
-            return value
-        flat = value.detach().reshape(-1)
-        if bool((flat == flat[0]).all()):
-            return torch.randn(value.shape, generator=generator).to(value)
-        return flat[torch.randperm(flat.numel(), generator=generator).to(flat.device)].reshape(value.shape)
-
-    return cast(Inputs, pytree.tree_map(change, inputs))
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No prints, log lines or warnings from the exporter; errors still come out as exceptions."""
-    level = logging.root.manager.disable
-    sink = io.StringIO()
-    try:
-        logging.disable(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+        version = importlib.metadata.version("surgeon")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "source"
+    facts = {"surgeon.version": version, "surgeon.params": str(report.params)}
+    if report.macs is not None:
+        facts["surgeon.macs"] = str(report.macs)
+    plans = plans_of(model)
+    if plans:
+        kept = json.dumps([dict(plan.kept) for plan in plans], sort_keys=True)
+        facts["surgeon.plan"] = hashlib.sha256(kept.encode()).hexdigest()[:16]
+        facts["surgeon.architecture"] = plans[0].hash
+    for key, value in facts.items():
+        proto.metadata_props.add(key=key, value=value)
+    del proto.graph.metadata_props[:]
+    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        scopes = [entry for entry in item.metadata_props if entry.key == SCOPES]
+        del item.metadata_props[:]
+        item.metadata_props.extend(scopes)
+    draft.write_bytes(proto.SerializeToString())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _head(text: str) -> str:
-    return " | ".join([line.strip() for line in text.splitlines() if line.strip()][:4])[:500]

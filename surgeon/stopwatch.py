@@ -14,7 +14,6 @@ from surgeon.bench import bench
 from surgeon.cost import Choice
 from surgeon.errors import BudgetError
 from surgeon.export import export
-from surgeon.fuse import fuse
 from surgeon.latency import Predictor
 
 _CLOSE = 0.03  # below the limit: close enough
@@ -80,7 +79,7 @@ def search(
 class Stopwatch:
     """Measures whole models in turns with the original, as they would be deployed.
 
-    For ONNX Runtime both are fused and exported; for torch both run eagerly as they are.
+    For ONNX Runtime both are exported (and so fused); for torch both run eagerly as they are.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, runtime: str, threads: int, folder: str) -> None:
@@ -92,7 +91,7 @@ class Stopwatch:
         if self.runtime == "torch":
             return model
         path = self.folder / f"{name}.onnx"
-        export(fuse(model), path, self.inputs, dynamic_batch=False)
+        export(model, path, self.inputs, dynamic_batch=False)
         return path
 
     def measure(self, small: nn.Module | None = None) -> tuple[float, float, tuple[float, float]]:

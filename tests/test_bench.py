@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,19 @@ def test_a_gain_needs_the_whole_interval_above_one(clock: _Clock) -> None:
         "reference": False, "noisy": False, "faster": True, "slower": False, "same": False,
     }  # fmt: skip
     assert by_name["same"].low == pytest.approx(1.0) and by_name["slower"].ratio == pytest.approx(10 / 11)
+
+
+def test_disturbances_that_last_widen_the_interval() -> None:
+    """The same ratios in runs of neighbours are less evidence than in turns."""
+
+    def width(ratios: list[float]) -> float:
+        times = np.array(ratios)
+        row = module._filled(Row("b", "x", None, 0), 1 / times, np.ones(len(times)), 0)
+        return row.high - row.low
+
+    generator = np.random.default_rng(0)
+    apart = list(1 + 0.1 * generator.standard_normal(60))
+    assert width(sorted(apart)) > 1.3 * width(apart)
 
 
 def test_too_few_rounds_are_no_evidence(clock: _Clock) -> None:
@@ -193,7 +207,7 @@ def test_bad_inputs(tmp_path: Path, onnx_file: Path) -> None:
         ("no entries", [model], _X, {}),
         ("is a int", {"a": 3}, _X, {}),
         ("no such file", {"a": tmp_path / "missing.onnx"}, _X, {}),
-        ("can load", {"a": tmp_path / "corrupt.onnx"}, _X, {}),
+        ("not an ONNX file", {"a": tmp_path / "corrupt.onnx"}, _X, {}),
         ("'b' does not run", {"a": nn.Identity(), "b": model}, torch.ones(2, 4), {}),
         ("does not run", {"a": onnx_file}, torch.ones(2, 4), {}),
         ("does not run", {"a": onnx_file}, _X.double(), {}),

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgeon.agree import relative_error
 from surgeon.errors import ExportError, InputError
-from surgeon.export import export, relative_error
+from surgeon.export import export
 from surgeon.fuse import fuse
 
 module = importlib.import_module("surgeon.export")  # the package may name the function as the module
@@ -213,7 +214,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_large_weights_lie_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(module, "INLINE_LIMIT", 1000)
     model, path = nn.Linear(64, 64), tmp_path / "large.onnx"
     report = export(model, path, torch.randn(2, 64))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]

@@ -13,8 +13,9 @@ ROOT = Path(surgeon.__file__).parent
 LAYERS = """
 errors graph _running _quiet _decisions _views inputs _sizes recorder capture labels rules _alike propagate solve lanes groups
 cost request bands held knapsack calibration criteria choose edits rewrite carry plan distributed masks wanted compare mend
-blueprint configs absence normalise semantics reference trace verify recovery fuse export bench kernels latency stopwatch report
-explain sensitivity surgery pipeline iterate training models store cli
+blueprint configs absence normalise semantics reference trace verify recovery folding fuse onnx_file agree widen check_file
+export losses quantize bench_table profiled runners bench kernels latency stopwatch doctor report explain sensitivity surgery
+pipeline iterate training models store cli_files cli
 """.split()
 
 
@@ -64,8 +65,8 @@ def test_the_proof_is_independent() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "export", "finetune", "fuse", "inspect", "iterate",
-        "load", "recover", "regularizer",
+        "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse", "inspect",
+        "iterate", "load", "quantize", "recover", "regularizer",
         "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:

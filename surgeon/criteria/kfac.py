@@ -18,13 +18,16 @@ from surgeon.errors import InputError
 from surgeon.groups import Group
 from surgeon.labels import Track
 
+_ROUNDS = 64  # in which the units of a group leave, at most
+
 
 class KFAC(FromReadings):
     """How far the model's outputs move if a unit leaves and the weights that stay make up for it.
 
     As OBS, with H = E x x^T over the patches that a consumer reads, and each of its outputs weighed by how much the model's
-    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning, the least first; H^-1
-    and the weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared
+    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning (of more than 64 some
+    at once), the least first; H^-1 and the weights are brought up to date each time, and a unit's score is what its own leaving
+    adds. Scores are squared
     distances of the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare.
     (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al.,
     EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon, 2024.)
@@ -34,7 +37,7 @@ class KFAC(FromReadings):
     Args:
         damping: of H, times its mean diagonal.
         widest: channels of which a covariance is kept, at most.
-        stepwise: entries of one group of a consumer up to which units leave one by one; beyond, each is scored as if alone.
+        stepwise: entries of one group of a consumer up to which units leave in turn; beyond, each is scored as if alone.
     """
 
     name = "kfac"
@@ -54,7 +57,7 @@ class KFAC(FromReadings):
         found = [self._left(reading, group.units) for reading in self.evidence.of(group)]
         if any(item.entries > self.stepwise for item in found):
             return self.combined([item.scores() for item in found], group.units)
-        return _one_by_one(found, group.units)
+        return _in_turn(found, group.units)
 
     def _left(self, reading: Reading, units: int) -> _Left:
         curvature = reading.statistics.curvature
@@ -66,16 +69,18 @@ class KFAC(FromReadings):
         return _Left(reading, units, curvature, inverse.numpy(), curvature.error().numpy())
 
 
-def _one_by_one(found: Sequence[_Left], units: int) -> Track:
+def _in_turn(found: Sequence[_Left], units: int) -> Track:
     scores, gone, most = np.zeros(units), np.zeros(units, dtype=bool), 0.0
-    for _ in range(units):
+    together = -(-units // _ROUNDS)
+    while not gone.all():
         now = sum((item.scores() for item in found), start=np.zeros(units))
         now[gone] = np.inf
-        unit = int(np.argmin(now))
-        most = max(most * (1 + 1e-12), float(now[unit]))  # a later one never ranks before an earlier one
-        scores[unit], gone[unit] = most, True
+        leaving = np.argsort(now, kind="stable")[: min(together, units - int(gone.sum()))]
+        for unit in leaving:
+            most = max(most * (1 + 1e-12), float(now[unit]))  # a later one never ranks before an earlier one
+            scores[unit], gone[unit] = most, True
         for item in found:
-            item.remove(unit)
+            item.remove(leaving)
     return scores
 
 
@@ -113,18 +118,24 @@ class _Left:
             found += np.bincount(unit, weights=np.maximum(lost, 0.0), minlength=self.units)
         return found
 
-    def remove(self, unit: int) -> None:
-        self.constant[unit] = 0.0
+    def remove(self, units: Track) -> None:
+        self.constant[units] = 0.0
         if self.inverse is None or self.product is None:
             return
-        for _, group, where in (part for part in self.parts if part[0] == unit):
+        leaving = set(units.tolist())
+        by_group: dict[int, list[Track]] = {}
+        for _, group, where in (part for part in self.parts if part[0] in leaving):
+            by_group.setdefault(group, []).append(where)
+        for group, parts in by_group.items():
+            where = np.concatenate(parts)
             inverse, product = self.inverse[group], self.product[group]
             step = np.linalg.solve(inverse[np.ix_(where, where)], inverse[where]).T  # [entries, leaving]
             rows, inner = product[where].copy(), product[np.ix_(where, where)].copy()
             inverse -= step @ inverse[where]
-            product += step @ inner @ step.T - step @ rows - (step @ rows).T
+            cross = step @ rows
+            product += step @ inner @ step.T - cross - cross.T
             for matrix in (inverse, product):
                 matrix[where] = 0.0
                 matrix[:, where] = 0.0
             inverse[where, where] = 1.0
-        self.parts = [part for part in self.parts if part[0] != unit]
+        self.parts = [part for part in self.parts if part[0] not in leaving]

@@ -1,0 +1,134 @@
+"""Which architectures reach ONNX: shrunk at ratio 0.5, exported, and compared with torch in ONNX Runtime at two batch sizes.
+
+    pip install torchvision timm transformers
+    python benchmarks/export_zoo.py [--filter PATTERN] [--limit SECONDS]
+
+A row works if the largest relative error is at most 1e-4 in fp32 and the parameters in the file are those of the small model (of
+the fused one, which holds its batch norms in the biases of its layers). Where forward fixes the batch size, the file is exported
+with that size, and the row says so. Each model runs in a process of its own with a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from results import markdown, write_result
+from zoo_models import NAMES, TIMM
+
+RATIO, GOAL = 0.5, 0.95
+_LARGE = {"halonet_h1", "csatv2", "deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m", "nasnetalarge", "pnasnet5large"}
+TRANSFORMERS = ("bert roberta albert electra mpnet distilbert gpt2 gpt-neox opt llama mistral qwen2 vit dinov2 segformer").split()
+HEADER = ["model", "params left", "params in file", "folds", "relative error", "batch sizes", "exported"]
+
+
+def models() -> list[str]:
+    """The spine's torchvision models, 30 timm families, 15 transformers architectures."""
+    families = [name for name in TIMM if name not in _LARGE][::2][:30]
+    libraries = {"torchvision": NAMES, "timm": families, "transformers": TRANSFORMERS}
+    return [f"{library}/{name}" for library, names in libraries.items() for name in names]
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One row, in this process."""
+    import onnx
+    import torch
+    from zoo_models import build
+
+    import surgeon
+    from surgeon.errors import ExportError
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    model, inputs = build(name)
+    for parameter in model.parameters():  # the exporter keeps one of several equal tensors, such as biases of zeros
+        parameter.data += 1e-3 * torch.randn(parameter.shape)
+    before = sum(p.numel() for p in model.parameters())
+    small = surgeon.shrink(model, RATIO, example_inputs=inputs, round_to=1)
+    fused = surgeon.fuse(small.eval(), inputs)
+    wanted = sum(p.numel() for p in fused.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        path, fixed = Path(folder) / "model.onnx", ""
+        try:
+            report = surgeon.export(fused, path, inputs)
+        except ExportError as error:
+            report, fixed = surgeon.export(fused, path, inputs, dynamic_batch=False), error.what
+        surgeon.export(fused, path, inputs, dynamic_batch=not fixed, simplify=False)
+        tensors = {item.name: math.prod(item.dims) for item in onnx.load(str(path)).graph.initializer}
+    own = {name for name, _ in fused.named_parameters()}
+    params = sum(size for name, size in tensors.items() if name in own)
+    return {
+        "left": sum(p.numel() for p in small.parameters()) / before, "params": params, "wanted": wanted,
+        "folds": str(report.folds), "error": report.error, "batches": report.batch_sizes, "fixed": fixed,
+    }  # fmt: skip
+
+
+def apart(name: str, limit: int) -> dict[str, Any]:
+    """The same in a process of its own; {"failed": reason} if it fails."""
+    try:
+        run = subprocess.run(
+            [sys.executable, __file__, "--one", name], capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer in {limit} s"}
+    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    if run.returncode == 0 and lines:
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+    said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+    named = next((i for i, line in enumerate(said) if line.startswith("surgeon.errors.")), len(said) - 1)
+    return {"failed": " ".join(said[named : named + 3])[:300] or f"exit code {run.returncode}"}
+
+
+def cells(name: str, found: dict[str, Any]) -> list[str]:
+    """The row as text."""
+    if "failed" in found:
+        return [name, "", "", "", "", "", found["failed"]]
+    same = "same" if found["params"] == found["wanted"] else f"{found['params'] - found['wanted']:+,}"
+    good = (
+        "yes"
+        if found["error"] <= 1e-4 and not found["fixed"]
+        else f"one batch size: {found['fixed']}"
+        if found["fixed"]
+        else "no"
+    )
+    batches = ", ".join(map(str, found["batches"]))
+    return [name, f"{found['left']:.1%}", same, found["folds"], f"{found['error']:.1e}", batches, good]
+
+
+def main() -> None:
+    """Run all models and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="*")
+    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        print(json.dumps(measured(chosen.one)))
+        return
+    rows = []
+    for name in fnmatch.filter(models(), chosen.filter):
+        rows.append(cells(name, apart(name, chosen.limit)))
+        print(" | ".join(rows[-1]), flush=True)
+    done = sum(row[-1] == "yes" for row in rows)
+    notes = [
+        f"{done} of {len(rows)} ({done / max(len(rows), 1):.0%}) agree at two batch sizes; the goal is {GOAL:.0%}.",
+        (
+            "params in file: the parameters that it holds by name before it is simplified (which spreads tables looked up "
+            "by constants, and drops rows that are not) against those of the fused small model, read or not."
+        ),
+        "relative error: max |onnx - torch| / max |torch|, over outputs and both batch sizes, against the model before fusing.",
+    ]
+    write_result("export_zoo", "Export: the zoo at ratio 0.5", markdown(HEADER, rows), notes)
+
+
+if __name__ == "__main__":
+    main()
