@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import os
 import sys
 import warnings
@@ -19,12 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar import HOW_TO_GET, MEAN, STD, top1
+from cifar import HOW_TO_GET, read_images, top1
 from cifar_resnet import resnet56
-from PIL import Image
 from results import first_line, markdown, write_result
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -47,20 +44,6 @@ RIVALS = {
 }
 Pairs = list[tuple[Tensor, Tensor]]
 Row = tuple[str, str, list[float | str]]
-
-
-def first_images(path: Path, count: int) -> tuple[Tensor, Tensor]:
-    """The first images of a file (see `cifar.HOW_TO_GET`), normalised, and their labels."""
-    with np.load(path, allow_pickle=False) as file:
-        labels = torch.from_numpy(file["labels"][:count]).long()
-        if "images" in file.files:
-            pixels = file["images"][:count]
-        else:
-            head, scans, ends = file["header"].tobytes(), file["scans"].tobytes(), file["offsets"]
-            jpegs = (head + scans[ends[i] : ends[i + 1]] for i in range(count))
-            pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), labels
 
 
 def by_surgeon(model: nn.Module, name: str, scopes: list[str], budgets: list[float], data: Pairs, test: Any) -> Iterator[Row]:
@@ -196,9 +179,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = resnet56().eval()
     model.load_state_dict(load_file(asked.data / WEIGHTS))
-    x, y = first_images(asked.data / TRAIN, CALIBRATION)
+    x, y = read_images(asked.data / TRAIN, CALIBRATION)
     data = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-    test = first_images(asked.data / TEST, TESTED)
+    test = read_images(asked.data / TEST, TESTED)
     base = top1(model, *test)
     rows: list[Row] = []
     for name in asked.criteria:
