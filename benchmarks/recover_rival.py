@@ -20,7 +20,7 @@ IMPORTANCES = {
     "BN scale": lambda tp: tp.importance.BNScaleImportance(),
     "Taylor": lambda tp: tp.importance.GroupTaylorImportance(),
 }
-STEPS = 10  # of the search for a ratio
+STEPS, CLOSE = 10, 0.995  # of the search for a ratio; what of the target ends it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Rival:
             if importance == "BN scale" and not self.norms:
                 continue
             for everywhere in (False, True):
-                for inner in (False, True):
+                for inner in (False, True) if self.task.stream else (True,):
                     try:
                         yield self._fitted(Choice(importance, everywhere, inner, 1.0), share)
                     except Exception as error:  # noqa: BLE001  # whatever the rival raises is said in the notes
@@ -94,8 +94,11 @@ class Rival:
         for _ in range(STEPS):
             choice = dataclasses.replace(choice, ratio=(low + high) / 2)
             small = self.cut(choice)
-            if macs_of(small, self.example) <= share * self.whole:
+            reached = macs_of(small, self.example) / (share * self.whole)
+            if reached <= 1:
                 best, high = (choice, small), choice.ratio
+                if reached > CLOSE:
+                    break
             else:
                 low = choice.ratio
         if best is None:
