@@ -40,18 +40,28 @@ HOW_TO_GET = """These files are needed in {folder}: {missing}
 Pass the folder with --data or in the environment variable SURGEON_DATA."""
 
 
-def read_images(path: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Normalised images [N, 3, 32, 32] and labels [N], at most `limit` of them."""
+def read_pixels(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first `count` images (all by default) as uint8 [N, 3, 32, 32], and their labels [N]."""
     with np.load(path, allow_pickle=False) as file:
-        labels = file["labels"][:limit]
+        labels = file["labels"][:count]
         if "images" in file.files:
-            pixels = file["images"][:limit]
+            pixels = file["images"][:count]
         else:
             head, scans, ends = file["header"].tobytes(), file["scans"].tobytes(), file["offsets"]
             jpegs = (head + scans[ends[i] : ends[i + 1]] for i in range(len(labels)))
             pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), torch.from_numpy(labels).long()
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels).long()
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Images as the networks take them."""
+    return (pixels.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first `count` images (all by default), normalised [N, 3, 32, 32], and their labels [N]."""
+    pixels, labels = read_pixels(path, count)
+    return normalised(pixels), labels
 
 
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,209 @@
+"""What is left after a cut, what is won back without training, and after little of it; next to torch-pruning at the same MACs.
+
+    pip install torch-pruning==1.6.1 accelerate
+    python benchmarks/recover.py [--data DIR] [--models resnet20 vit] [--reductions 2.1] [--seeds 0] [--epochs 0 1]
+
+ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are trained here for some
+minutes. Without training, both tools see the same samples (torch-pruning also their labels), and surgeon's targets are the
+base's own outputs; fine-tuning is the same for both. Test data is looked at when a cell is done. Cells are kept in
+benchmarks/.cache/recover.json, so that a run that was stopped goes on (in the middle of an epoch, too), and the table is
+written from them: "-" is a cell that was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import HOW_TO_GET, MODELS
+from recover_cells import METHODS, REDUCTIONS, Job, keep, load_cells
+from recover_models import CACHE
+from recover_rival import Choice, Rival, macs_of, reestimated
+from recover_table import write
+from recover_tasks import TASKS, Task
+from torch import nn
+
+import surgeon
+
+RATE = 0.02  # of the fine-tuning
+FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
+
+
+def jobs_of(models: list[str], reductions: list[float] | None, seeds: list[int], epochs: list[int], recipe: str) -> list[Job]:
+    """All that is asked for, the most telling first; only the ResNets are fine-tuned."""
+    found = [Job(model, 1.0, 0, "base", 0, recipe) for model in models]
+    for model in models:
+        for count in epochs:
+            if count and model not in MODELS:
+                continue
+            for seed in seeds:
+                if count:
+                    found.append(Job(model, 1.0, seed, "base", count, recipe))
+                for reduction in reductions or REDUCTIONS[model]:
+                    found += [Job(model, reduction, seed, tool, count, recipe) for tool in ("torch-pruning", "surgeon")]
+    return sorted(found, key=lambda job: job.urgency)
+
+
+Made = dict[str, tuple[nn.Module, str, Any]]  # method -> the model, how it was made, and how to make it again
+
+
+@functools.lru_cache(maxsize=2)
+def task_of(name: str, data: Path) -> Task:
+    made: Task = TASKS[name](name, data)
+    return made
+
+
+def by_surgeon(task: Task, reduction: float, seed: int) -> Made:
+    """Planned with the refit in mind, cut, recovered; without labels."""
+    batches = [x for x, _ in task.calibration(seed)]
+    surgery = surgeon.inspect(task.base, batches[0][:1])
+    plan = surgery.plan(macs=1 / reduction, criterion="kfac", data=batches, scope="knapsack", round_to=1, seed=seed)
+    small = plan.apply(task.base)
+    done = surgeon.recover(small, plan, task.base, batches, seed=seed)
+    print(done, flush=True)
+    cut, recovered = METHODS["surgeon"]
+    return {cut: (small, "", None), recovered: (done.model, f"distance {done.before:.3f} -> {done.after:.3f}", None)}
+
+
+def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:
+    """The best of what torch-pruning offers, as cut and after batch-norm re-estimation, by samples that were held out.
+
+    Args:
+        known: cells of this network, reduction and seed: a choice that was made is not made again.
+    """
+    rival = Rival(task, seed)
+    cut, renewed = METHODS["torch-pruning"]
+    if renewed in known:
+        choice = Choice(**known[renewed]["again"])
+        return {renewed: (reestimated(rival.cut(choice), rival.data), str(choice), known[renewed]["again"])}
+    best: dict[str, tuple[float, Choice, nn.Module]] = {}
+    for found in rival.candidates(1 / reduction):
+        if isinstance(found, str):
+            print("   ", found, flush=True)
+            continue
+        choice, small = found
+        models = {cut: small, renewed: reestimated(small, rival.data)} if rival.norms else {cut: small}
+        for method, model in models.items():
+            score = task.held_out(model, seed)
+            print(f"    {method}: {choice}, ratio {choice.ratio:.3f}: {score:.4f} on held-out samples", flush=True)
+            if not math.isnan(score) and (method not in best or (score - best[method][0]) * task.sign > 0):
+                best[method] = score, choice, model
+    return {method: (model, str(choice), dataclasses.asdict(choice)) for method, (_, choice, model) in best.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) -> Made:
+    """What a tool makes of a network, before any training."""
+    task = task_of(model, data)
+    if tool == "base":
+        return {"base": (task.base, "", None)}
+    if tool == "surgeon":
+        return by_surgeon(task, reduction, seed)
+    cells, renewed = load_cells(), METHODS[tool][1]
+    key = Job(model, reduction, seed, tool, 0, "").keys[renewed]
+    return by_rival(task, reduction, seed, {renewed: cells[key]} if key in cells else {})
+
+
+def run(job: Job, data: Path, images: int, distill: bool) -> dict[str, dict[str, Any]]:
+    """The cells of a job by key."""
+    task = task_of(job.model, data)
+    start = time.perf_counter()
+    made = _prepared(job.tool, job.model, job.reduction, job.seed, data)
+    example = task.calibration(job.seed)[0][0][:1]
+    cells = {}
+    for method, key in job.keys.items():
+        if method not in made:  # nothing to re-estimate
+            cells[key] = {"value": None}
+            continue
+        model, how, again = made[method]
+        if job.epochs:
+            model = finetuned(copy.deepcopy(model), task, job, key, images, distill)
+        cells[key] = {"value": task.test(model), "macs": macs_of(model, example), "how": how, "again": again}
+    for cell in cells.values():
+        cell["seconds"] = round(time.perf_counter() - start, 1)
+    return cells
+
+
+def finetuned(model: nn.Module, task: Task, job: Job, key: str, images: int, distill: bool) -> nn.Module:
+    """The model after the fine-tuning that all tools get."""
+    checkpoint = checkpoint_of(key)
+
+    def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    done = surgeon.finetune(
+        model,
+        task.train(images),
+        epochs=job.epochs,
+        loss=task.loss,
+        teacher=task.base if distill else None,
+        optimizer=sgd,
+        warmup=20,
+        checkpoint=checkpoint,
+        checkpoint_steps=100,
+        seed=job.seed,
+    )
+    checkpoint.unlink(missing_ok=True)
+    print("   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True)
+    return done.model
+
+
+def checkpoint_of(key: str) -> Path:
+    """Of a fine-tuning that is not finished."""
+    return CACHE / f"recover {key}.ckpt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parents[1]
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--reductions", nargs="+", type=float, help="times fewer MACs (default: 1.5 2.1 2.6, LayerNorm 1.5 2.1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
+    parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
+    parser.add_argument("--finetune-images", type=int, default=50_000)
+    parser.add_argument("--no-teacher", action="store_true", help="fine-tune without distillation, both tools")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds of what is asked for")
+    parser.add_argument("--table", action="store_true", help="only write the table from the cache")
+    asked = parser.parse_args()
+    missing = [name for name in FILES if not (asked.data / name).is_file()]
+    if missing:
+        sys.exit(HOW_TO_GET.format(folder=asked.data, missing=", ".join(missing)))
+    torch.set_num_threads(1)
+    images, distill = asked.finetune_images, not asked.no_teacher
+    recipe = f"{images}" + ("" if distill else " without teacher")
+    jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, recipe)
+    jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
+    cells = load_cells()
+    for key in (key for job in jobs for key in job.keys.values() if asked.fresh):
+        cells.pop(key, None)
+        checkpoint_of(key).unlink(missing_ok=True)
+    keep(cells)
+    todo = [] if asked.table else [job for job in jobs if not all(key in cells for key in job.keys.values())]
+    for number, job in enumerate(todo, 1):
+        print(f"[{number} of {len(todo)}] {job}", flush=True)
+        for key, cell in run(job, asked.data, images, distill).items():
+            cells[key] = cell
+            print(f"  {key}: {cell}", flush=True)
+        keep(cells)
+    teacher = "the base as teacher (temperature 4, weight 0.9)" if distill else "no teacher"
+    training = (
+        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate {RATE}, momentum 0.9, "
+        f"weight decay 5e-4, cosine to zero, {teacher}; a run of its own for each number of epochs."
+    )
+    write(cells, recipe, training)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The tables of benchmarks/recover.py, from the cells of the cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cifar import MODELS
+from recover_cells import REDUCTIONS, Cells, Job
+from recover_models import LENGTH
+from recover_tasks import HELD_OUT, SAMPLES, TASKS, TEXTS
+from results import markdown, write_result
+
+
+class Tables:
+    """The tables of all cells in the cache."""
+
+    def __init__(self, cells: Cells, recipe: str) -> None:
+        self.cells, self.recipe = cells, recipe
+        self.seeds = sorted({int(key.split()[2]) for key in cells})
+
+    def values(self, model: str, reduction: float, tool: str, place: int, epochs: int = 0, what: str = "value") -> list[Any]:
+        """One for each seed that was run."""
+        found = []
+        for seed in self.seeds:
+            key = list(Job(model, reduction, seed, tool, epochs, self.recipe).keys.values())[place]
+            if self.cells.get(key, {}).get(what) is not None:
+                found.append(self.cells[key][what])
+        return found
+
+    def score(self, model: str, *which: Any) -> str:
+        """Mean ± standard deviation (seeds)."""
+        found = self.values(model, *which)
+        if not found:
+            return "-"
+        scale, digits = (100, 1) if TASKS[model].sign > 0 else (1, 3)
+        spread = f" ± {scale * statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+        return f"{scale * statistics.mean(found):.{digits}f}{spread} ({len(found)})"
+
+    def base(self, model: str, what: str = "value") -> Any:
+        return (self.values(model, 1.0, "base", 0, 0, what) or [None])[0]
+
+    def rows(self, models: Mapping[str, Any]) -> Iterator[list[str]]:
+        """Without training."""
+        for model in models:
+            for reduction in REDUCTIONS[model]:
+                which = [(tool, place) for tool in ("torch-pruning", "surgeon") for place in (0, 1)]
+                scores = [self.score(model, reduction, *one) for one in which]
+                if all(score == "-" for score in scores):
+                    continue
+                macs = [self.values(model, reduction, *one, 0, "macs") for one in ((which[0]), (which[3]))]
+                left = [f"{statistics.mean(some) / self.base(model, 'macs'):.1%}" if some else "-" for some in macs]
+                base = self.base(model)
+                said = f"{base:.2%}" if TASKS[model].sign > 0 else f"{base:.3f}"
+                hows = [self.values(model, reduction, "torch-pruning", place, 0, "how") for place in (0, 1)]
+                chosen = "; ".join(" / ".join(dict.fromkeys(some)) for some in hows if some)
+                yield [f"{model}, {TASKS[model].metric}", f"{reduction:g}x", said, *scores, *left, chosen or "-"]
+
+    def trained_rows(self) -> Iterator[list[str]]:
+        epochs = sorted({int(key.split(" of ")[0].split()[-1]) for key in self.cells if key.endswith(f" of {self.recipe}")})
+        for model in MODELS:
+            for reduction in REDUCTIONS[model]:
+                for count in epochs:
+                    which = ((1.0, "base"), (reduction, "torch-pruning"), (reduction, "surgeon"))
+                    scores = [self.score(model, share, tool, 0, count) for share, tool in which]
+                    if any(score != "-" for score in scores[1:]):
+                        yield [f"{model}, top-1", f"{reduction:g}x", str(count), f"{self.base(model):.2%}", *scores]
+
+
+HEADER = ["network, metric", "fewer MACs", "base", "torch-pruning as cut", "torch-pruning + BN", "surgeon as cut"]
+HEADER += ["surgeon recovered", "MACs left, torch-pruning", "MACs left, surgeon", "torch-pruning's best, as cut; + BN"]
+TRAINED = ["network, metric", "fewer MACs", "epochs", "base", "base, trained on", "torch-pruning + BN", "surgeon recovered"]
+
+
+def write(cells: Cells, recipe: str, training: str) -> None:
+    """benchmarks/results/recover.md.
+
+    Args:
+        recipe: of the fine-tuning whose cells are shown. training: what to know about it.
+    """
+    tables = Tables(cells, recipe)
+    rest = {name: task for name, task in TASKS.items() if name not in MODELS}
+    parts = [
+        ("Without training: convolutions and batch norm", HEADER, list(tables.rows(MODELS))),
+        ("Fine-tuned", TRAINED, list(tables.trained_rows())),
+        ("Without training: LayerNorm and attention", HEADER, list(tables.rows(rest))),
+    ]
+    text = "\n\n".join(f"## {title}\n\n{markdown(header, rows)}" for title, header, rows in parts if rows)
+    write_result(
+        "recover", "Accuracy kept without training, and won back with little", text, [*NOTES, training] if parts[1][2] else NOTES
+    )
+
+
+NOTES = [
+    (
+        "Mean over seeds ± standard deviation (number of seeds); a dash is a cell that was not run, or has no batch norm to "
+        "re-estimate. A seed draws the calibration samples; test data was looked at only when a cell was done."
+    ),
+    (
+        f"ResNets: adapted weights, {SAMPLES:,} training images to calibrate by, the 10,000 test images (lossy JPEG, quality "
+        f"about 75). vit: trained here, the same images. text: trained here on Python's documentation, {TEXTS} texts of {LENGTH} "
+        "bytes to calibrate by, every tenth module to test; lower is better."
+    ),
+    "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels.",
+    (
+        "torch-pruning: L1, L2, BN scale and Taylor (with the labels of the calibration samples), uniform and global, with the "
+        "residual stream and without, the ratio of each searched until its MACs are at most the target; the best on "
+        f"{HELD_OUT:,} other training samples ({TEXTS} texts) is shown, chosen anew for each column and seed."
+    ),
+    (
+        "torch-pruning takes the zero-padding in the ResNets' shortcuts for an element-wise op: channel j of one stage leaves "
+        "with channel j of the next, though it is added to another. What it cuts so runs, but is far worse (ResNet-20 at 2.1x: "
+        "at most 24 % of held-out samples right after batch-norm re-estimation, 53 % without), so there it cuts inner channels."
+    ),
+    "MACs: of products and convolutions, counted by torch's FlopCounterMode for both tools.",
+]
