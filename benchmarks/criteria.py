@@ -203,7 +203,7 @@ def main() -> None:
         [[tool, name, *map(cell, found)] for tool, name, found in rows],
     )
     notes = [
-        f"ResNet-56 on CIFAR-10 (lossy JPEG copies), {base:.1%} before the cut; top-1 of test images {TESTED[0]:,} to {TESTED[1]:,}.",
+        f"ResNet-56 on CIFAR-10 (lossy JPEG), {base:.1%} before the cut; top-1 of test images {TESTED[0]:,} to {TESTED[1]:,}.",
         f"Data for the criteria: the first {CALIBRATION} training images in batches of {BATCH}, cross-entropy as the loss.",
         "No fine-tuning, no new batch-norm statistics: what recovery starts from.",
         (
