@@ -104,6 +104,33 @@ def test_the_refit_is_the_closed_form_optimum(kind: str) -> None:
     assert not torch.equal(small.consumer.weight, found.model.consumer.weight), "the small model itself is not touched"
 
 
+@pytest.mark.parametrize("kind", ["3x3", "strided"])
+def test_wide_convolutions_share_one_map_of_channels(kind: str) -> None:
+    """Beyond `widest`: the original's weights on the regression of its input channels on those that stay."""
+    torch.manual_seed(0)
+    first, between, consumer, shape = LAYERS[kind]
+    model = Chain(first(), between(), consumer()).double().eval()
+    data = batches(shape)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("refit",), ridges=TINY, widest=20)  # 36 unknowns, 4 channels
+    fit = next(fit for fit in found.steps[0].fits if fit.name == "consumer")
+    assert fit.taken and found.after < found.before
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        given, whole = small.between(small.first(x)), model.between(model.first(x))
+        a, y = (v.movedim(1, -1).flatten(0, -2) for v in (given, whole))
+        a = a - a.mean(0)
+        guess = torch.linalg.lstsq(a, y - y.mean(0)).solution  # [4, 8]
+        weight = torch.einsum("oi...,ci->oc...", model.consumer.weight, guess)
+        plain = F.conv2d(given, weight, None, model.consumer.stride, model.consumer.padding, model.consumer.dilation)
+        bias = (model(x) - plain).mean((0, 2, 3))
+    torch.testing.assert_close(found.model.consumer.weight, weight, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.model.consumer.bias, bias, rtol=1e-8, atol=1e-8)
+    narrow = recover(small, plan, model, data, steps=("refit",), ridges=TINY, widest=3)
+    assert "unknowns are more than 3" in next(f.skipped for f in narrow.steps[0].fits if f.name == "consumer")
+
+
 class Blocks(nn.Module):
     """Residual blocks with batch norms, as in ResNets; `late` computes the shortcut after the branch."""
 

@@ -51,11 +51,8 @@ def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, 
         if not bool(share.any()):
             continue
         whole = big.tensors[name].detach().double()
-        for other in range(whole.dim()):
-            ids = narrow.propagation.slots.get((name, other))
-            if other != dim and ids is not None:
-                stays = np.flatnonzero(~narrow.shapes.leaves(ids, narrow.choice))
-                whole = whole.index_select(other, torch.from_numpy(stays))
+        for other in set(range(whole.dim())) - {dim}:
+            whole = narrow.slot(name, whole, other)
         more = torch.tensordot(share, whole.index_select(dim, torch.from_numpy(np.flatnonzero(gone))), ([0], [dim]))
         small[name].add_(more.movedim(0, dim).to(small[name].dtype))
         done.append(site.name)

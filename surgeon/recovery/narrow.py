@@ -66,6 +66,19 @@ class Narrow:
                 joint.append(torch.from_numpy(stays).to(value.device))
         return value if not joint else _jointly(value, joint, self._sizes(node, axes, value))
 
+    def dims(self, node: fx.Node) -> set[int]:
+        """The dims of a node's value along which something may have left."""
+        axes = self.propagation.axes.get(node, {})
+        return set(axes[0] if isinstance(axes, tuple) else axes)
+
+    def slot(self, name: str, tensor: Tensor, dim: int) -> Tensor:
+        """What stays of one of the original's tensors along one dim."""
+        ids = self.propagation.slots.get((name, dim))
+        if ids is None:
+            return tensor
+        stays = np.flatnonzero(~self.shapes.leaves(ids, self.choice))
+        return tensor.index_select(dim, torch.from_numpy(stays).to(tensor.device))
+
     def _sizes(self, node: fx.Node, axes: Mapping[int, Track], value: Tensor) -> tuple[int, ...]:
         small = self.shapes.shape(node, self.choice)
         return tuple(small[d] if d in axes else n for d, n in enumerate(value.shape))

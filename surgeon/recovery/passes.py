@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Fitting:
         self.recording, self.narrow, self.how, self.ridges, self.widest = recording, narrow, how, ridges, widest
         self.sites, self.left = find_sites(recording.small, recording.big)
         self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
+        self.aims: dict[Site, Aim] = {}
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -93,6 +94,8 @@ class Fitting:
                 pair.small.before(twin(site.node, pairs[0].small, pair.small))
                 for node in self._aims(site, pairs[0], pair):
                     pair.big.through(node)
+            if site in self.meetings:
+                self.aims[site] = Aim(self.meetings[site], self.narrow, pairs)
             fits.append(self._fit(site, pairs))
             peak = max(peak, sum(pair.big.bytes + pair.small.bytes for pair in pairs))
             for pair in pairs:
@@ -103,36 +106,74 @@ class Fitting:
     def _aims(self, site: Site, first: Pair, pair: Pair) -> list[fx.Node]:
         """The values of a batch's original run that say what the site should give."""
         found = [site.target]
+        inputs = self._inputs(site)
+        if inputs is not None and self.how == "refit":
+            found.append(inputs)
         if site in self.meetings:
             found += [self.meetings[site].big.queries, self.meetings[site].big.keys]
         return [twin(node, first.big, pair.big) for node in found]
 
     def _fit(self, site: Site, pairs: list[Pair]) -> Fit:
-        tensors = self.recording.small.tensors
-        weight = tensors[site.weight.name]
+        weight = self.recording.small.tensors[site.weight.name]
         equations = Equations(site, weight)
         unknowns = equations.unknowns()
-        if self.how == "refit" and unknowns > self.widest:
-            return Fit(site.name, unknowns=unknowns, skipped=f"{unknowns} unknowns are more than {self.widest}")
-        learned, judged, scale = self._sums(site, equations, weight, pairs)
-        if scale is None:
+        if not all(self._comparable(site, pair, pairs[0]) for pair in pairs):
             return Fit(site.name, skipped="the original has other rows here")
-        w, b = equations.matrix(weight).double(), self._constant(site, learned)
-        energy = float((judged.square / max(judged.count, 1) * scale).sum())
-        before = float((judged.error(w, b) * scale).sum())
-        plain = Fit(site.name, 0.0, 0.0, learned.count, unknowns)
+        wide = self.how == "refit" and unknowns > self.widest
+        if wide and (self._inputs(site) is None or equations.channels > self.widest):
+            return Fit(site.name, unknowns=unknowns, skipped=f"{unknowns} unknowns are more than {self.widest}")
+        w = equations.matrix(weight).double()
+        b = self._constant(site, (w.shape[0], w.shape[2]))
+        rows = _Rows(self, site, equations, pairs)
+        plain = Fit(site.name, 0.0, 0.0, rows.count(False), unknowns)
+        if wide:
+            judge: Callable[[Tensor, Tensor], Tensor] = rows.error
+            candidates: Iterable[tuple[Tensor, Tensor]] = self._by_channels(site, equations, rows, pairs, w, b)
+        else:
+            learned, judged = (rows.normal(held) for held in (False, True))
+            judge, candidates = judged.error, self._candidates(site, learned, w, b)
+        energy = max(float((judge(torch.zeros_like(w), torch.zeros_like(b)) * rows.scale).sum()), 1e-300)
+        before = float((judge(w, b) * rows.scale).sum())
         if before <= _EXACT * energy:
             return plain
         best, found = before, None
-        for new_w, new_b in self._candidates(site, learned, w, b):
-            error = float((judged.error(new_w, new_b) * scale).sum())
+        for new_w, new_b in candidates:
+            error = float((judge(new_w, new_b) * rows.scale).sum())
             if error < best or self.how == "variance":  # more variance is more error here: what it is good for shows at the end
                 best, found = error, (new_w, new_b)
         if found is not None:
-            keep = scale > 0
+            keep = rows.scale > 0
             self._write(site, equations, torch.where(keep[:, None], found[0], w), torch.where(keep, found[1], b))
-        energy = max(energy, 1e-300)
         return dataclasses.replace(plain, before=math.sqrt(before / energy), after=math.sqrt(best / energy))
+
+    def _inputs(self, site: Site) -> fx.Node | None:
+        """What the original's layer reads, where one map of channels can serve all taps of a wide convolution."""
+        node: Any = site.twin.args[site.data]
+        args: Any = site.node.args
+        return node if site.convolution and not args[6] and args[8] == 1 else None
+
+    def _by_channels(
+        self, site: Site, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The original's weights on the best guess of its input channels from the small model's, the same guess for all taps."""
+        node = self._inputs(site)
+        assert node is not None
+        big = self.recording.big.tensors[site.weight.name].detach()
+        whole = self.narrow.slot(site.weight.name, big, 0).double()  # [outputs that stay, inputs, *kernel]
+        sums = Normal(1, equations.channels, whole.shape[1], whole.device)
+        for pair in pairs:
+            if not pair.held:
+                given: Any = twin(site.node, pairs[0].small, pair.small).args[site.data]
+                x, y = (value.movedim(1, -1).flatten(0, -2) for value in (
+                    pair.small.value(given), pair.big.value(twin(node, pairs[0].big, pair.big)),
+                ))  # fmt: skip
+                picked = torch.randperm(len(x), generator=self.generator)[: math.ceil(_LEAST_ROWS / len(pairs))].to(x.device)
+                sums.add(x[picked][None], y[picked][None])
+        nothing = torch.zeros(1, equations.channels, whole.shape[1], dtype=torch.float64, device=whole.device)
+        for ridge in self.ridges:
+            guess, _ = sums.solve(nothing, nothing[:, 0], ridge, True)
+            new = equations.matrix(torch.einsum("oi...,ci->oc...", whole, guess[0]))
+            yield new, b + rows.offset(new, b) if site.bias else b
 
     def _candidates(self, site: Site, learned: Normal, w: Tensor, b: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         if self.how == "refit":
@@ -141,48 +182,25 @@ class Fitting:
             return ()
         return [(w, learned.constant(w, b))] if self.how == "means" else [learned.scaled(w, b)]
 
-    def _sums(self, site: Site, equations: Equations, weight: Tensor, pairs: list[Pair]) -> tuple[Normal, Normal, Tensor | None]:
-        """Normal equations of the batches to learn from and of those to judge by; and how much an error of each output weighs
-        where it is compared (the square of what is between), 0 for outputs that cannot be fitted."""
-        first = pairs[0]
-        aim = Aim(self.meetings[site], self.narrow, pairs) if site in self.meetings else None
-        w = equations.matrix(weight)
-        learned, judged = (Normal(w.shape[0], w.shape[1], w.shape[2], weight.device) for _ in range(2))
-        scale = torch.ones(w.shape[0], w.shape[2], dtype=torch.float64, device=weight.device)
-        unknowns = w.shape[1]
-        goal = max(_PER_UNKNOWN * unknowns, _LEAST_ROWS)
-        total = sum(self._places(site, equations, first, pair) for pair in pairs)
-        for pair in pairs:
-            node = twin(site.node, first.small, pair.small)
-            data: Any = node.args[site.data]
-            wanted = self.narrow(site.target, pair.big.value(twin(site.target, first.big, pair.big)))
-            if site.sum is not None and wanted.shape != spec(twin(site.sum, first.small, pair.small)).shape:
-                return learned, judged, None
-            if aim is not None:
-                wanted = aim(wanted, pair)
-            more, wanted = wanted + 1, pulled(site, first.small, pair.small, wanted)
-            if wanted.shape != spec(node).shape:
-                return learned, judged, None
-            places = equations.places(wanted)
-            some = min(places, math.ceil(places * goal / total))
-            picked = torch.randperm(places, generator=self.generator)[:some].to(weight.device)
-            x, y = equations.rows(pair.small.value(data), wanted, picked)
-            odd = ~torch.isfinite(y).all(1)
-            if pair is first:  # all that is between is affine
-                _, lifted = equations.rows(pair.small.value(data), pulled(site, first.small, pair.small, more), picked[:1])
-                scale = (lifted - y[:, :1])[:, 0].double().square().reciprocal()
-            scale[odd] = 0
-            (judged if pair.held else learned).add(x, y.masked_fill(odd[:, None], 0))
-        return learned, judged, scale
+    def _comparable(self, site: Site, pair: Pair, first: Pair) -> bool:
+        """Whether the small model's result has the original's rows: a run that takes decisions may give others."""
+        big = spec(twin(site.target, first.big, pair.big)).shape
+        small = spec(twin(site.node if site.sum is None else site.sum, first.small, pair.small)).shape
+        dims = self.narrow.dims(site.target)
+        return len(big) == len(small) and all(a == b for d, (a, b) in enumerate(zip(big, small, strict=True)) if d not in dims)
 
-    def _places(self, site: Site, equations: Equations, first: Pair, pair: Pair) -> int:
-        return equations.places(torch.empty(spec(twin(site.node, first.small, pair.small)).shape, device="meta"))
+    def wanted(self, site: Site, pair: Pair, first: Pair, more: float = 0.0) -> Tensor:
+        """What the product should give, if `more` were added to what the original gives."""
+        found = self.narrow(site.target, pair.big.value(twin(site.target, first.big, pair.big)))
+        if site in self.aims:
+            found = self.aims[site](found, pair)
+        return pulled(site, first.small, pair.small, found + more if more else found)
 
-    def _constant(self, site: Site, sums: Normal) -> Tensor:
+    def _constant(self, site: Site, shape: tuple[int, int]) -> Tensor:
         """The constant as it is now."""
         if not site.bias or site.norm:
-            return torch.zeros_like(sums.square)
-        return self.recording.small.tensors[site.bias].double().reshape(sums.square.shape)
+            return torch.zeros(shape, dtype=torch.float64, device=self.recording.small.tensors[site.weight.name].device)
+        return self.recording.small.tensors[site.bias].double().reshape(shape)
 
     def _write(self, site: Site, equations: Equations, w: Tensor, b: Tensor) -> None:
         tensors = self.recording.small.tensors
@@ -192,3 +210,75 @@ class Fitting:
             held = tensors[site.bias]
             flat = b.reshape(held.shape).to(held.dtype)
             held.copy_(held - flat if site.norm else flat)
+
+
+class _Rows:
+    """The equations of one site, batch by batch, at places that are drawn once.
+
+    Attributes:
+        scale: [groups, outputs], how much an error of each output weighs where it is compared (the square of what is between);
+            0 for outputs that cannot be fitted.
+    """
+
+    def __init__(self, fitting: Fitting, site: Site, equations: Equations, pairs: list[Pair]) -> None:
+        self.fitting, self.site, self.equations, self.pairs = fitting, site, equations, pairs
+        goal = max(_PER_UNKNOWN * equations.unknowns(), _LEAST_ROWS)
+        places = [equations.places(torch.empty(spec(self._node(pair)).shape, device="meta")) for pair in pairs]
+        self.picked = []
+        for count in places:
+            some = min(count, math.ceil(count * goal / sum(places)))
+            self.picked.append(torch.randperm(count, generator=fitting.generator)[:some])
+        self.scale = self._scale()
+
+    def _scale(self) -> Tensor:
+        """From the result of adding 1 to what is wanted: all that is between is affine."""
+        low, high = (self._of(0, more)[1][:, 0].double() for more in (0.0, 1.0))
+        scale = (high - low).square().reciprocal()
+        for number in range(len(self.pairs) if self.site.path else 0):
+            scale[~torch.isfinite(self._of(number)[1]).all(1)] = 0
+        return scale
+
+    def _node(self, pair: Pair) -> fx.Node:
+        return twin(self.site.node, self.pairs[0].small, pair.small)
+
+    def _data(self, pair: Pair) -> fx.Node:
+        found: Any = self._node(pair).args[self.site.data]
+        given: fx.Node = found
+        return given
+
+    def _of(self, number: int, more: float = 0.0) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[number]
+        wanted = self.fitting.wanted(self.site, pair, self.pairs[0], more)
+        value = pair.small.value(self._data(pair))
+        return self.equations.rows(value, wanted, self.picked[number].to(value.device))
+
+    def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """x [groups, rows, unknowns] and y [groups, rows, outputs] of the batches to judge by, or of those to learn from."""
+        for number, pair in enumerate(self.pairs):
+            if pair.held == held:
+                x, y = self._of(number)
+                yield x, y.masked_fill((self.scale == 0)[:, None], 0)
+
+    def count(self, held: bool) -> int:
+        return sum(len(picked) for picked, pair in zip(self.picked, self.pairs, strict=True) if pair.held == held)
+
+    def normal(self, held: bool) -> Normal:
+        groups, unknowns, outputs = self._shape
+        sums = Normal(groups, unknowns, outputs, self.scale.device)
+        for x, y in self.of(held):
+            sums.add(x, y)
+        return sums
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.scale.shape[0], self.equations.unknowns(), self.scale.shape[1]
+
+    def error(self, w: Tensor, b: Tensor) -> Tensor:
+        """Mean squared error on the batches to judge by, [groups, outputs], without normal equations."""
+        off = sum((x.double() @ w + b[:, None] - y.double()).square().sum(1) for x, y in self.of(True))
+        return torch.as_tensor(off) / max(self.count(True), 1)
+
+    def offset(self, w: Tensor, b: Tensor) -> Tensor:
+        """What x @ w + b lacks in the mean, on the batches to learn from."""
+        lack = sum((y.double() - x.double() @ w - b[:, None]).sum(1) for x, y in self.of(False))
+        return torch.as_tensor(lack) / max(self.count(False), 1)

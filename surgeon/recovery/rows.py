@@ -59,6 +59,11 @@ class Equations:
         inputs = self.shape[0] // self.layout.groups if self.layout.transposed else self.shape[1]
         return inputs * math.prod(self.layout.kernel)
 
+    @property
+    def channels(self) -> int:
+        """Input channels of one group."""
+        return self.unknowns() // (math.prod(self.layout.kernel) if self.layout is not None else 1)
+
     def places(self, y: Tensor) -> int:
         """Rows that one result has."""
         if self.layout is not None:
