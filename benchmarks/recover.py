@@ -136,19 +136,19 @@ def run(job: Job, data: Path, images: int, distill: bool) -> dict[str, dict[str,
 
 def finetuned(model: nn.Module, task: Task, job: Job, key: str, images: int, distill: bool) -> nn.Module:
     """The model after the fine-tuning that all tools get."""
-    checkpoint = checkpoint_of(key)
+    checkpoint, train = checkpoint_of(key), task.train(images)
 
     def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     done = surgeon.finetune(
         model,
-        task.train(images),
+        train,
         epochs=job.epochs,
         loss=task.loss,
         teacher=task.base if distill else None,
         optimizer=sgd,
-        warmup=20,
+        warmup=min(20, len(train) // 5),
         checkpoint=checkpoint,
         checkpoint_steps=100,
         seed=job.seed,
@@ -185,18 +185,19 @@ def main() -> None:
     recipe = f"{images}" + ("" if distill else " without teacher")
     jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, recipe)
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
+    if asked.fresh:
+        keys = [key for job in jobs for key in job.keys.values()]
+        keep({}, without=keys)
+        for key in keys:
+            checkpoint_of(key).unlink(missing_ok=True)
     cells = load_cells()
-    for key in (key for job in jobs for key in job.keys.values() if asked.fresh):
-        cells.pop(key, None)
-        checkpoint_of(key).unlink(missing_ok=True)
-    keep(cells)
     todo = [] if asked.table else [job for job in jobs if not all(key in cells for key in job.keys.values())]
     for number, job in enumerate(todo, 1):
         print(f"[{number} of {len(todo)}] {job}", flush=True)
-        for key, cell in run(job, asked.data, images, distill).items():
-            cells[key] = cell
+        found = run(job, asked.data, images, distill)
+        for key, cell in found.items():
             print(f"  {key}: {cell}", flush=True)
-        keep(cells)
+        cells = keep(found)
     teacher = "the base as teacher (temperature 4, weight 0.9)" if distill else "no teacher"
     training = (
         f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate {RATE}, momentum 0.9, "

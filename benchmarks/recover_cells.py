@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from cifar import MODELS
@@ -53,7 +54,11 @@ def load_cells() -> Cells:
     return found
 
 
-def keep(cells: Cells) -> None:
+def keep(found: Cells, without: Iterable[str] = ()) -> Cells:
+    """Add cells to the file, or take some away; what it then holds."""
+    gone = set(without)
+    cells = {key: cell for key, cell in {**load_cells(), **found}.items() if key not in gone}
     CACHE.mkdir(exist_ok=True)
     CELLS.with_suffix(".new").write_text(json.dumps(cells, indent=1))
     os.replace(CELLS.with_suffix(".new"), CELLS)
+    return cells
