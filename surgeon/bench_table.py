@@ -125,12 +125,14 @@ class Table:
         return "\n".join([*lines, "", self._conditions()])
 
     def rich(self) -> rich_table.Table:
-        """The same table for a rich console."""
+        """The same table for a rich console; columns that say nothing are left out."""
         table = rich_table.Table(caption=Text(self._conditions()), caption_justify="left")
-        for index, title in enumerate(_HEADER):
-            table.add_column(title, justify="left" if index < 2 else "right", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, self._cells(row)), style="green" if row.gain else None)
+        rows = [[cell.replace("ExecutionProvider", "") for cell in self._cells(row)] for row in self.rows]
+        said = [place for place in range(len(_HEADER)) if any(row[place] != "-" for row in rows)]
+        for place in said:
+            table.add_column(_HEADER[place], justify="left" if place < 2 else "right", overflow="fold")
+        for row, cells in zip(self.rows, rows, strict=True):
+            table.add_row(*(Text(cells[place]) for place in said), style="green" if row.gain else None)
         return table
 
     def __str__(self) -> str:
