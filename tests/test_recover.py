@@ -413,6 +413,33 @@ def test_float32_and_batches_of_several_shapes() -> None:
     assert found.after < found.before and found.model.stem.weight.dtype is torch.float32
 
 
+class Chosen(nn.Module):
+    """Only the rows with the largest scores go on: which those are is a decision that hangs on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.score, self.b, self.head = nn.Linear(6, 16), nn.Linear(16, 1), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).tanh()
+        rows = self.score(y)[..., 0].topk(3, dim=1).indices
+        y = y.gather(1, rows[..., None].expand(-1, -1, y.shape[-1]))
+        return self.head(self.b(y).tanh())
+
+
+def test_decisions_are_the_originals() -> None:
+    """The small model would choose other rows; it is compared, and refitted, on those that the original chose."""
+    torch.manual_seed(0)
+    model = Chosen().double().eval()
+    data = batches((8, 6), 6, 30)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data)
+    fit = next(fit for fit in found.steps[0].fits if fit.name == "head")
+    assert fit.rows == 150 * 3 and fit.after < 0.9 * fit.before
+    assert found.after < 0.7 * found.before
+
+
 def test_shrink_with_calibration() -> None:
     torch.manual_seed(0)
     model = trained_like(Blocks())

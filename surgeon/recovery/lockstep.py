@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.utils._pytree
 from torch import Tensor, fx, nn
 
 from surgeon._alike import alike
+from surgeon._decisions import replay
 from surgeon._views import getitem
 from surgeon.capture import capture
 from surgeon.errors import CaptureError, InputError
@@ -30,12 +31,16 @@ _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2
 class Run:
     """One recorded run, executed node by node with the tensors' present values.
 
+    Args:
+        label: what to call its batch.
+        taken: decisions (see `_decisions`) of another run that this one takes too, so that both give the same rows.
+
     Attributes:
         values: what is alive, by node.
     """
 
-    def __init__(self, graph: Graph, label: str) -> None:
-        self.graph, self.label = graph, label
+    def __init__(self, graph: Graph, label: str, taken: Mapping[fx.Node, fx.Node] | None = None) -> None:
+        self.graph, self.label, self.taken = graph, label, taken or {}
         self.nodes = list(graph.fx.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.values: dict[fx.Node, Any] = {}
@@ -89,7 +94,8 @@ class Run:
             self.values[node] = next(self._inputs)
         elif node.op == "call_function":
             args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
-            self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
+            found = replay(self.taken[node], args, kwargs) if node in self.taken else None
+            self.values[node] = node.target(*args, **kwargs) if found is None else found  # type: ignore[operator]  # an op
             if node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
                 self._check(node)
             for used in node.all_input_nodes:
@@ -158,12 +164,13 @@ class Recording:
         args, kwargs = self._batches[number]
         fed = [dataclasses.replace(graph, args=args, kwargs=kwargs) for graph in (big, small)]
         label = f"batch {number + 1}"
-        return Pair(Run(fed[0], label), Run(fed[1], label), samples_of((args, kwargs)), self.held[number])
+        taken = dict(zip(_decisions(small), _decisions(big), strict=False))
+        return Pair(Run(fed[0], label), Run(fed[1], label, taken), samples_of((args, kwargs)), self.held[number])
 
     def _graphs(self, number: int) -> tuple[Graph, Graph]:
         args, kwargs = self._batches[number]
         key: Any = tuple((path, tuple(tensor.shape)) for path, tensor in tensor_leaves((args, kwargs)))
-        found = self._known.get(key)
+        found = self._known.get(number) or self._known.get(key)
         if found is None:
             found = self._record(args, kwargs, f"batch {number + 1}")
             reads = any("decision" in call.node.meta or op_name(call.node) in _READS for call in found[0].calls)
@@ -184,6 +191,10 @@ class Recording:
             for ours, theirs in ((self.big, big), (self.small, small)):
                 _check_path(ours, theirs, label)
         return big, small
+
+
+def _decisions(graph: Graph) -> list[fx.Node]:
+    return [call.node for call in graph.calls if "decision" in call.node.meta]
 
 
 def _check_path(ours: Graph, theirs: Graph, label: str) -> None:
