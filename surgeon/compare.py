@@ -37,6 +37,7 @@ class Note:
     want: int
     got: int
     place: int = -1  # where in a list of sizes; -1 for a single number
+    stopped: str = dataclasses.field(default="", compare=False)  # with what the code stopped there, if it did
 
     def __str__(self) -> str:
         line = source_line(self.source)
@@ -63,7 +64,7 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
                 raise
         except Exception as error:
             if mode.notes or mode.looked_ahead():
-                return mode.notes
+                return [dataclasses.replace(note, stopped=f"{type(error).__name__}: {error}") for note in mode.notes]
             raise MendError(
                 f"the small model does not run: {type(error).__name__}: {error}",
                 where=mode.place(),

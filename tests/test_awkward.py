@@ -12,6 +12,7 @@ from motifs import net
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.errors import MendError
 
 
 class Remembers(nn.Module):
@@ -200,3 +201,24 @@ def test_awkward_code_is_cut_and_proved(make: Callable[[], nn.Module], shape: tu
     proof = surgeon.verify(model, small, plan, x)
     assert proof.error < 1e-9
     assert sum(p.numel() for p in small.parameters()) == plan.params < surgery.params
+
+
+class _Aligned(nn.Module):
+    """A kernel that takes widths of whole blocks only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.shape[-1] % 8:
+            raise RuntimeError("strides should be multiple of 16 bytes")
+        return self.b(y.relu())
+
+
+def test_what_the_code_stopped_with_is_said() -> None:
+    model, x = _Aligned().eval(), torch.randn(2, 4)
+    with pytest.raises(MendError, match="strides should be multiple of 16 bytes"):
+        surgeon.shrink(model, 0.25, example_inputs=x, round_to=1)
+    assert surgeon.shrink(model, 0.5, example_inputs=x, round_to=8).a.out_features == 8

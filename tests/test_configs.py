@@ -95,6 +95,23 @@ def test_the_config_says_the_new_widths() -> None:
     assert torch.equal(small(IDS), round_trip(small)(IDS))
 
 
+class Strict(Config):
+    """A config that is checked when it is read, and refuses widths that the class itself builds."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        if values["inner"] % 4:
+            raise ValueError(f"inner ({values['inner']}) is not a multiple of 4")
+        return cls(**values)
+
+
+def test_a_config_that_refuses_to_be_read() -> None:
+    model = Model(Strict()).eval()
+    with pytest.warns(UserWarning, match=r"config of Model cannot say"):
+        small = surgeon.shrink(model, {"*": 0.0, "blocks.*.up": 0.25}, example_inputs=IDS, round_to=1)  # 18 of 24
+    assert small.config.inner == 24 and small.blocks[0].up.out_features == 18
+
+
 def test_edits_of_the_config_replay_from_a_file(tmp_path: Any) -> None:
     plan = surgeon.inspect(made(), IDS).plan(0.5)
     plan.save(tmp_path / "plan.json")
