@@ -25,6 +25,7 @@ from surgeon.request import Request, matches
 
 Scores = Mapping[str, Track]
 Costs = Mapping[str, Callable[[Choice], float]]
+_UNITS = {"macs": "MACs", "size": "bytes", "memory": "bytes of activations"}
 _TIGHTER = 20  # times that the limit of a knapsack is lowered
 _NARROWEST = 1e-7  # ratios closer than this remove the same
 
@@ -254,12 +255,17 @@ class _Planner:
         holders = sorted(self.shapes.params_by_tensor(least).items(), key=lambda item: -item[1])[:3]
         held = ", ".join(f"{name} ({count:,} params)" for name, count in holders)
         narrower = f", or a smaller round_to than {self.block}" if self.block > 1 else ""
-        least_of = f"{floor:,.0f} is the least that can stay (of {full[kind]:,.0f})"
+        limit, least_of, whole = (_shown(kind, value) for value in (limits[kind], floor, full[kind]))
         return BudgetError(
-            f"a budget of {limits[kind]:,.0f} {kind} cannot be reached: {least_of}",
+            f"a budget of {limit} cannot be reached: {least_of} is the least that can stay (of {whole})",
             why=f"frozen channels and the last channels of every group stay; most of what is left: {held}",
             fix=f"ask for at least {kind}={floor / full[kind]:.3f}{narrower}; print(surgeon.inspect(model)) says why",
         )
+
+
+def _shown(kind: str, value: float) -> str:
+    """A number with its unit."""
+    return f"{value:.3g} ms" if kind == "latency" else f"{value:,.0f} {_UNITS.get(kind, kind)}"
 
 
 def _lowest(bands: list[Band], ratio: float) -> dict[int, int]:

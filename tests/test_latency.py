@@ -225,6 +225,14 @@ def test_what_cannot_be_reached_is_refused(surgery: surgeon.Surgery, tmp_path: P
         machine.search(7.0)
 
 
+def test_a_latency_below_the_floor_is_said_in_milliseconds(surgery: surgeon.Surgery, tmp_path: Path) -> None:
+    machine = Simulated(surgery, tmp_path, 1.0)
+    with pytest.raises(
+        BudgetError, match=r"a budget of 0\.01 ms cannot be reached: 0\.\d+ ms is the least that can stay \(of 10 ms\)"
+    ):
+        machine.search(0.01)
+
+
 def test_a_latency_on_this_machine(surgery: surgeon.Surgery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it at once; how long things take is a matter of the machine, so only what must hold is asked."""
     monkeypatch.setenv("SURGEON_CACHE", str(tmp_path))
