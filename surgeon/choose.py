@@ -23,7 +23,6 @@ from surgeon.knapsack import solve as knapsack
 from surgeon.labels import Track
 from surgeon.request import Request, matches
 
-Scores = Mapping[str, Track]
 Costs = Mapping[str, Callable[[Choice], float]]
 _UNITS = {"macs": "MACs", "size": "bytes", "memory": "bytes of activations"}
 _TIGHTER = 20  # times that the limit of a knapsack is lowered

@@ -485,6 +485,27 @@ def test_bad_input() -> None:
             recover(small, plan, model, data, **options)
 
 
+def test_batches_and_example_inputs_contradict() -> None:
+    model, plan, small, data = tiny()
+    with pytest.raises(InputError, match="got batches and example_inputs"):
+        recover(small, plan, model, data, example_inputs=data[0])
+
+
+def test_what_is_not_taken_leaves_unstored_statistics_too() -> None:
+    """A batch norm's variance that no state dict stores is put back like any other tensor."""
+    torch.manual_seed(0)
+    model = trained_like(Blocks())
+    for module in model.modules():
+        module._non_persistent_buffers_set |= {"running_mean", "running_var"} & set(module._buffers)
+    data = batches((3, 6, 6), 4)
+    odd = [torch.zeros_like(batch) + 0.01 * batch[:1] for batch in data[:-1]]
+    plan = surgeon.inspect(model, data[0]).plan(0.25, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, [*odd, data[-1]], steps=("batch_norm",))
+    assert not found.steps[0].taken
+    assert torch.equal(found.model.n1.running_var, small.n1.running_var)
+
+
 def test_models_that_do_not_belong_together() -> None:
     model, plan, small, data = tiny()
     with pytest.raises(InputError, match=r"not what the plan makes[\s\S]*first.weight"):

@@ -109,8 +109,7 @@ def gather(
             with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
                 if needs & _BACKWARD:
-                    torch.manual_seed(batches)  # other signs for each batch
-                    stand_in = output_probe if "curvature" in needs else output_energy
+                    stand_in = partial(output_probe, seed=batches) if "curvature" in needs else output_energy
                     value = _loss_of(output, targets, loss, stand_in, graph, label)
                     _backward(value, gradients, statistics, label)
             for item in statistics:
@@ -127,20 +126,24 @@ def gather(
 def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
     """Squared norm of all float outputs, mean over the samples (Aljundi et al., Memory Aware Synapses, 2018): a stand-in for a
     loss that needs no labels."""
-    floats = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
-    if not floats:
-        raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
+    floats = _floats(output, names)
     return sum((t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(()))
 
 
-def output_probe(output: Any, names: Sequence[str] | None = None) -> Tensor:
+def output_probe(output: Any, names: Sequence[str] | None = None, seed: int = 0) -> Tensor:
     """All float outputs times random signs: the squared gradient of this is, in the mean, how much the squared outputs change
     (Hutchinson's estimate of the diagonal of J^T J), for which no labels are needed."""
-    floats = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
-    if not floats:
-        raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
-    signs = [torch.randint(0, 2, t.shape, dtype=t.dtype, device=t.device) * 2 - 1 for t in floats]
+    floats = _floats(output, names)
+    generator = torch.Generator().manual_seed(seed)  # each batch has signs of its own
+    signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in floats]
     return sum(((t * sign).sum() for t, sign in zip(floats, signs, strict=True)), start=floats[0].new_zeros(()))
+
+
+def _floats(output: Any, names: Sequence[str] | None) -> list[Tensor]:
+    found = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
+    if not found:
+        raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
+    return found
 
 
 def _learns(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from surgeon.capture import capture
 from surgeon.errors import InputError
-from surgeon.graph import tensor_leaves
+from surgeon.graph import named_tensors
 from surgeon.inputs import normalize
 from surgeon.plan import Plan, check_fit
 from surgeon.recovery.fold import fold
@@ -117,18 +117,20 @@ def recover(
             "variance": constant and scale of every output, so that mean and variance are the original's (Jordan et al., REPAIR,
             2023);
             "batch_norm": mean and variance of every batch norm's input anew, each with those before it set.
-        held_out: share of the samples that is not learned from. It judges: each layer's new weights, each ridge, and each whole
-            step; what does not lower the distance to the original is not taken.
+        held_out: share of the samples that is not learned from, in whole batches. It judges: each layer's new weights, each
+            ridge, and each whole step; what does not lower the distance to the original is not taken.
         ridges: candidates, relative to the mean square of a layer's inputs.
-        widest: layers with more unknowns per output (input channels x taps) are not refitted.
+        widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for all taps; other
+            layers with more, and those with more channels, are left as cut.
         seed: of the sampled places.
 
     Returns:
         A `Recovery`, with the new model in `.model`.
 
     Raises:
-        InputError: no batches, too many, or some that do not run, take another path or give NaN (the first layer is named).
-        PlanError: the plan did not make the small model.
+        InputError: no batches, too many, or some that do not run, take another path or give NaN (the first layer is named);
+            batches and example inputs at once; the small model is not what the plan makes of the model.
+        PlanError: the plan does not fit the model.
     """
     for name in steps:
         if name not in STEPS:
@@ -137,6 +139,8 @@ def recover(
         raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
     if not ridges or min(ridges) <= 0:
         raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
+    if batches is not None and example_inputs is not None:
+        raise InputError("got batches and example_inputs", fix="leave example_inputs out: the first batch is what is recorded")
     _check_made_by(plan, small, model)
     recovered = copy.deepcopy(small)
     if batches is None:
@@ -266,7 +270,7 @@ def _check_made_by(plan: Plan, small: nn.Module, model: nn.Module) -> None:
 
 
 def _state(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(tensor, tensor.detach().clone()) for _, tensor in tensor_leaves(model.state_dict(keep_vars=True))]
+    return [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(model)]
 
 
 @torch.no_grad()

@@ -129,7 +129,6 @@ class Pair:
 
     big: Run
     small: Run
-    samples: int
     held: bool
 
 
@@ -146,13 +145,9 @@ class Recording:
         self._known: dict[Any, tuple[Graph, Graph]] = {}
         self.big, self.small = self._graphs(0)
 
-    @property
-    def count(self) -> int:
-        return len(self._batches)
-
     def pairs(self) -> list[Pair]:
         """Fresh runs of every batch."""
-        return [self._pair(number) for number in range(self.count)]
+        return [self._pair(number) for number in range(len(self._batches))]
 
     @torch.no_grad()
     def distance(self) -> float:
@@ -165,7 +160,7 @@ class Recording:
         fed = [dataclasses.replace(graph, args=args, kwargs=kwargs) for graph in (big, small)]
         label = f"batch {number + 1}"
         taken = dict(zip(_decisions(small), _decisions(big), strict=False))
-        return Pair(Run(fed[0], label), Run(fed[1], label, taken), samples_of((args, kwargs)), self.held[number])
+        return Pair(Run(fed[0], label), Run(fed[1], label, taken), self.held[number])
 
     def _graphs(self, number: int) -> tuple[Graph, Graph]:
         args, kwargs = self._batches[number]

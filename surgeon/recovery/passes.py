@@ -106,9 +106,8 @@ class Fitting:
     def _aims(self, site: Site, first: Pair, pair: Pair) -> list[fx.Node]:
         """The values of a batch's original run that say what the site should give."""
         found = [site.target]
-        inputs = self._inputs(site)
-        if inputs is not None and self.how == "refit":
-            found.append(inputs)
+        if self._is_wide(site):
+            found += [node for node in [self._inputs(site)] if node is not None]
         if site in self.meetings:
             found += [self.meetings[site].big.queries, self.meetings[site].big.keys]
         return [twin(node, first.big, pair.big) for node in found]
@@ -119,7 +118,7 @@ class Fitting:
         unknowns = equations.unknowns()
         if not all(self._comparable(site, pair, pairs[0]) for pair in pairs):
             return Fit(site.name, skipped="the original has other rows here")
-        wide = self.how == "refit" and unknowns > self.widest
+        wide = self._is_wide(site)
         if wide and (self._inputs(site) is None or equations.channels > self.widest):
             return Fit(site.name, unknowns=unknowns, skipped=f"{unknowns} unknowns are more than {self.widest}")
         w = equations.matrix(weight).double()
@@ -145,6 +144,10 @@ class Fitting:
             keep = rows.scale > 0
             self._write(site, equations, torch.where(keep[:, None], found[0], w), torch.where(keep, found[1], b))
         return dataclasses.replace(plain, before=math.sqrt(before / energy), after=math.sqrt(best / energy))
+
+    def _is_wide(self, site: Site) -> bool:
+        """Whether a refit has too many unknowns for normal equations."""
+        return self.how == "refit" and Equations(site, self.recording.small.tensors[site.weight.name]).unknowns() > self.widest
 
     def _inputs(self, site: Site) -> fx.Node | None:
         """What the original's layer reads, where one map of channels can serve all taps of a wide convolution."""
