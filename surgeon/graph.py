@@ -136,6 +136,28 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield dot + name, value
 
 
+def check_values(graph: Graph) -> None:
+    """Refuse weights that no score and no proof can be computed from.
+
+    Raises:
+        InputError: a parameter holds NaN or inf, or another tensor NaN (masks may well hold inf).
+    """
+    for name, tensor in graph.tensors.items():
+        if name not in graph.owned or not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if bool(torch.isfinite(tensor.detach().sum())):  # one pass; a sum that overflows is looked at again
+            continue
+        given = isinstance(tensor, nn.Parameter)
+        bad = ~torch.isfinite(tensor.detach()) if given else torch.isnan(tensor.detach())
+        if bool(bad.any()) and not name.startswith("_"):
+            raise InputError(
+                "the model's weights hold NaN or inf",
+                where=name,
+                why="no score and no proof can be computed from them",
+                fix="load sound weights, or repair them (see torch.nan_to_num)",
+            )
+
+
 def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a nest of dicts, lists, tuples, dataclasses and plain objects, with their paths."""
     yield from _leaves(value, path, set())

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree
@@ -24,7 +24,7 @@ from surgeon.criteria import Criterion
 from surgeon.edits import Edit
 from surgeon.errors import InputError
 from surgeon.explain import Explanation, FrozenShare, explain, frozen_share
-from surgeon.graph import Graph
+from surgeon.graph import Graph, check_values
 from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.held import Held
 from surgeon.labels import Track
@@ -37,9 +37,6 @@ from surgeon.rewrite import Kept, shrink_module
 from surgeon.sensitivity import Sensitivity, sensitivity
 from surgeon.solve import Solution, solve
 from surgeon.stopwatch import Stopwatch, search
-
-if TYPE_CHECKING:
-    pass  # part of torch's own requirements
 
 
 class Surgery:
@@ -217,7 +214,7 @@ class Surgery:
             ratio, **budgets, scope=scope, round_to=round_to, heads=heads, max_ratio=max_ratio, min_channels=min_channels
         )
         which = criteria.criterion("first" if self.without_values and isinstance(criterion, str) else criterion, seed)
-        self._check_weights()
+        check_values(self.graph)
         groups, links = self.groups_without(ignore, ignore_inputs), self.links
         if config_expressible:
             request = dataclasses.replace(request, heads="whole" if heads == "both" else heads)
@@ -325,22 +322,6 @@ class Surgery:
             edits += found
         object.__setattr__(plan, "edits", edits)  # the one late field of a frozen plan
         return small, plan
-
-    def _check_weights(self) -> None:
-        for name, tensor in self.graph.tensors.items():
-            if name not in self.graph.owned or not tensor.is_floating_point() or tensor.is_meta:
-                continue
-            if bool(torch.isfinite(tensor.detach().sum())):  # one pass; a sum that overflows is looked at again
-                continue
-            given = isinstance(tensor, nn.Parameter)  # buffers may well hold inf: masks do
-            bad = ~torch.isfinite(tensor.detach()) if given else torch.isnan(tensor.detach())
-            if bool(bad.any()) and not name.startswith("_"):
-                raise InputError(
-                    "the model's weights hold NaN or inf",
-                    where=name,
-                    why="no score and no proof can be computed from them",
-                    fix="load sound weights, or repair them (see torch.nan_to_num)",
-                )
 
     def groups_without(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()) -> list[Group]:
         """The groups less the units that the outputs (or inputs) of ignored modules hold."""

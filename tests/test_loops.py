@@ -1,4 +1,7 @@
-"""The parts of training in loops that are not surgeon's: what docs/training.md shows for the HF Trainer and for Lightning."""
+"""The parts of training in loops that are not surgeon's: what docs/training.md shows for the HF Trainer and for Lightning.
+
+Those packages are not part of `make test`: the tests that need them say so and are skipped there.
+"""
 
 from __future__ import annotations
 

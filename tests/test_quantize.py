@@ -55,7 +55,8 @@ def test_methods(cnn: tuple[nn.Module, Path], tmp_path: Path, method: str) -> No
     assert 0 < report.error < error
     assert len(report.layers) == 4 and list(report.layers) == sorted(report.layers, key=lambda x: -x.added)
     last = next(layer for layer in report.layers if layer.name == "node_linear_1")
-    assert last.error == pytest.approx(report.error, rel=0.2) and 0 <= last.added <= last.error
+    close = 0.2 if method == "fp16" else 1e-6  # ONNX Runtime leaves out the rounding of what nobody looks at
+    assert last.error == pytest.approx(report.error, rel=close) and 0 <= last.added <= last.error
     facts = {item.key: item.value for item in onnx.load(str(report.path)).metadata_props}
     assert facts["surgeon.quantized"] == method and "surgeon.macs" in facts
     assert [file.name for file in report.path.parent.iterdir()] == ["small.onnx"]

@@ -464,8 +464,8 @@ def tiny() -> tuple[nn.Module, Any, nn.Module, list[Tensor]]:
 def test_bad_input() -> None:
     model, plan, small, data = tiny()
     for bad, message in (
-        ([], "there is no batch"),
-        (iter(()), "there is no batch"),
+        ([], "batches holds no batch"),
+        (iter(()), "batches holds no batch"),
         (itertools.repeat(data[0]), "more than 50000 samples"),
         (data[0], "must be an iterable of batches"),
         ([data[0], "no tensor"], "batch 2 cannot be used"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgeon._quiet import quiet_run
 from surgeon._sizes import looking_inside_functional
+from surgeon.batches import check_iterable, no_batch, normal, one_number, samples_of
 from surgeon.calibration.consumers import Atoms, Consumer, find_consumers, find_planes
 from surgeon.calibration.evidence import Evidence, Gradients, Statistics
 from surgeon.calibration.runs import Runs
@@ -26,7 +27,6 @@ from surgeon.calibration.watch import OneOp, See, Watch
 from surgeon.errors import InputError, SurgeonError
 from surgeon.graph import Graph, named, tensor_leaves
 from surgeon.groups import Group
-from surgeon.inputs import normalize
 from surgeon.labels import Track
 from surgeon.propagate import Propagation
 from surgeon.solve import Solution
@@ -74,11 +74,7 @@ def gather(
         InputError: no batches; a batch that is no batch, does not run, takes another path through the code or has a loss that is
             not finite; a consumer too wide; all with the number of the batch, counted from 1.
     """
-    if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
-        raise InputError(
-            f"data must be an iterable of batches, got a {type(data).__name__}",
-            fix="pass a list such as data=[batch] or a loader",
-        )
+    check_iterable(data, "data")
     if any(graph.tensors[name].is_meta for name in graph.owned):
         raise InputError(
             "no evidence can be gathered: the weights have no values (meta device)",
@@ -98,7 +94,7 @@ def gather(
             batches += 1
             label = f"batch {batches} of the data"
             args, kwargs, targets = _inputs(batch, label, paired=loss is not None)
-            samples += next((t.shape[0] for _, t in tensor_leaves((args, kwargs)) if t.dim()), 1)
+            samples += samples_of((args, kwargs))
             if samples > _LIMIT:
                 raise InputError(
                     f"data holds more than {_LIMIT} samples",
@@ -115,11 +111,7 @@ def gather(
             for item in statistics:
                 item.check(label)
     if not batches:
-        raise InputError(
-            "data holds no batch",
-            why="an iterator that was read before is empty",
-            fix="pass a list of batches, or a fresh iterator",
-        )
+        raise no_batch("data")
     return Evidence(batches, gradients, statistics)
 
 
@@ -178,11 +170,7 @@ def _inputs(batch: Any, label: str, paired: bool) -> tuple[Any, Any, Any]:
                 f"{label} is no pair (inputs, targets)", why="a loss was given", fix="let data yield pairs, or leave loss out"
             )
         batch, targets = batch
-    try:
-        args, kwargs = normalize(batch)
-    except InputError as error:
-        what = f"{label} cannot be used: {error.what.replace('example_inputs', 'it')}"
-        raise InputError(what, where=error.where, fix=error.fix) from error
+    args, kwargs = normal(batch, label)
     return args, kwargs, targets
 
 
@@ -214,29 +202,15 @@ def _run(
 
 
 def _loss_of(output: Any, targets: Any, loss: Loss | None, stand_in: Callable[..., Tensor], graph: Graph, label: str) -> Tensor:
-    if loss is None:
-        value = stand_in(output, graph.named or None)
-    else:
-        try:
-            value = loss(output, targets)
-        except Exception as error:
-            raise InputError(
-                f"the loss fails on {label}: {type(error).__name__}: {error}",
-                fix="pass a function loss(output, targets) that gives one number",
-            ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise InputError(
-            f"the loss of {label} is {shape}" + (" without a gradient" if isinstance(value, Tensor) else ""),
-            fix="pass a function loss(output, targets) that gives one number computed from the output by torch",
-        )
+    compute = partial(stand_in, output, graph.named or None) if loss is None else partial(loss, output, targets)
+    value = one_number(compute, label)
     if not math.isfinite(value.item()):
         raise InputError(
             f"the loss of {label} is {value.item()}",
             why="the inputs, the targets or the weights are out of range",
             fix="leave this batch out, or repair the loss",
         )
-    return value.reshape(())
+    return value
 
 
 def _backward(value: Tensor, gradients: Mapping[str, Gradients], statistics: Sequence[Statistics], label: str) -> None:

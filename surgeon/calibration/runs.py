@@ -13,9 +13,9 @@ import numpy as np
 from torch import nn
 
 from surgeon._alike import repeated, same
+from surgeon.batches import record
 from surgeon.calibration.consumers import Atoms, Consumer
-from surgeon.capture import capture
-from surgeon.errors import CaptureError, InputError
+from surgeon.errors import InputError
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.graph import where as location
 from surgeon.labels import Track
@@ -46,15 +46,8 @@ class Runs:
         return self._known[shapes]
 
     def _recorded(self, args: Any, kwargs: Any, label: str) -> tuple[Graph, list[Consumer]]:
-        try:
-            run = capture(self.model, kwargs or args)
-        except CaptureError as error:
-            raise InputError(
-                f"the model does not run on {label}: {error.what}",
-                where=error.where,
-                why=error.why,
-                fix="let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too",
-            ) from error
+        fix = "let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too"
+        run = record(self.model, args, kwargs, label, fix)
         ours, theirs = repeated(self.graph), repeated(run)
         if len(ours) == len(theirs) and all(same(a, b.op) for a, b in zip(ours, theirs, strict=True)):
             return self.graph, self.consumers

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from surgeon.batches import Batch, check_iterable, no_batch, normal, samples_of
 from surgeon.capture import capture
 from surgeon.errors import InputError
 from surgeon.graph import named_tensors
-from surgeon.inputs import normalize
 from surgeon.plan import Plan, check_fit
 from surgeon.recovery.fold import fold
-from surgeon.recovery.lockstep import Recording, samples_of
+from surgeon.recovery.lockstep import Recording
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Track
@@ -145,7 +145,7 @@ def recover(
     recovered = copy.deepcopy(small)
     if batches is None:
         return _folded(recovered, plan, model, example_inputs)
-    given = [_normal(batch, number) for number, batch in enumerate(batches_of(batches), 1)]
+    given = [normal(batch, f"batch {number}") for number, batch in enumerate(batches_of(batches), 1)]
     remarks = [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(given) == 1 else []
     parts, held = split(given, held_out)
     recording = Recording(model, recovered, parts, held)
@@ -185,25 +185,18 @@ def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: 
     return Recovery(recovered, (Step("fold", math.nan, math.nan, fits),), math.nan, math.nan, 0, 0, (remark,))
 
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 def batches_of(batches: Iterable[Any]) -> list[Any]:
     """All batches of an iterable.
 
     Raises:
         InputError: none, or more than the limit (an endless iterator, say).
     """
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise InputError(
-            f"batches must be an iterable of batches, got a {type(batches).__name__}",
-            fix="pass a list such as [batch], or a loader",
-        )
+    check_iterable(batches, "batches")
     found: list[Any] = []
     samples = 0
     for batch in batches:
         found.append(batch)
-        samples += samples_of(_normal(batch, len(found)))
+        samples += samples_of(normal(batch, f"batch {len(found)}"))
         if samples > _LIMIT:
             raise InputError(
                 f"the batches hold more than {_LIMIT} samples",
@@ -211,20 +204,8 @@ def batches_of(batches: Iterable[Any]) -> list[Any]:
                 fix="pass some thousand samples, such as itertools.islice(loader, 20)",
             )
     if not found:
-        raise InputError(
-            "there is no batch",
-            why="an iterator that was read before is empty",
-            fix="pass a list of batches, or a fresh iterator",
-        )
+        raise no_batch("batches")
     return found
-
-
-def _normal(batch: Any, number: int) -> Batch:
-    try:
-        return normalize(batch)
-    except InputError as error:
-        what = f"batch {number} cannot be used: {error.what.replace('example_inputs', 'it')}"
-        raise InputError(what, where=error.where, fix=error.fix) from error
 
 
 def split(batches: list[Batch], share: float) -> tuple[list[Batch], list[bool]]:

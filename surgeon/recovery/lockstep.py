@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from surgeon._alike import alike
 from surgeon._decisions import replay
 from surgeon._views import getitem
-from surgeon.capture import capture
-from surgeon.errors import CaptureError, InputError
+from surgeon.batches import Batch, record
+from surgeon.errors import InputError
 from surgeon.graph import Graph, tensor_leaves, where
 from surgeon.rules.registry import Family, family, op_name
 
@@ -139,7 +139,7 @@ class Recording:
         big, small: the first batch's graphs, in whose nodes everything is said.
     """
 
-    def __init__(self, model: nn.Module, small: nn.Module, batches: Sequence[tuple[Any, Any]], held: Sequence[bool]) -> None:
+    def __init__(self, model: nn.Module, small: nn.Module, batches: Sequence[Batch], held: Sequence[bool]) -> None:
         self._batches, self.held = batches, held
         self._models = model, small
         self._known: dict[Any, tuple[Graph, Graph]] = {}
@@ -173,15 +173,8 @@ class Recording:
         return found
 
     def _record(self, args: Any, kwargs: Any, label: str) -> tuple[Graph, Graph]:
-        try:
-            big, small = (capture(model, kwargs or args) for model in self._models)
-        except CaptureError as error:
-            raise InputError(
-                f"the model does not run on {label}: {error.what}",
-                where=error.where,
-                why=error.why,
-                fix="let the batches be what the model takes, without targets",
-            ) from error
+        fix = "let the batches be what the model takes, without targets"
+        big, small = (record(model, args, kwargs, label, fix) for model in self._models)
         if hasattr(self, "small"):
             for ours, theirs in ((self.big, big), (self.small, small)):
                 _check_path(ours, theirs, label)
@@ -217,12 +210,6 @@ def twin(node: fx.Node, first: Run, other: Run) -> fx.Node:
     """The node of another run of the same path."""
     found: fx.Node = other.nodes[first.place[node]]
     return found
-
-
-def samples_of(inputs: Any) -> int:
-    """Rows of the first tensor."""
-    first = next(tensor for _, tensor in tensor_leaves(inputs))
-    return first.shape[0] if first.dim() else 1
 
 
 def distance(pairs: Iterable[Pair]) -> float:

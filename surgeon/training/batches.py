@@ -12,6 +12,7 @@ import torch.utils._pytree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from surgeon.batches import check_iterable
 from surgeon.errors import InputError
 from surgeon.graph import tensor_leaves
 
@@ -22,11 +23,7 @@ def check_batches(batches: Any, name: str) -> None:
     Raises:
         InputError: it is no iterable of batches, an iterator, or empty.
     """
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise InputError(
-            f"{name} must be an iterable of batches, got a {type(batches).__name__}",
-            fix=f"pass a list such as {name}=[(inputs, targets)], or a DataLoader",
-        )
+    check_iterable(batches, name, "(inputs, targets)")
     if isinstance(batches, Iterator):
         raise InputError(
             f"{name} is an iterator, which can be read only once",

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import InputError, SurgeonError
+from surgeon.batches import one_number
+from surgeon.errors import InputError
 from surgeon.training.batches import described, run, split
 from surgeon.training.evaluate import hits, in_eval_mode
 from surgeon.training.losses import Distillation, logits, soft_targets
@@ -91,20 +92,8 @@ class Objective:
                 why="without a teacher or a loss of your own, the loss is the cross-entropy with class indices",
                 fix="let train yield pairs (inputs, targets), or pass teacher=... or loss=...",
             )
-        try:
-            value = F.cross_entropy(logits(output), targets) if self.loss is None else self.loss(output, targets)
-        except SurgeonError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the loss fails on {label}: {type(error).__name__}: {error}",
-                why=f"output: {described(output)}; targets: {described(targets)}",
-                fix="pass targets that fit the output, or loss=..., a function (output, targets) -> a number",
-            ) from error
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise InputError(
-                f"the loss of {label} is {shape}" + (" without a gradient" if isinstance(value, Tensor) else ""),
-                fix="pass a function loss(output, targets) that gives one number computed from the output by torch",
-            )
-        return value.reshape(())
+        return one_number(
+            lambda: F.cross_entropy(logits(output), targets) if self.loss is None else self.loss(output, targets),
+            label,
+            why=f"output: {described(output)}; targets: {described(targets)}",
+        )
