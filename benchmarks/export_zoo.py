@@ -1,11 +1,12 @@
 """Which architectures reach ONNX: shrunk at ratio 0.5, exported, and compared with torch in ONNX Runtime at two batch sizes.
 
     pip install torchvision timm transformers
-    python benchmarks/export_zoo.py [--filter PATTERN] [--limit SECONDS]
+    python benchmarks/export_zoo.py [--filter PATTERN] [--limit SECONDS] [--fresh]
 
-A row works if the largest relative error is at most 1e-4 in fp32 and the parameters in the file are those of the small model (of
-the fused one, which holds its batch norms in the biases of its layers). Where forward fixes the batch size, the file is exported
-with that size, and the row says so. Each model runs in a process of its own with a time limit.
+A row works if the largest relative error is at most 1e-4 in fp32 and the parameters in the file are those of the small model
+(of the fused one, which holds its batch norms in the biases of its layers). Where forward fixes the batch size, the file is
+exported with that size, and the row says so. Each model runs in a process of its own with a time limit. Rows are kept in
+benchmarks/.cache/export_zoo.json, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from results import markdown, write_result
+from results import keep, kept, markdown, write_result
 from zoo_models import NAMES, TIMM
 
 RATIO, GOAL = 0.5, 0.95
@@ -109,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="*")
     parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -116,7 +118,11 @@ def main() -> None:
         return
     rows = []
     for name in fnmatch.filter(models(), chosen.filter):
-        rows.append(cells(name, apart(name, chosen.limit)))
+        found = {} if chosen.fresh else kept("export_zoo").get(name, {})
+        if not found:
+            found = apart(name, chosen.limit)
+            keep("export_zoo", {name: found})
+        rows.append(cells(name, found))
         print(" | ".join(rows[-1]), flush=True)
     done = sum(row[-1] == "yes" for row in rows)
     notes = [

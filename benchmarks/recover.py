@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from cifar import HOW_TO_GET, MODELS
-from recover_cells import METHODS, REDUCTIONS, Job, keep, load_cells
-from recover_models import CACHE
+from recover_cells import METHODS, REDUCTIONS, Job, keep_cells, load_cells
 from recover_rival import Choice, Rival, macs_of, reestimated
 from recover_table import write
 from recover_tasks import TASKS, Task
+from results import CACHE
 from torch import nn
 
 import surgeon
@@ -142,13 +142,14 @@ def finetuned(model: nn.Module, task: Task, job: Job, key: str, images: int, dis
         return torch.optim.SGD(parameters, RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     done = surgeon.finetune(
-        model,
+        model.to(memory_format=torch.channels_last),  # twice as fast on CPUs
         train,
         epochs=job.epochs,
         loss=task.loss,
         teacher=task.base if distill else None,
         optimizer=sgd,
         warmup=min(20, len(train) // 5),
+        precision="bf16",
         checkpoint=checkpoint,
         checkpoint_steps=100,
         seed=job.seed,
@@ -187,7 +188,7 @@ def main() -> None:
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
     if asked.fresh:
         keys = [key for job in jobs for key in job.keys.values()]
-        keep({}, without=keys)
+        keep_cells({}, without=keys)
         for key in keys:
             checkpoint_of(key).unlink(missing_ok=True)
     cells = load_cells()
@@ -197,11 +198,11 @@ def main() -> None:
         found = run(job, asked.data, images, distill)
         for key, cell in found.items():
             print(f"  {key}: {cell}", flush=True)
-        cells = keep(found)
+        cells = keep_cells(found)
     teacher = "the base as teacher (temperature 4, weight 0.9)" if distill else "no teacher"
     training = (
         f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate {RATE}, momentum 0.9, "
-        f"weight decay 5e-4, cosine to zero, {teacher}; a run of its own for each number of epochs."
+        f"weight decay 5e-4, cosine to zero, {teacher}, bf16 autocast; a run of its own for each number of epochs."
     )
     write(cells, recipe, training)
 

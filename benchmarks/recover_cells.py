@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 from cifar import MODELS
-from recover_models import CACHE
 from recover_tasks import TASKS
+from results import Rows, keep, kept
 
-CELLS = CACHE / "recover.json"
 REDUCTIONS = {name: (1.5, 2.1, 2.6) if name in MODELS else (1.5, 2.1) for name in TASKS}
 METHODS = {  # of each tool
     "torch-pruning": ("torch-pruning as cut", "torch-pruning + BN"),
     "surgeon": ("surgeon as cut", "surgeon recovered"),
     "base": ("base", "base"),
 }
-Cells = dict[str, dict[str, Any]]
+Cells = Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +45,5 @@ class Job:
         return (2 + list(TASKS).index(self.model) if first else 9, self.epochs, self.seed)
 
 
-def load_cells() -> Cells:
-    found: Cells = json.loads(CELLS.read_text()) if CELLS.is_file() else {}
-    return found
-
-
-def keep(found: Cells, without: Iterable[str] = ()) -> Cells:
-    """Add cells to the file, or take some away; what it then holds."""
-    gone = set(without)
-    cells = {key: cell for key, cell in {**load_cells(), **found}.items() if key not in gone}
-    CACHE.mkdir(exist_ok=True)
-    CELLS.with_suffix(".new").write_text(json.dumps(cells, indent=1))
-    os.replace(CELLS.with_suffix(".new"), CELLS)
-    return cells
+load_cells = partial(kept, "recover")
+keep_cells = partial(keep, "recover")

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from results import CACHE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgeon
 
-CACHE = Path(__file__).parent / ".cache"
 LENGTH = 128  # bytes of a text
 _NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 
@@ -147,21 +147,19 @@ def documentation() -> tuple[Tensor, Tensor]:
     """
     from pydoc_data.topics import topics
 
-    root = Path(sysconfig.get_paths()["stdlib"])
-    pieces = [text for _, text in sorted(topics.items())]
-    for path in sorted(root.rglob("*.py")):
-        if not _NO_LIBRARY & set(path.relative_to(root).parts):
-            pieces.append(_docstrings(path))
+    pieces = [text for _, text in sorted(topics.items())] + ["\n\n".join(texts) for texts in docstrings()]
     pieces = [piece for piece in pieces if piece]
     learned = "\n\n".join(piece for number, piece in enumerate(pieces) if number % 10)
     return _texts(learned), _texts("\n\n".join(pieces[::10]))
 
 
-def _docstrings(path: Path) -> str:
+def docstrings() -> list[list[str]]:
+    """Those of each module of the standard library, by path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return "\n\n".join(
-        text for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds) and (text := ast.get_docstring(node))
-    )
+    paths = [path for path in sorted(root.rglob("*.py")) if not _NO_LIBRARY & set(path.relative_to(root).parts)]
+    trees = [ast.walk(ast.parse(path.read_bytes())) for path in paths]
+    return [[text for node in tree if isinstance(node, kinds) and (text := ast.get_docstring(node))] for tree in trees]
 
 
 def _texts(text: str) -> Tensor:

@@ -114,9 +114,9 @@ class Rival:
         last = [module for module in modules.values() if isinstance(module, nn.Linear)][-1:]
         stream = [m for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and not self.task.inner(name)]
         heads = {
-            layer: module.heads
+            layer: getattr(module, "heads", 0) or module.num_attention_heads
             for module in modules.values()
-            if hasattr(module, "heads")
+            if hasattr(module, "query")
             for layer in (module.query, module.key, module.value)
         }
         with warnings.catch_warnings():
@@ -132,4 +132,5 @@ class Rival:
             )
             pruner.step()
         small.zero_grad()
+        self.task.repair(small)
         return small.eval()

@@ -9,6 +9,7 @@ from typing import Any
 from cifar import MODELS
 from recover_cells import REDUCTIONS, Cells, Job
 from recover_models import LENGTH
+from recover_sentences import AMONG, TOKENS
 from recover_tasks import HELD_OUT, SAMPLES, TASKS, TEXTS
 from results import markdown, write_result
 
@@ -100,7 +101,9 @@ NOTES = [
     (
         f"ResNets: adapted weights, {SAMPLES:,} training images to calibrate by, the 10,000 test images (lossy JPEG, quality "
         f"about 75). vit: trained here, the same images. text: trained here on Python's documentation, {TEXTS} texts of {LENGTH} "
-        "bytes to calibrate by, every tenth module to test; lower is better."
+        "bytes to calibrate by, every tenth module to test; lower is better. sentences: all-MiniLM-L6-v2 as published, "
+        f"{TEXTS} texts of {TOKENS} tokens to calibrate by; how often a docstring's summary is nearest to its own second "
+        f"paragraph among those of {AMONG} docstrings; half of the modules are to test."
     ),
     "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels.",
     (

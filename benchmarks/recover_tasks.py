@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from cifar import MODELS, normalised, read_pixels, top1
 from recover_models import Shuffled, documentation, next_byte_loss, trained
+from recover_sentences import contrast, nearest, pairs, pretrained, repair
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -57,6 +58,9 @@ class Task:
     def inner(self, name: str) -> bool:
         """Whether a layer's outputs are inside of a block, not of the residual stream."""
         raise NotImplementedError
+
+    def repair(self, model: nn.Module) -> None:
+        """Do by hand what torch-pruning leaves to its users after a cut."""
 
 
 @functools.cache
@@ -152,4 +156,31 @@ def _bits(model: nn.Module, texts: Tensor) -> float:
     return sum(sums) / len(texts) / 0.6931471805599453
 
 
-TASKS: dict[str, Any] = {"resnet20": Images, "resnet56": Images, "vit": Images, "text": Text}
+class Embeddings(Task):
+    """A published sentence-embedding model, scored by retrieval."""
+
+    metric, sign = "retrieval top-1", 1
+    loss = staticmethod(contrast)
+
+    def __init__(self, name: str, data: Path) -> None:
+        self.pairs, self.tests = pairs()
+        super().__init__(name, pretrained())
+
+    def calibration(self, seed: int) -> Pairs:
+        chosen = self.pairs[_order(len(self.pairs), seed)[: TEXTS // 2]]
+        return [(part.transpose(0, 1).flatten(0, 1), torch.zeros(())) for part in chosen.split(16)]
+
+    def held_out(self, model: nn.Module, seed: int) -> float:
+        return nearest(model, self.pairs[_order(len(self.pairs), seed)[TEXTS // 2 :]])
+
+    def test(self, model: nn.Module) -> float:
+        return nearest(model, self.tests)
+
+    def inner(self, name: str) -> bool:
+        return name.endswith(("query", "key", "value", "intermediate.dense"))
+
+    def repair(self, model: nn.Module) -> None:
+        repair(model)
+
+
+TASKS: dict[str, Any] = {"resnet20": Images, "resnet56": Images, "vit": Images, "text": Text, "sentences": Embeddings}

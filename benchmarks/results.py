@@ -1,19 +1,25 @@
-"""write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run it again."""
+"""write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run it again.
+
+`kept` and `keep`: rows of a long run, in benchmarks/.cache.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+CACHE = Path(__file__).parent / ".cache"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,6 +39,27 @@ def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str
     os.replace(file.name, path)
     print(f"\n{text}\nwritten to {path}")
     return path
+
+
+Rows = dict[str, dict[str, Any]]
+
+
+def kept(name: str) -> Rows:
+    """What benchmarks/.cache holds of an earlier run, so that a run that was stopped goes on."""
+    path = CACHE / f"{name}.json"
+    found: Rows = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def keep(name: str, found: Rows, without: Iterable[str] = ()) -> Rows:
+    """Add rows to what is kept, or take some away; what it then holds."""
+    gone = set(without)
+    rows = {key: row for key, row in {**kept(name), **found}.items() if key not in gone}
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"{name}.json"
+    path.with_suffix(".new").write_text(json.dumps(rows, indent=1))
+    os.replace(path.with_suffix(".new"), path)
+    return rows
 
 
 def conditions() -> str:

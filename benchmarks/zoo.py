@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "benchmarks" / ".cache" / "zoo.json"
 RATIO, LIMIT = 0.5, 120
 LEFT, FROZEN = 0.60, 0.05  # what a row may not pass without a reason that is printed beside it
 STATUS = Path("/proc/self/status")
@@ -204,14 +203,13 @@ def one(tool: str, name: str) -> None:
 
 def sweep(names: list[str], tools: list[str], jobs: int, again: Callable[[Mapping[str, Any]], bool]) -> dict[str, dict[str, Any]]:
     """All rows by 'tool name'; what the cache holds is not measured again."""
-    rows: dict[str, dict[str, Any]] = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
+    from results import keep, kept
+
+    rows = kept("zoo")
     todo = [(tool, name) for name in names for tool in tools if again(rows.get(f"{tool} {name}", {}))]
     with ThreadPoolExecutor(jobs) as pool:
         for (tool, name), row in zip(todo, pool.map(lambda work: in_process(*work), todo), strict=True):
-            rows[f"{tool} {name}"] = row
-            CACHE.parent.mkdir(exist_ok=True)
-            CACHE.with_suffix(".new").write_text(json.dumps(rows, indent=1))
-            os.replace(CACHE.with_suffix(".new"), CACHE)
+            rows = keep("zoo", {f"{tool} {name}": row})
             print(f"{tool:14}", " | ".join(cells(name, row)), flush=True)
     return {key: rows[key] for name in names for tool in tools if (key := f"{tool} {name}") in rows}
 
