@@ -52,6 +52,11 @@ class Band:
         """Channels of the first group that one step takes."""
         return self.groups[0].width / self.steps
 
+    @property
+    def slots(self) -> int:
+        """How many slots its channels take an index of: a residual stream has some of every layer on it."""
+        return len({(member.tensor, member.dim) for group in self.groups for member in group.members})
+
     def remove(self, choice: Choice, steps: int) -> None:
         for order, per in zip(self.order, self.per, strict=True):
             choice[order[:, : steps * per].ravel()] = True

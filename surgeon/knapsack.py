@@ -1,11 +1,11 @@
 """solve(bands, cost, limit) -> counts: what to remove so that the layers keep most of their importance within a budget.
 
-Each band keeps a share of its importance (the squared scores of what stays); the product of these shares over all bands is kept
-as large as possible, so that no layer is emptied for the sake of others. (Scores that add up, such as those of `kfac`, are summed
-instead.) Per count of steps a band has a value and a cost, and
-dynamic programming over bands picks one count each (a multiple-choice knapsack; Shen et al., HALP, NeurIPS 2022, use one for
-latency). What a band costs hangs on the widths around it, so the costs are measured at the last solution and the knapsack is
-solved again, a few times.
+Each band keeps a share of its importance (the squared scores of what stays); the product of these shares over all slots that the
+bands hold is kept as large as possible, so that no layer is emptied for the sake of others, and a residual stream counts once for
+every layer that it runs through. (Scores that add up, such as those of `kfac`, are summed instead.) Per count of steps a band
+has a value and a cost, and dynamic programming over bands picks one count each (a multiple-choice knapsack; Shen et al., HALP,
+NeurIPS 2022, use one for latency). What a band costs hangs on the widths around it, so the costs are measured at the last
+solution and the knapsack is solved again, a few times.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def _spread(counts: Track) -> Track:
 
 
 def _losses(band: Band, counts: Track) -> Track:
-    """-log of the share of importance that stays, and every band counts alike; of additive scores what is lost."""
+    """-log of the share of importance that stays, once for every slot; of additive scores what is lost."""
     if band.additive:
         lost: Track = np.concatenate([[0.0], np.cumsum(band.score)])[counts]
         return lost
     energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
     share = 1 - energy[counts] / energy[-1]
-    found: Track = -np.log(np.maximum(share, 1e-12))
+    found: Track = -np.log(np.maximum(share, 1e-12)) * max(band.slots, 1)
     return found
 
 

@@ -167,6 +167,37 @@ def test_the_knapsack_takes_the_cheapest_if_nothing_fits() -> None:
     assert solve(some, lambda counts: 100.0 - sum(counts), 1.0) == [3, 3]
 
 
+class Stream(nn.Module):
+    """A residual stream through eight blocks, each with inner channels that are as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.up = nn.ModuleList(nn.Linear(32, 32) for _ in range(8))
+        self.down = nn.ModuleList(nn.Linear(32, 32) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(x).relu())
+        return self.head(x)
+
+
+def test_a_stream_counts_for_every_layer_on_it() -> None:
+    """All filters are alike, and a step of the stream saves as much as one of every block: neither is to be preferred by much."""
+    surgery = surgeon.inspect(Stream(), torch.randn(2, 8))
+
+    def even(group: Any, tensors: Any) -> Any:
+        return np.ones(group.units)
+
+    plan = surgery.plan(macs=0.5, criterion=even, scope="knapsack", round_to=1)
+    stream, inner = (
+        len(plan.kept["stem.weight"][0]),
+        [len(plan.kept.get(f"up.{i}.weight", {}).get(0, range(32))) for i in range(8)],
+    )
+    assert 18 <= stream <= 28 and all(18 <= width <= 28 for width in inner), (stream, inner)
+
+
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.5, "memory": 0.95}])
 def test_the_scope_knapsack_meets_budgets(surgery: surgeon.Surgery, budget: dict[str, Any]) -> None:
     plan = surgery.plan(scope="knapsack", round_to=1, **budget)
