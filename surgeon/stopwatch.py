@@ -16,7 +16,7 @@ from surgeon.errors import BudgetError
 from surgeon.export import export
 from surgeon.latency import Predictor
 
-_CLOSE = 0.03  # below the limit: close enough
+CLOSE = 0.03  # below a limit: close enough
 _CANDIDATES = 8  # measured for one latency
 _ROUNDS = 24  # interleaved runs of two whole models
 
@@ -26,6 +26,7 @@ def search(
     predict: Predictor,
     measure: Callable[[Choice], tuple[float, float, tuple[float, float]]],
     limit_of: Callable[[float], float],
+    close: Callable[[Choice], bool] = lambda choice: False,
 ) -> tuple[Choice, dict[str, Any]]:
     """Choose, measure, correct the prediction, and choose again, until what is measured is just below the limit.
 
@@ -33,9 +34,11 @@ def search(
         chosen: the choice within the budgets, by the prediction as it stands.
         measure: (ms of the original, ms of the small model, 95 % interval of their quotient) of a choice.
         limit_of: the limit in ms, given the original's.
+        close: whether another budget is met closely by a choice.
 
     Returns:
-        The choice that was measured closest below the limit, and its figures.
+        The choice that was measured closest below the limit, or the first below it that another budget holds back; and its
+        figures.
 
     Raises:
         BudgetError: every candidate was measured above the limit, down to the smallest one.
@@ -61,9 +64,11 @@ def search(
         said = {"original_ms": before, "ms": after, "interval": interval, "limit_ms": limit_of(before), "candidates": tried}
         if share <= 1 and (best is None or share > best[0]):
             best = share, choice, said
-        if 1 - _CLOSE <= share <= 1:
+        if 1 - CLOSE <= share <= 1:
             break
-        aim = 1 - _CLOSE / 2  # the middle of what is close enough
+        if share <= 1 and close(choice):
+            return choice, said
+        aim = 1 - CLOSE / 2  # the middle of what is close enough
         predict.correction *= share / aim / (predict(choice) / limit_of(predict.total))
     if best is None:
         raise BudgetError(
@@ -71,7 +76,7 @@ def search(
             why="the machine is too noisy, or what must stay takes too long",
             fix="ask for more time, or try again on a quiet machine",
         )
-    if best[0] < 1 - _CLOSE:
+    if best[0] < 1 - CLOSE:
         warnings.warn(f"the latency is {best[0]:.1%} of the limit: no candidate was measured closer below it", stacklevel=3)
     return best[1], best[2]
 

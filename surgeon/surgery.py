@@ -36,7 +36,7 @@ from surgeon.request import Budget, Ratio, Request
 from surgeon.rewrite import Kept, shrink_module
 from surgeon.sensitivity import Sensitivity, sensitivity
 from surgeon.solve import Solution, solve
-from surgeon.stopwatch import Stopwatch, search
+from surgeon.stopwatch import CLOSE, Stopwatch, search
 
 
 class Surgery:
@@ -264,11 +264,13 @@ class Surgery:
             limit = request.limit("latency", predict.total)
             fixed = dataclasses.replace(request, latency=f"{limit}ms")  # a share is one of what was measured
             costs: dict[str, Any] = {kind: getattr(self.shapes, kind) for kind in request.budgets if kind != "latency"}
+            limits = {kind: request.limit(kind, cost(nothing(self.solution))) for kind, cost in costs.items()}
             return search(
                 lambda: chosen(fixed, {**costs, "latency": predict}),
                 predict,
                 lambda choice: watch.measure(self._cut(self.model, self.shapes.kept(choice), choice)[0]),
                 lambda full: request.limit("latency", full),
+                lambda choice: any(cost(choice) > (1 - CLOSE) * limits[kind] for kind, cost in costs.items()),
             )
 
     def _expressible(self, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:

@@ -226,18 +226,19 @@ class Simulated:
         self.measured.append(time)
         return 10.0, time, (time / 10, time / 10)
 
-    def search(self, limit: float) -> Any:
+    def search(self, limit: float, **others: float) -> Any:
         from surgeon.choose import choose
         from surgeon.request import Request
 
         def scores(group: Any) -> Any:
             return np.random.default_rng(len(group.name)).random(group.lanes.shape) + 1
 
-        request = Request(latency=f"{limit}ms", round_to=1)
-        costs = {"latency": self.predict}
+        request = Request(latency=f"{limit}ms", round_to=1, **others)
+        costs = {"latency": self.predict, **{kind: getattr(self.surgery.shapes, kind) for kind in others}}
         return search(
             lambda: choose(self.surgery.groups, scores, self.surgery.shapes, request, self.surgery.links, 1, costs),
             self.predict, self.measure, lambda full: limit,
+            lambda choice: any(self.surgery.shapes.macs(choice) > 0.97 * share * self.surgery.macs for share in others.values()),
         )  # fmt: skip
 
 
@@ -248,6 +249,13 @@ def test_a_wrong_prediction_is_corrected(surgery: surgeon.Surgery, tmp_path: Pat
     assert 0.97 * 7.0 <= said["ms"] <= 7.0
     assert said["ms"] == machine.measure(choice)[1]
     assert said["candidates"] <= 4
+
+
+def test_another_budget_that_is_tighter_ends_the_search(surgery: surgeon.Surgery, tmp_path: Path) -> None:
+    machine = Simulated(surgery, tmp_path, 0.9)
+    choice, said = machine.search(9.0, macs=0.5)
+    assert len(machine.measured) == 1 and said["ms"] < 0.97 * 9.0
+    assert 0.45 * surgery.macs < surgery.shapes.macs(choice) <= 0.5 * surgery.macs
 
 
 def test_what_cannot_be_reached_is_refused(surgery: surgeon.Surgery, tmp_path: Path) -> None:
