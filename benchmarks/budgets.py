@@ -1,21 +1,23 @@
 """Asked and reached: MACs, params, size and latency budgets; and whether predicted MACs and params are those of the small model.
 
     pip install torchvision timm
-    python benchmarks/budgets.py [--models resnet50 ...] [--latency 0.7 0.5] [--counts]
+    python benchmarks/budgets.py [--models resnet50 ...] [--latency 0.7 0.5] [--counts] [--fresh latency]
 
-Without --counts: five models at shares of 0.7, 0.5 and 0.3, and latencies on ONNX Runtime (one thread, fused, CPU time). With it:
-all models of the torchvision table and 20 timm families, predicted against counted (torch's flop counter, halved).
+Rows are kept in benchmarks/.cache/budgets.json, so that a run that was stopped goes on. Without --counts: five models at shares
+of 0.7, 0.5 and 0.3, and latencies on ONNX Runtime (one thread, fused, CPU time). With it: all models of the torchvision table
+and 20 timm families, predicted against counted (torch's flop counter, halved).
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from cifar import MODELS
-from results import first_line, markdown, write_result
+from results import first_line, keep, kept, markdown, write_result
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,34 +53,53 @@ def counted(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
     return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
 
 
-def budget_rows(name: str, latencies: list[float]) -> list[list[str]]:
+def budget_rows(name: str, latencies: list[float], fresh: list[str]) -> list[list[str]]:
+    """The rows of a model; those that the cache holds are not measured again, but for fresh kinds."""
     model, image = one(name)
     surgery = surgeon.inspect(model, image)
     rows = []
+
+    def add(kind: str, share: float, round_to: int | str, measure: Callable[..., tuple[str, str]]) -> bool:
+        """Whether the budget can be met."""
+        row = [name, kind, f"{share:.0%}", str(round_to)]
+        known = {} if kind in fresh else kept("budgets")
+        if " ".join(row) not in known:
+            try:
+                found = measure(surgery, model, image, kind, share, round_to)
+            except surgeon.errors.BudgetError as error:
+                found = first_line(error), "refused"
+            known = keep("budgets", {" ".join(row): {"cells": found}})
+        rows.append([*row, *known[" ".join(row)]["cells"]])
+        print(rows[-1], flush=True)
+        return rows[-1][-1] != "refused"
+
     for kind in KINDS:
         for share in SHARES:
             for round_to in (1, "auto"):
-                try:
-                    plan = surgery.plan(round_to=round_to, **{kind: share})
-                except surgeon.errors.BudgetError as error:
-                    rows.append([name, kind, f"{share:.0%}", str(round_to), first_line(error), ""])
-                    continue
-                small = plan.apply(model)
-                again = surgeon.inspect(small, image)
-                reached = getattr(again, kind) / getattr(surgery, kind)
-                same = "yes" if getattr(again, kind) == getattr(plan, kind) else "NO"
-                rows.append([name, kind, f"{share:.0%}", str(round_to), f"{reached:.2%}", same])
-                print(rows[-1], flush=True)
+                add(kind, share, round_to, reached)
     for share in latencies:
-        try:
-            told = surgery.plan(latency=share).request["measured"]
-            low, high = told["interval"]
-            text = f"{told['ms'] / told['original_ms']:.1%} [{low:.1%}, {high:.1%}], {told['candidates']} candidates"
-        except surgeon.errors.BudgetError as error:
-            text = first_line(error)
-        rows.append([name, "latency", f"{share:.0%}", "auto", text, ""])
-        print(rows[-1], flush=True)
+        if not add("latency", share, "auto", timed):
+            add("latency", share, 1, timed)
     return rows
+
+
+def reached(
+    surgery: surgeon.Surgery, model: nn.Module, image: Tensor, kind: str, share: float, round_to: int | str
+) -> tuple[str, str]:
+    """What the small model has, and whether that was predicted."""
+    plan = surgery.plan(round_to=round_to, **{kind: share})
+    again = surgeon.inspect(plan.apply(model), image)
+    same = "yes" if getattr(again, kind) == getattr(plan, kind) else "NO"
+    return f"{getattr(again, kind) / getattr(surgery, kind):.2%}", same
+
+
+def timed(
+    surgery: surgeon.Surgery, model: nn.Module, image: Tensor, kind: str, share: float, round_to: int | str
+) -> tuple[str, str]:
+    """What was measured, with its interval."""
+    told = surgery.plan(latency=share, round_to=round_to).request["measured"]
+    low, high = told["interval"]
+    return f"{told['ms'] / told['original_ms']:.1%} [{low:.1%}, {high:.1%}], {told['candidates']} candidates", ""
 
 
 def count_rows() -> list[list[str]]:
@@ -108,6 +129,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(FIVE))
     parser.add_argument("--latency", nargs="*", type=float, default=[0.7, 0.5], help="shares of the original's")
     parser.add_argument("--counts", action="store_true")
+    parser.add_argument("--fresh", nargs="*", default=[], choices=[*KINDS, "latency"], help="measure these again")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -116,7 +138,7 @@ def main() -> None:
         notes = ["Channel ratio 0.5. 'equal': MACs and params predicted before the cut are exactly those of the small model."]
         write_result("counts", "Predicted and counted", markdown(header, count_rows()), notes)
         return
-    rows = [row for name in chosen.models for row in budget_rows(name, chosen.latency)]
+    rows = [row for name in chosen.models for row in budget_rows(name, chosen.latency, chosen.fresh)]
     header = ["model", "budget", "asked", "round_to", "reached", "as predicted"]
     notes = [
         "Random weights (CIFAR ResNet-56: trained), l1; uniform scope, the knapsack for latencies; batch 1.",
