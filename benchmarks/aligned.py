@@ -44,7 +44,9 @@ def theirs(model: nn.Module, image: Tensor, share: float, round_to: int | None) 
     def cut(ratio: float) -> tuple[float, nn.Module]:
         small = copy.deepcopy(model)
         options = {"importance": tp.importance.MagnitudeImportance(p=1), "pruning_ratio": ratio, "round_to": round_to}
-        tp.pruner.MagnitudePruner(small, image, ignored_layers=classifiers(small), **options).step()
+        options |= {"ignored_layers": classifiers(small), "num_heads": heads_of(small)}
+        tp.pruner.MagnitudePruner(small, image, **options).step()
+        repair(small)
         return macs_of(small, image), small
 
     whole, low, high = macs_of(model, image), 0.0, 0.95
@@ -57,6 +59,27 @@ def theirs(model: nn.Module, image: Tensor, share: float, round_to: int | None) 
         else:
             low = middle
     return best[1]
+
+
+def heads_of(model: nn.Module) -> dict[nn.Module, int]:
+    """What torch-pruning has to be told: the heads of every attention, by its projections."""
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[module] = module.num_heads
+        elif hasattr(module, "q_lin"):
+            found |= {getattr(module, name): module.n_heads for name in ("q_lin", "k_lin", "v_lin")}
+    return found
+
+
+def repair(model: nn.Module) -> None:
+    """What torch-pruning leaves to its users: sizes that the code reads (as in its own examples for these models)."""
+    for module in model.modules():
+        if hasattr(module, "conv_proj"):
+            module.hidden_dim = module.conv_proj.out_channels
+        elif hasattr(module, "q_lin"):
+            module.dim = module.q_lin.out_features
+            module.attention_head_size = module.dim // module.n_heads
 
 
 def macs_of(model: nn.Module, image: Tensor) -> float:
