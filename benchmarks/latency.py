@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aligned import ours, theirs
+from aligned import macs_of, ours, theirs
 from results import first_line, keep, kept, markdown, write_result
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -56,6 +56,18 @@ def variants(model: nn.Module, inputs: Any, share: float) -> tuple[dict[str, nn.
             failed[name] = first_line(error)
     made["shrunk + fused"] = surgeon.fuse(made["shrunk"], inputs)
     return made, failed
+
+
+def macs_left(name: str, share: float) -> list[str]:
+    """A row: the share of MACs that each tool leaves."""
+    model, inputs = built(name)
+    whole, row = macs_of(model, inputs), [name]
+    for cut, widths in ((ours, "auto"), (theirs, None)):
+        try:
+            row.append(f"{macs_of(cut(copy.deepcopy(model), inputs, share, widths), inputs) / whole:.2%}")  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001  # the table says how a tool fails
+            row.append(first_line(error))
+    return row
 
 
 def files_of(made: dict[str, nn.Module], inputs: Any, folder: Path) -> dict[str, Path]:
@@ -106,6 +118,7 @@ def main() -> None:
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[list[str]] = []
+    left: list[list[str]] = []
     for name in chosen.models:
         key = f"{name} {chosen.share} {chosen.rounds}"
         known = {} if chosen.fresh else kept("latency")
@@ -113,6 +126,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 known = keep("latency", {key: {"rows": rows_of(name, chosen.share, chosen.rounds, Path(folder))}})
         rows += known[key]["rows"]
+        if f"{key} MACs" not in known:
+            known = keep("latency", {f"{key} MACs": {"row": macs_left(name, chosen.share)}})
+        left.append(known[f"{key} MACs"]["row"])
     ahead = [float(row[-1]) for row in rows if row[2] == "shrunk + fused" and row[-1] != "-"]
     mean = math.exp(sum(map(math.log, ahead)) / len(ahead)) if ahead else math.nan
     least = min(ahead, default=math.nan)
@@ -122,7 +138,8 @@ def main() -> None:
         "distilbert: the published size, 128 tokens; int8 is dynamic there, static elsewhere (ranges from random values).",
         "torch-pruning's model is fused and exported by surgeon, as the others are; 'shrunk' is exported without fusing.",
     ]
-    write_result("latency", "Latency before and after", markdown(HEADER, rows), notes)
+    tables = [markdown(HEADER, rows), markdown(["MACs left", "surgeon", RIVAL], left)]
+    write_result("latency", "Latency before and after", "\n\n".join(tables), notes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of docs/ run as they are printed."""
+"""The Python blocks of the README and of docs/ run as they are printed, and their tables quote what was measured."""
 
 from __future__ import annotations
 
@@ -98,3 +98,36 @@ def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for part, block in enumerate(blocks(path)):
         BEFORE.get(path.name, lambda given, part: None)(given, part)
         exec(compile(block, f"{path}, block {part + 1}", "exec"), given)
+
+
+QUOTED = re.compile(r"<!-- table: (\S+) -->\n\|.*\n\| ---.*\n((?:\|.*\n)+)")
+
+
+def quotes() -> list[tuple[str, str, str]]:
+    """(file, source of the table, row) of every row that is said to be measured."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [(path.name, source, rows) for path in files for source, rows in QUOTED.findall(path.read_text())]
+    return [(name, source, row) for name, source, rows in found for row in rows.splitlines()]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
+def within(part: list[str], whole: list[str]) -> bool:
+    """Whether the cells are some of a row's, in its order."""
+    rest = iter(whole)
+    return all(cell in rest for cell in part)
+
+
+def test_tables_quote_results() -> None:
+    assert {name for name, _, _ in quotes()} >= {"README.md", "latency.md"}
+    for name, source, row in quotes():
+        measured = [cells(line) for line in (ROOT / source).read_text().splitlines() if line.startswith("|")]
+        assert any(within(cells(row), line) for line in measured), f"{name} quotes {row}, which {source} does not hold"
+
+
+def test_what_is_quoted_wrongly_is_found() -> None:
+    assert within(["resnet50", "2"], ["resnet50", "1", "2"])
+    assert not within(["resnet50", "3"], ["resnet50", "1", "2"])
+    assert not within(["2", "resnet50"], ["resnet50", "1", "2"])
