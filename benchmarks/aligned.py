@@ -29,9 +29,11 @@ EFFICIENT = 0.88  # asked of the time for ONNX Runtime, in the rows with a laten
 HEADER = ["model", "MACs", "widths", "MACs reached", "ONNX Runtime speed-up", "efficiency", "torch speed-up", "efficiency"]
 
 
-def ours(model: nn.Module, image: Tensor, share: float, round_to: int | str, **more: float) -> nn.Module:
+def ours(
+    model: nn.Module, image: Tensor, share: float, round_to: int | str = "auto", scope: str = "uniform", **more: float
+) -> nn.Module:
     surgery = surgeon.inspect(model, image)
-    plan = surgery.plan(macs=share, round_to=round_to, **more)
+    plan = surgery.plan(macs=share, round_to=round_to, scope=scope, **more)
     small = plan.apply(model)
     surgeon.verify(model, small, plan, graph=surgery.graph)
     return small
@@ -87,9 +89,12 @@ def macs_of(model: nn.Module, image: Tensor) -> float:
 
 
 VARIANTS: dict[str, Callable[[nn.Module, Tensor, float], nn.Module]] = {
-    "surgeon, auto": lambda model, image, share: ours(model, image, share, "auto"),
-    "surgeon, auto, with a latency": lambda model, image, share: ours(model, image, share, "auto", latency=share / EFFICIENT),
-    "surgeon, any width": lambda model, image, share: ours(model, image, share, 1),
+    "surgeon": lambda model, image, share: ours(model, image, share, "auto", "knapsack"),
+    "surgeon, with a latency": lambda model, image, share: ours(
+        model, image, share, "auto", "knapsack", latency=share / EFFICIENT
+    ),
+    "surgeon, uniform": lambda model, image, share: ours(model, image, share, "auto"),
+    "surgeon, uniform, any width": lambda model, image, share: ours(model, image, share, 1),
     "torch-pruning": lambda model, image, share: theirs(model, image, share, None),
     "torch-pruning, round_to=16": lambda model, image, share: theirs(model, image, share, 16),
 }
@@ -144,10 +149,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in chosen.models for row in rows_of(name, chosen.rounds, Path(folder))]
     notes = [
-        "Random weights, l1, uniform scope, image 224 x 224, batch 1; both runtimes run fused models on one thread, by CPU time.",
+        "Random weights, l1, image 224 x 224, batch 1; both runtimes run fused models on one thread, by CPU time.",
         (
-            f"with a latency: plan(macs=share, latency=share / {EFFICIENT}), chosen by the knapsack: both budgets hold, on ONNX "
-            "Runtime and one thread."
+            "surgeon: plan(macs=share), which is shared out by the knapsack; uniform: the same share of every group. With a "
+            f"latency: plan(macs=share, latency=share / {EFFICIENT}): both hold, on ONNX Runtime and one thread."
         ),
         "speed-up: original time / small time, median of interleaved rounds with a 95 % bootstrap interval.",
         "efficiency: speed-up x share of MACs; 1 means that the time went down as the MACs did.",

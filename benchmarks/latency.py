@@ -133,7 +133,7 @@ def main() -> None:
     mean = math.exp(sum(map(math.log, ahead)) / len(ahead)) if ahead else math.nan
     least = min(ahead, default=math.nan)
     notes = [
-        f"Random weights; each tool cuts to {chosen.share:.0%} of the MACs, surgeon with round_to='auto'.",
+        f"Random weights; each tool cuts to {chosen.share:.0%} of the MACs, surgeon with round_to='auto', both uniformly.",
         f"Geometric mean of surgeon's fused model over torch-pruning's: {mean:.2f} ({len(ahead)} pairs, the least {least:.2f}).",
         "distilbert: the published size, 128 tokens; int8 is dynamic there, static elsewhere (ranges from random values).",
         "torch-pruning's model is fused and exported by surgeon, as the others are; 'shrunk' is exported without fusing.",

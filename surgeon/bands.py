@@ -91,7 +91,8 @@ class Band:
 
     def nearest(self, target: float) -> int:
         """The legal count nearest to `target`, the larger one if two are."""
-        return int(min(self.legal(), key=lambda k: (abs(k - target), -k)))
+        counts = self.legal()[::-1]
+        return int(counts[np.argmin(np.abs(counts - target))])
 
     def fewer(self, count: int) -> int | None:
         """The next smaller legal count."""

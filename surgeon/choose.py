@@ -107,6 +107,7 @@ class _Planner:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
         self.score, self.additive = scores, additive
         self._bands: dict[tuple[str, ...], list[Band]] = {}
+        self._slots: dict[str, list[Track]] = {}
 
     def bands(self, ratio: float) -> list[Band]:
         chosen = sides(self.groups, ratio)
@@ -163,12 +164,15 @@ class _Planner:
         return choice
 
     def _empties(self, choice: Choice, group: Group) -> bool:
-        for member in group.members:
-            if len(member.index) > int(member.index.max()) + 1:  # an index that two units hold: it leaves with either
-                slot = self.shapes.propagation.slots[member.tensor, member.dim]
-                if self.shapes.leaves(slot, choice).all():
-                    return True
-        return False
+        return any(self.shapes.leaves(slot, choice).all() for slot in self._shared(group))
+
+    def _shared(self, group: Group) -> list[Track]:
+        """The slots with an index that two units hold: it leaves with either."""
+        if group.name not in self._slots:
+            slots = self.shapes.propagation.slots
+            found = [m for m in group.members if len(m.index) > int(m.index.max()) + 1]
+            self._slots[group.name] = [slots[member.tensor, member.dim] for member in found]
+        return self._slots[group.name]
 
     # -- budgets --------------------------------------------------------------------------------------------------
 

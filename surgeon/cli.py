@@ -98,7 +98,9 @@ def shrink(
     size: Annotated[str | None, typer.Option(help="Instead: bytes of weights that may stay, as 50% or 3MB")] = None,
     memory: Annotated[str | None, typer.Option(help="Instead: bytes of activations alive at once, as 50% or 20MB")] = None,
     criterion: Annotated[str, typer.Option(help=", ".join(criteria.BUILT_IN))] = "l1",
-    scope: Annotated[str, typer.Option(help=", ".join(SCOPES))] = "uniform",
+    scope: Annotated[
+        str | None, typer.Option(help=", ".join(SCOPES) + " [default: knapsack for budgets, uniform for a ratio]")
+    ] = None,
     round_to: Annotated[str, typer.Option(help="Kept widths are multiples of this: a number, auto, cpu, cuda or npu")] = "auto",
     heads: Annotated[str, typer.Option(help="What attention may lose: both, whole, dims or keep")] = "both",
     max_ratio: Annotated[float, typer.Option(help="The largest share that any layer may lose")] = 1.0,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,24 @@ Choice = Track
 
 
 class Shapes:
-    """Shapes of values and slots under a choice; evaluating one is cheap, so that budgets can be searched."""
+    """Shapes of values and slots under a choice; evaluating one is cheap, so that budgets can be searched.
+
+    What was computed for the last choice holds for the next one where no atom of what it read has changed. A choice that was
+    evaluated must not be written to.
+    """
 
     def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
         self.graph, self.propagation, self.solution = graph, propagation, solution
         self._atoms: dict[int, list[Track]] = {}
-        self._widths: dict[tuple[int, int], int] = {}
+        self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of tracks, by dim
+        self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
+        self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on a track
+        self._asking: Hashable = None  # the part that is being computed
+        self._index: tuple[Track, Track] | None = None  # atoms, ascending, and the track that holds each
         self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
-        self._choice: Choice | None = None
+        self._numbered: dict[int, list[Track]] = {}  # the atoms of each
+        self._choice = self._former = nothing(solution)
         self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
 
     def leaves(self, track: Track, choice: Choice) -> Track:
@@ -50,19 +59,60 @@ class Shapes:
 
     def width(self, track: Track, dim: int, choice: Choice) -> int:
         """How many entries stay along `dim` (in the rows that stay)."""
-        if choice is not self._choice:
-            self._choice = choice
-            self._widths.clear()
-        key = (self._number(track), dim)
-        if key not in self._widths:
-            self._widths[key] = int((~self.leaves(track, choice)).sum(axis=dim).max())
-        return self._widths[key]
+        self._follow(choice)
+        number = self._number(track)
+        if self._asking is not None:
+            self._readers[number].add(self._asking)
+        widths = self._widths[number]
+        if dim not in widths:
+            widths[dim] = int((~self.leaves(track, choice)).sum(axis=dim).max())
+        return widths[dim]
+
+    def _follow(self, choice: Choice) -> None:
+        """Forget what hangs on atoms that differ from the last choice's."""
+        if choice is self._choice:
+            return
+        changed = np.flatnonzero(choice != self._former)
+        self._choice, self._former = choice, choice.copy()
+        if not changed.size or not self._widths:
+            return
+        atoms, tracks = self._held()
+        first, last = np.searchsorted(atoms, changed), np.searchsorted(atoms, changed, side="right")
+        counts = last - first
+        places = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        for number in np.unique(tracks[places]).tolist():
+            self._widths.pop(number, None)
+            for part in self._readers.pop(number, ()):
+                self._parts.pop(part, None)
+
+    def _held(self) -> tuple[Track, Track]:
+        """All atoms, ascending, and the numbers of the tracks that hold them."""
+        if self._index is None:
+            found = [(np.unique(part[part >= 0]), n) for n, atoms in self._numbered.items() for part in atoms]
+            atoms = np.concatenate([part for part, _ in found])
+            order = np.argsort(atoms, kind="stable")
+            self._index = atoms[order], np.repeat([n for _, n in found], [len(part) for part, _ in found])[order]
+        return self._index
+
+    def _part(self, key: Hashable, choice: Choice, compute: Callable[[], int]) -> int:
+        """A part of a sum, computed once for as long as nothing changes that it hangs on."""
+        self._follow(choice)
+        if key not in self._parts:
+            self._asking = key
+            try:
+                self._parts[key] = compute()
+            finally:
+                self._asking = None
+        return self._parts[key]
 
     def _number(self, track: Track) -> int:
         number = self._numbers.get(id(track))
         if number is None:
             number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
             self._numbers[id(track)] = number
+            if number not in self._numbered:
+                self._numbered[number] = self.solution.atoms(track)
+                self._index = None
         return number
 
     def shape(self, node: fx.Node, choice: Choice, output: int = 0) -> tuple[int, ...]:
@@ -102,6 +152,9 @@ class Shapes:
         return sum(self._elements(name, choice) * tensors[name].element_size() for name in self.graph.stored)
 
     def _elements(self, name: str, choice: Choice) -> int:
+        return self._part(("elements", name), choice, partial(self._count, name, choice))
+
+    def _count(self, name: str, choice: Choice) -> int:
         shape = list(self.graph.tensors[name].shape)
         for dim in range(len(shape)):
             ids = self.propagation.slots.get((name, dim))
@@ -127,6 +180,9 @@ class Shapes:
         return peak
 
     def _bytes(self, node: fx.Node, choice: Choice) -> int:
+        return self._part(("bytes", node), choice, partial(self._sized, node, choice))
+
+    def _sized(self, node: fx.Node, choice: Choice) -> int:
         specs = node.meta["spec"]
         outputs = specs if isinstance(specs, tuple) else (specs,)
         sizes = (s.dtype.itemsize * math.prod(self.shape(node, choice, i)) for i, s in enumerate(outputs) if s is not None)
@@ -159,11 +215,12 @@ class Shapes:
 
     def macs(self, choice: Choice) -> int:
         """MACs of one run on the example inputs."""
-        return sum(MACS[op_name(n)](*self._operands(n, choice)) for n in self.products)
+        return sum(self._part(("macs", node), choice, partial(self._product, node, choice)) for node in self.products)
 
-    def _operands(self, node: fx.Node, choice: Choice) -> tuple[Any, ...]:
+    def _product(self, node: fx.Node, choice: Choice) -> int:
         shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
-        return (self.shape(node, choice), *shapes)
+        found: int = MACS[op_name(node)](self.shape(node, choice), *shapes)
+        return found
 
 
 def macs_of(graph: Graph) -> int:

@@ -44,7 +44,7 @@ class Request:
         latency: a share, or a text such as "8ms".
         scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups), "isomorphic" (the lowest
             scores among groups of like structure) or "knapsack" (what is worth least for what it costs; needs a budget). None:
-            knapsack for a latency, else uniform.
+            knapsack for budgets, uniform for a ratio.
         round_to: kept widths are multiples of this where a group is wide enough: a number, "auto", or a target of `TARGETS`.
         heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
             "whole", "dims", or "keep" for nothing.
@@ -79,7 +79,7 @@ class Request:
         for name in asked:
             parse(name, getattr(self, name))
         if self.scope is None:
-            object.__setattr__(self, "scope", "uniform" if self.latency is None else "knapsack")
+            object.__setattr__(self, "scope", "knapsack" if asked else "uniform")
         if self.scope == "knapsack" and not asked:
             raise InputError("scope 'knapsack' weighs what leaves against a budget, and there is none", fix="pass macs=0.5, say")
         for name, known in (("scope", SCOPES), ("heads", tuple(HEADS))):

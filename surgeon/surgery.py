@@ -188,7 +188,7 @@ class Surgery:
                 outputs, which needs no labels.
             scope: "uniform" (the same share of every group), "global" (the lowest scores of all groups), "isomorphic" (the
                 lowest scores among groups of like structure; Fang et al., Isomorphic Pruning, 2024) or "knapsack" (what is worth
-                least for what it costs; needs a budget). By default knapsack for a latency, else uniform.
+                least for what it costs; needs a budget). By default knapsack for budgets, uniform for a ratio.
             round_to: kept widths are multiples of this, where a group has that many channels. "auto" takes the block that kernels
                 of the weights' device like (16 on CPUs with AVX-512, 8 on others and on GPUs), halved for groups that do not hold
                 two blocks, unless a convolution wants whole ones; "cpu", "cuda" and "npu" (32) name another target; 1 switches

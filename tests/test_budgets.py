@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgeon
+from surgeon.cost import Shapes, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.request import Request, parse
 
@@ -274,3 +276,22 @@ def test_blocks_of_targets() -> None:
     assert [Request(0.5, round_to=name).block("cpu") for name in ("npu", "cuda", 5)] == [32, 8, 5]
     assert Request(0.5).block("cuda") == 8
     assert Request(0.5).block("cpu") == (16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("attends", [False, True])
+def test_costs_follow_the_choice(seed: int, attends: bool) -> None:
+    """What is kept from one choice to the next gives what a fresh computation gives, whatever changed in between."""
+    rng = np.random.default_rng(seed)
+    encoder = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    net = nn.Sequential(nn.Linear(8, 32), encoder, nn.Linear(32, 4)) if attends else Net()
+    found = surgeon.inspect(net.eval(), torch.randn(2, 5, 8) if attends else X)
+    choice = nothing(found.solution)
+    for _ in range(40):
+        choice = choice.copy()
+        group = found.groups[rng.integers(len(found.groups))]
+        lanes = group.lanes[:, rng.permutation(group.steps)[: rng.integers(1, group.steps)]]
+        choice[lanes.ravel()] = rng.random() < 0.6
+        fresh = Shapes(found.graph, found.propagation, found.solution)
+        for kind in rng.permutation(["macs", "params", "size", "memory"])[: rng.integers(1, 5)]:
+            assert getattr(found.shapes, kind)(choice) == getattr(fresh, kind)(choice), kind

@@ -126,7 +126,7 @@ def test_options_reach_the_plan(source: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     request = dict(Plan.load(tmp_path / "out" / "plan.json").request)
-    options = {"scope": "uniform", "round_to": 4, "heads": "both", "max_ratio": 1.0, "min_channels": 1}
+    options = {"scope": "knapsack", "round_to": 4, "heads": "both", "max_ratio": 1.0, "min_channels": 1}
     assert request == {"params": "0.6", "criterion": "l2", **options}
 
 
