@@ -68,7 +68,8 @@ def measured(name: str) -> dict[str, Any]:
         tensors = {item.name: math.prod(item.dims) for item in onnx.load(str(path)).graph.initializer}
     spread = {name.rpartition(".")[0] for name in tensors if ".lifted_tensor" in name}
     ahead = sum(size for name, size in wanted.items() if name not in tensors and name.rpartition(".")[0] in spread)
-    params = sum(size for name, size in tensors.items() if name in dict(fused.named_parameters()))
+    own = {name for name, _ in fused.named_parameters(remove_duplicate=False)}  # a tied one may go by either name
+    params = sum(size for name, size in tensors.items() if name in own)
     return {
         "left": sum(p.numel() for p in small.parameters()) / before, "params": params, "wanted": sum(wanted.values()) - ahead,
         "ahead": ahead,
