@@ -35,7 +35,6 @@ class Shapes:
 
     def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
         self.graph, self.propagation, self.solution = graph, propagation, solution
-        self._atoms: dict[int, list[Track]] = {}
         self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of tracks, by dim
         self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
         self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on a track
@@ -43,17 +42,14 @@ class Shapes:
         self._index: tuple[Track, Track] | None = None  # atoms, ascending, and the track that holds each
         self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
-        self._numbered: dict[int, list[Track]] = {}  # the atoms of each
+        self._atoms: dict[int, list[Track]] = {}  # of each number
         self._choice = self._former = nothing(solution)
         self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
 
     def leaves(self, track: Track, choice: Choice) -> Track:
         """Which entries of a track leave."""
-        atoms = self._atoms.get(id(track))
-        if atoms is None:
-            atoms = self._atoms[id(track)] = self.solution.atoms(track)
         gone = np.zeros(track.shape, dtype=bool)
-        for part in atoms:
+        for part in self._atoms[self._number(track)]:
             gone |= choice[part] & (part >= 0)
         return gone
 
@@ -88,7 +84,7 @@ class Shapes:
     def _held(self) -> tuple[Track, Track]:
         """All atoms, ascending, and the numbers of the tracks that hold them."""
         if self._index is None:
-            found = [(np.unique(part[part >= 0]), n) for n, atoms in self._numbered.items() for part in atoms]
+            found = [(np.unique(part[part >= 0]), n) for n, atoms in self._atoms.items() for part in atoms]
             atoms = np.concatenate([part for part, _ in found])
             order = np.argsort(atoms, kind="stable")
             self._index = atoms[order], np.repeat([n for _, n in found], [len(part) for part, _ in found])[order]
@@ -110,8 +106,8 @@ class Shapes:
         if number is None:
             number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
             self._numbers[id(track)] = number
-            if number not in self._numbered:
-                self._numbered[number] = self.solution.atoms(track)
+            if number not in self._atoms:
+                self._atoms[number] = self.solution.atoms(track)
                 self._index = None
         return number
 
