@@ -171,7 +171,7 @@ class Embeddings(Task):
         return [(part.transpose(0, 1).flatten(0, 1), torch.zeros(())) for part in chosen.split(16)]
 
     def held_out(self, model: nn.Module, seed: int) -> float:
-        return nearest(model, self.pairs[_order(len(self.pairs), seed)[TEXTS // 2 :]])
+        return nearest(model, self.pairs[_order(len(self.pairs), seed)[TEXTS // 2 :][:TEXTS]])
 
     def test(self, model: nn.Module) -> float:
         return nearest(model, self.tests)
