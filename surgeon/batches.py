@@ -55,6 +55,17 @@ def samples_of(inputs: Any) -> int:
     return next((tensor.shape[0] for _, tensor in tensor_leaves(inputs) if tensor.dim()), 1)
 
 
+def described(tree: Any) -> str:
+    """Paths, shapes and types of the tensors in a nest."""
+    return ", ".join(f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves(tree)) or "no tensor"
+
+
+def does_not_run(error: Exception, label: str, inputs: Any, fix: str) -> InputError:
+    """The error for a model that raised one on a batch."""
+    what = f"the model does not run on {label}: {type(error).__name__}: {error}"
+    return InputError(what, why=f"inputs were: {described(inputs)}", fix=fix)
+
+
 def record(model: nn.Module, args: Any, kwargs: Any, label: str, fix: str) -> Graph:
     """The graph of a model's run on a batch.
 
@@ -64,7 +75,8 @@ def record(model: nn.Module, args: Any, kwargs: Any, label: str, fix: str) -> Gr
     try:
         return capture(model, kwargs or args)
     except CaptureError as error:
-        raise InputError(f"the model does not run on {label}: {error.what}", where=error.where, why=error.why, fix=fix) from error
+        what = error.what.removeprefix("the model does not run on the example inputs: ")
+        raise InputError(f"the model does not run on {label}: {what}", where=error.where, why=error.why, fix=fix) from error
 
 
 def one_number(compute: Callable[[], Any], label: str, why: str = "") -> Tensor:

@@ -75,7 +75,7 @@ def _losses(band: Band, counts: Track) -> Track:
         return lost
     energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
     share = 1 - energy[counts] / energy[-1]
-    found: Track = -np.log(np.maximum(share, 1e-12)) * max(band.slots, 1)
+    found: Track = -np.log(np.maximum(share, 1e-12)) * band.slots
     return found
 
 

@@ -353,6 +353,13 @@ def test_kfac_needs_no_labels() -> None:
         for j in range(4):
             want += torch.autograd.grad(out[:, j].sum(), y, retain_graph=True)[0].double().square().sum((0, 2, 3))
     np.testing.assert_allclose(felt.ravel().numpy(), want.numpy(), rtol=0.1)
+    exact = torch.zeros(5, dtype=torch.float64)
+    for number, x in enumerate(data, 1):
+        y = model.b(model.a(x).relu()).detach().requires_grad_()
+        out = model.head(y.relu().mean((2, 3)))
+        signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        exact += torch.autograd.grad((out * signs).sum(), y)[0].double().square().sum((0, 2, 3))
+    np.testing.assert_allclose(felt.ravel().numpy(), exact.numpy(), rtol=1e-4)
 
 
 def test_a_knapsack_of_scores_that_add_up() -> None:

@@ -20,6 +20,7 @@ from surgeon import kernels as timing
 from surgeon.bands import Band
 from surgeon.cost import nothing
 from surgeon.errors import BudgetError, InputError
+from surgeon.groups import Group, Member
 from surgeon.kernels import Kernel, kernels
 from surgeon.knapsack import solve
 from surgeon.latency import LatencyTable, Predictor
@@ -141,11 +142,16 @@ def test_an_unknown_runtime() -> None:
 
 def bands(sizes: Sequence[int], seed: int = 0) -> list[Band]:
     rng = np.random.default_rng(seed)
-    return [Band([], [1], [], np.sort(rng.random(n) + 0.1), blocks=()) for n in sizes]
+    lanes = [np.arange(n)[None] for n in sizes]
+    slots = [[Member(f"w{place}", 0, lane[0], lane[0]) for place in range(number)] for number, lane in enumerate(lanes, 1)]
+    groups = [Group(f"g{number}", lane, slots[number], np.zeros_like(lane)) for number, lane in enumerate(lanes)]
+    return [Band([group], [1], [group.lanes], np.sort(rng.random(group.steps) + 0.1)) for group in groups]
 
 
 def lost(some: Sequence[Band], counts: Sequence[int]) -> float:
-    return sum(-math.log(1 - (b.score[:k] ** 2).sum() / (b.score**2).sum()) for b, k in zip(some, counts, strict=True))
+    """The first band touches one slot, the second two, the third three."""
+    shares = [1 - (b.score[:k] ** 2).sum() / (b.score**2).sum() for b, k in zip(some, counts, strict=True)]
+    return sum(-slots * math.log(share) for slots, share in enumerate(shares, 1))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -191,10 +197,8 @@ def test_a_stream_counts_for_every_layer_on_it() -> None:
         return np.ones(group.units)
 
     plan = surgery.plan(macs=0.5, criterion=even, scope="knapsack", round_to=1)
-    stream, inner = (
-        len(plan.kept["stem.weight"][0]),
-        [len(plan.kept.get(f"up.{i}.weight", {}).get(0, range(32))) for i in range(8)],
-    )
+    stream = len(plan.kept["stem.weight"][0])
+    inner = [len(plan.kept.get(f"up.{i}.weight", {}).get(0, range(32))) for i in range(8)]
     assert 18 <= stream <= 28 and all(18 <= width <= 28 for width in inner), (stream, inner)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgeon._quiet import quiet_run
 from surgeon._sizes import looking_inside_functional
-from surgeon.batches import check_iterable, no_batch, normal, one_number, samples_of
+from surgeon.batches import check_iterable, does_not_run, no_batch, normal, one_number, samples_of
 from surgeon.calibration.consumers import Atoms, Consumer, find_consumers, find_planes
 from surgeon.calibration.evidence import Evidence, Gradients, Statistics
 from surgeon.calibration.runs import Runs
@@ -193,11 +193,8 @@ def _run(
     except SurgeonError:
         raise
     except Exception as error:
-        raise InputError(
-            f"the model does not run on {label}: {type(error).__name__}: {error}",
-            why="inputs were: " + ", ".join(f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves((args, kwargs))),
-            fix="let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too",
-        ) from error
+        fix = "let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too"
+        raise does_not_run(error, label, (args, kwargs), fix) from error
     return output
 
 

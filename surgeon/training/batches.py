@@ -12,9 +12,8 @@ import torch.utils._pytree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgeon.batches import check_iterable
+from surgeon.batches import check_iterable, does_not_run
 from surgeon.errors import InputError
-from surgeon.graph import tensor_leaves
 
 
 def check_batches(batches: Any, name: str) -> None:
@@ -88,16 +87,9 @@ def run(model: nn.Module, inputs: Any, label: str) -> Any:
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     except Exception as error:
-        raise InputError(
-            f"the model does not run on {label}: {type(error).__name__}: {error}",
-            why="inputs were: " + described(inputs),
-            fix="let the data yield pairs (inputs, targets), inputs as the model takes them",
+        raise does_not_run(
+            error, label, inputs, "let the data yield pairs (inputs, targets), inputs as the model takes them"
         ) from error
-
-
-def described(tree: Any) -> str:
-    """Paths, shapes and types of the tensors in a nest."""
-    return ", ".join(f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves(tree)) or "no tensor"
 
 
 def seed_all(seed: int, batches: Iterable[Any]) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.batches import one_number
+from surgeon.batches import described, one_number
 from surgeon.errors import InputError
-from surgeon.training.batches import described, run, split
+from surgeon.training.batches import run, split
 from surgeon.training.evaluate import hits, in_eval_mode
 from surgeon.training.losses import Distillation, logits, soft_targets
 
