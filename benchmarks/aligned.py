@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from by_hand import heads_of, repair
 from results import first_line, markdown, write_result
 from torch import Tensor, nn
 from zoo_models import build, classifiers
@@ -61,27 +62,6 @@ def theirs(model: nn.Module, image: Tensor, share: float, round_to: int | None) 
         else:
             low = middle
     return best[1]
-
-
-def heads_of(model: nn.Module) -> dict[nn.Module, int]:
-    """What torch-pruning has to be told: the heads of every attention, by its projections."""
-    found: dict[nn.Module, int] = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[module] = module.num_heads
-        elif hasattr(module, "q_lin"):
-            found |= {getattr(module, name): module.n_heads for name in ("q_lin", "k_lin", "v_lin")}
-    return found
-
-
-def repair(model: nn.Module) -> None:
-    """What torch-pruning leaves to its users: sizes that the code reads (as in its own examples for these models)."""
-    for module in model.modules():
-        if hasattr(module, "conv_proj"):
-            module.hidden_dim = module.conv_proj.out_channels
-        elif hasattr(module, "q_lin"):
-            module.dim = module.q_lin.out_features
-            module.attention_head_size = module.dim // module.n_heads
 
 
 def macs_of(model: nn.Module, image: Tensor) -> float:

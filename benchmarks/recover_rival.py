@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from by_hand import heads_of, repair
 from recover_tasks import Task
 from results import first_line
 from torch import Tensor, nn
@@ -113,12 +114,6 @@ class Rival:
         modules = dict(small.named_modules())
         last = [module for module in modules.values() if isinstance(module, nn.Linear)][-1:]
         stream = [m for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and not self.task.inner(name)]
-        heads = {
-            layer: getattr(module, "heads", 0) or module.num_attention_heads
-            for module in modules.values()
-            if hasattr(module, "query")
-            for layer in (module.query, module.key, module.value)
-        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self.tp.pruner.BasePruner(
@@ -128,9 +123,9 @@ class Rival:
                 pruning_ratio=choice.ratio,
                 global_pruning=choice.everywhere,
                 ignored_layers=[*last, *(stream if choice.inner else [])],
-                num_heads=heads,
+                num_heads=heads_of(small),
             )
             pruner.step()
         small.zero_grad()
-        self.task.repair(small)
+        repair(small)
         return small.eval()

@@ -60,14 +60,6 @@ def pretrained() -> Sentences:
     return Sentences(bert).eval()
 
 
-def repair(model: nn.Module) -> None:
-    """Set the attributes of attention to the widths of its weights, as torch-pruning's own example for BERT does by hand."""
-    for module in model.modules():
-        if hasattr(module, "attention_head_size"):
-            module.all_head_size = module.query.out_features
-            module.attention_head_size = module.all_head_size // module.num_attention_heads
-
-
 @functools.cache
 def pairs() -> tuple[Tensor, Tensor]:
     """Token ids [pairs, 2, TOKENS] to learn from, and such to test: every second module is for the test."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from cifar import MODELS, normalised, read_pixels, top1
 from recover_models import Shuffled, documentation, next_byte_loss, trained
-from recover_sentences import contrast, nearest, pairs, pretrained, repair
+from recover_sentences import contrast, nearest, pairs, pretrained
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,9 +58,6 @@ class Task:
     def inner(self, name: str) -> bool:
         """Whether a layer's outputs are inside of a block, not of the residual stream."""
         raise NotImplementedError
-
-    def repair(self, model: nn.Module) -> None:
-        """Do by hand what torch-pruning leaves to its users after a cut."""
 
 
 @functools.cache
@@ -178,9 +175,6 @@ class Embeddings(Task):
 
     def inner(self, name: str) -> bool:
         return name.endswith(("query", "key", "value", "intermediate.dense"))
-
-    def repair(self, model: nn.Module) -> None:
-        repair(model)
 
 
 TASKS: dict[str, Any] = {"resnet20": Images, "resnet56": Images, "vit": Images, "text": Text, "sentences": Embeddings}
