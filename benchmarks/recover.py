@@ -13,7 +13,6 @@ written from them: "-" is a cell that was not run.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
 import math
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from cifar import HOW_TO_GET, MODELS
 from recover_cells import METHODS, REDUCTIONS, Job, keep_cells, load_cells
+from recover_recipe import Recipe, finetuned
 from recover_rival import Choice, Rival, macs_of, reestimated
 from recover_table import write
 from recover_tasks import TASKS, Task
@@ -35,7 +35,7 @@ from torch import nn
 
 import surgeon
 
-RATE = 0.02  # of the fine-tuning
+RECIPE = Recipe()  # of the fine-tuning
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 
@@ -54,7 +54,17 @@ def jobs_of(models: list[str], reductions: list[float] | None, seeds: list[int],
     return sorted(found, key=lambda job: job.urgency)
 
 
-Made = dict[str, tuple[nn.Module, str, Any]]  # method -> the model, how it was made, and how to make it again
+@dataclasses.dataclass
+class Start:
+    """A model before fine-tuning: how it was made, how to make it again, and surgeon's plan (None: the streams are whole)."""
+
+    model: nn.Module
+    how: str = ""
+    again: Any = None
+    plan: surgeon.Plan | None = None
+
+
+Made = dict[str, Start]  # by method
 
 
 @functools.lru_cache(maxsize=2)
@@ -72,7 +82,7 @@ def by_surgeon(task: Task, reduction: float, seed: int) -> Made:
     done = surgeon.recover(small, plan, task.base, batches, seed=seed)
     print(done, flush=True)
     cut, recovered = METHODS["surgeon"]
-    return {cut: (small, "", None), recovered: (done.model, f"distance {done.before:.3f} -> {done.after:.3f}", None)}
+    return {cut: Start(small), recovered: Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)}
 
 
 def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:
@@ -85,7 +95,7 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
     cut, renewed = METHODS["torch-pruning"]
     if renewed in known:
         choice = Choice(**known[renewed]["again"])
-        return {renewed: (reestimated(rival.cut(choice), rival.data), str(choice), known[renewed]["again"])}
+        return {renewed: Start(reestimated(rival.cut(choice), rival.data), str(choice), known[renewed]["again"])}
     best: dict[str, tuple[float, Choice, nn.Module]] = {}
     for found in rival.candidates(1 / reduction):
         if isinstance(found, str):
@@ -98,7 +108,7 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
             print(f"    {method}: {choice}, ratio {choice.ratio:.3f}: {score:.4f} on held-out samples", flush=True)
             if not math.isnan(score) and (method not in best or (score - best[method][0]) * task.sign > 0):
                 best[method] = score, choice, model
-    return {method: (model, str(choice), dataclasses.asdict(choice)) for method, (_, choice, model) in best.items()}
+    return {method: Start(model, str(choice), dataclasses.asdict(choice)) for method, (_, choice, model) in best.items()}
 
 
 @functools.lru_cache(maxsize=2)
@@ -106,7 +116,7 @@ def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) ->
     """What a tool makes of a network, before any training."""
     task = task_of(model, data)
     if tool == "base":
-        return {"base": (task.base, "", None)}
+        return {"base": Start(task.base)}
     if tool == "surgeon":
         return by_surgeon(task, reduction, seed)
     cells, renewed = load_cells(), METHODS[tool][1]
@@ -114,10 +124,10 @@ def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) ->
     return by_rival(task, reduction, seed, {renewed: cells[key]} if key in cells else {})
 
 
-def run(job: Job, data: Path, images: int, distill: bool) -> dict[str, dict[str, Any]]:
+def run(job: Job, data: Path, images: int) -> dict[str, dict[str, Any]]:
     """The cells of a job by key."""
     task = task_of(job.model, data)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     made = _prepared(job.tool, job.model, job.reduction, job.seed, data)
     example = task.calibration(job.seed)[0][0][:1]
     cells = {}
@@ -125,38 +135,20 @@ def run(job: Job, data: Path, images: int, distill: bool) -> dict[str, dict[str,
         if method not in made:  # nothing to re-estimate
             cells[key] = {"value": None}
             continue
-        model, how, again = made[method]
+        start = made[method]
+        model = start.model
         if job.epochs:
-            model = finetuned(copy.deepcopy(model), task, job, key, images, distill)
-        cells[key] = {"value": task.test(model), "macs": macs_of(model, example), "how": how, "again": again}
+            checkpoint = checkpoint_of(key)
+            done = finetuned(
+                model, task, start.plan, RECIPE, epochs=job.epochs, images=images, seed=job.seed, checkpoint=checkpoint
+            )
+            print("   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True)
+            checkpoint.unlink(missing_ok=True)
+            model = done.model
+        cells[key] = {"value": task.test(model), "macs": macs_of(model, example), "how": start.how, "again": start.again}
     for cell in cells.values():
-        cell["seconds"] = round(time.perf_counter() - start, 1)
+        cell["seconds"] = round(time.perf_counter() - begun, 1)
     return cells
-
-
-def finetuned(model: nn.Module, task: Task, job: Job, key: str, images: int, distill: bool) -> nn.Module:
-    """The model after the fine-tuning that all tools get."""
-    checkpoint, train = checkpoint_of(key), task.train(images)
-
-    def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-    done = surgeon.finetune(
-        model.to(memory_format=torch.channels_last),  # faster on CPUs
-        train,
-        epochs=job.epochs,
-        loss=task.loss,
-        teacher=task.base if distill else None,
-        optimizer=sgd,
-        warmup=min(20, len(train) // 5),
-        precision="bf16",
-        checkpoint=checkpoint,
-        checkpoint_steps=100,
-        seed=job.seed,
-    )
-    checkpoint.unlink(missing_ok=True)
-    print("   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True)
-    return done.model
 
 
 def checkpoint_of(key: str) -> Path:
@@ -174,7 +166,6 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
     parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
     parser.add_argument("--finetune-images", type=int, default=50_000)
-    parser.add_argument("--no-teacher", action="store_true", help="fine-tune without distillation, both tools")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds of what is asked for")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
     asked = parser.parse_args()
@@ -182,8 +173,8 @@ def main() -> None:
     if missing:
         sys.exit(HOW_TO_GET.format(folder=asked.data, missing=", ".join(missing)))
     torch.set_num_threads(1)
-    images, distill = asked.finetune_images, not asked.no_teacher
-    recipe = f"{images}" + ("" if distill else " without teacher")
+    images = asked.finetune_images
+    recipe = f"{images}, {RECIPE}"
     jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, recipe)
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
     if asked.fresh:
@@ -195,14 +186,15 @@ def main() -> None:
     todo = [] if asked.table else [job for job in jobs if not all(key in cells for key in job.keys.values())]
     for number, job in enumerate(todo, 1):
         print(f"[{number} of {len(todo)}] {job}", flush=True)
-        found = run(job, asked.data, images, distill)
+        found = run(job, asked.data, images)
         for key, cell in found.items():
             print(f"  {key}: {cell}", flush=True)
         cells = keep_cells(found)
-    teacher = "the base as teacher (temperature 4, weight 0.9)" if distill else "no teacher"
     training = (
-        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate {RATE}, momentum 0.9, "
-        f"weight decay 5e-4, cosine to zero, {teacher}, bf16 autocast; a run of its own for each number of epochs."
+        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, {RECIPE.optimizer}, rate "
+        f"{RECIPE.rate}, momentum 0.9, weight decay 5e-4, cosine to zero, bf16 autocast; the base is the teacher: its outputs "
+        f"(temperature 4, weight {RECIPE.soft}) and its stream behind every {RECIPE.where} (weight {RECIPE.features:g}). A run "
+        "of its own for each number of epochs. recipes.md compares recipes."
     )
     write(cells, recipe, training)
 

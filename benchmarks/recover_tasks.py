@@ -51,8 +51,12 @@ class Task:
         """The metric on the test data."""
         raise NotImplementedError
 
-    def train(self, count: int) -> Shuffled:
+    def train(self, count: int, batch: int = 128) -> Shuffled:
         """Batches of the first `count` training samples, augmented."""
+        raise NotImplementedError
+
+    def streams(self, where: str) -> list[str]:
+        """Modules that give the residual stream: behind every "block", or every "stage"."""
         raise NotImplementedError
 
     def inner(self, name: str) -> bool:
@@ -61,7 +65,7 @@ class Task:
 
 
 @functools.cache
-def _images(file: Path) -> tuple[Tensor, Tensor]:
+def pixels_of(file: Path) -> tuple[Tensor, Tensor]:
     return read_pixels(file)
 
 
@@ -86,22 +90,26 @@ class Images(Task):
         super().__init__(name, base)
 
     def calibration(self, seed: int) -> Pairs:
-        pixels, labels = _images(self.data / "cifar10-train.npz")
+        pixels, labels = pixels_of(self.data / "cifar10-train.npz")
         chosen = _order(len(labels), seed)[:SAMPLES]
         return list(zip(normalised(pixels[chosen]).split(100), labels[chosen].split(100), strict=True))
 
     def held_out(self, model: nn.Module, seed: int) -> float:
-        pixels, labels = _images(self.data / "cifar10-train.npz")
+        pixels, labels = pixels_of(self.data / "cifar10-train.npz")
         chosen = _order(len(labels), seed)[SAMPLES : SAMPLES + HELD_OUT]
         return top1(model, normalised(pixels[chosen]), labels[chosen])
 
     def test(self, model: nn.Module) -> float:
-        pixels, labels = _images(self.data / "cifar10-test.npz")
+        pixels, labels = pixels_of(self.data / "cifar10-test.npz")
         return top1(model, normalised(pixels), labels)
 
-    def train(self, count: int) -> Shuffled:
-        pixels, labels = _images(self.data / "cifar10-train.npz")
-        return Shuffled(min(count, len(labels)), 128, lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]))
+    def train(self, count: int, batch: int = 128) -> Shuffled:
+        pixels, labels = pixels_of(self.data / "cifar10-train.npz")
+        return Shuffled(min(count, len(labels)), batch, lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]))
+
+    def streams(self, where: str) -> list[str]:
+        depth = {"stage": 1, "block": 2}[where]
+        return [path for path, _ in self.base.named_modules() if path.startswith("layer") and len(path.split(".")) == depth]
 
     def inner(self, name: str) -> bool:
         return name.endswith(("conv1", "query", "key", "value", "up")) and name != "conv1"
@@ -136,12 +144,12 @@ class Text(Task):
     def test(self, model: nn.Module) -> float:
         return _bits(model, self.tests)
 
-    def train(self, count: int) -> Shuffled:
+    def train(self, count: int, batch: int = 16) -> Shuffled:
         def make(chosen: Tensor) -> tuple[Tensor, Tensor]:
             texts = self.texts[chosen].long()
             return texts[:, :-1], texts[:, 1:]
 
-        return Shuffled(min(count, len(self.texts)), 16, make)
+        return Shuffled(min(count, len(self.texts)), batch, make)
 
     def inner(self, name: str) -> bool:
         return name.endswith(("query", "key", "value", "up"))

@@ -1,0 +1,78 @@
+"""The fine-tuning of benchmarks/recover.py, the same for all tools; its choices are compared by benchmarks/recipes.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+from recover_tasks import Task
+from torch import nn
+
+import surgeon
+from surgeon.training import Distillation, Features
+
+WARMUP = 20  # steps
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "AdamW": partial(torch.optim.AdamW, weight_decay=1e-4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What may differ between fine-tunings.
+
+    Attributes:
+        soft: weight of the teacher's outputs at temperature 4; labels have the rest.
+        features: weight of the streams behind the modules that `where` names: every "block", or every "stage".
+    """
+
+    optimizer: str = "SGD"
+    rate: float = 0.02
+    batch: int = 128
+    soft: float = 0.9
+    features: float = 10.0
+    where: str = "stage"
+
+    def __str__(self) -> str:
+        parts = [f"{self.optimizer} {self.rate:g}", f"batch {self.batch}", f"soft {self.soft:g}"]
+        return ", ".join([*parts, f"features {self.features:g} of every {self.where}"] if self.features else parts)
+
+
+def finetuned(
+    model: nn.Module,
+    task: Task,
+    plan: surgeon.Plan | None,
+    recipe: Recipe,
+    *,
+    epochs: int,
+    images: int,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> surgeon.training.Training:
+    """A copy of the model, trained with the task's base as its teacher.
+
+    Args:
+        plan: surgeon's, that made the model; None if the streams are whole.
+        checkpoint: where an unfinished run goes on.
+    """
+    surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
+    features = Features(surgery, plan or surgery.plan(0.0), task.streams(recipe.where)) if recipe.features else None
+    train = task.train(images, recipe.batch)
+    return surgeon.finetune(
+        copy.deepcopy(model).to(memory_format=torch.channels_last),  # faster on CPUs
+        train,
+        epochs=epochs,
+        loss=task.loss,
+        teacher=copy.deepcopy(task.base).to(memory_format=torch.channels_last),
+        distillation=Distillation(temperature=4, weight=recipe.soft, features=features, feature_weight=recipe.features),
+        optimizer=lambda parameters: OPTIMIZERS[recipe.optimizer](parameters, lr=recipe.rate),
+        warmup=min(WARMUP, len(train) // 5),
+        precision="bf16",
+        checkpoint=checkpoint,
+        checkpoint_steps=100 if checkpoint else None,
+        seed=seed,
+    )
