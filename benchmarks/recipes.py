@@ -33,8 +33,8 @@ RECIPES = [
     dataclasses.replace(PLAIN, batch=64),
     dataclasses.replace(PLAIN, soft=0.5),
     Recipe("AdamW", 1e-3, features=0),
-    *(Recipe(features=weight) for weight in (1.0, 10.0, 100.0)),
-    *(Recipe(features=weight, where="block") for weight in (10.0, 100.0)),
+    *(Recipe(features=weight, where="stage") for weight in (1.0, 10.0, 100.0)),
+    *(Recipe(features=weight) for weight in (10.0, 100.0)),
 ]
 NOTES = [
     (

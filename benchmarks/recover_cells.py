@@ -41,8 +41,8 @@ class Job:
         """What is done first is the least."""
         if not self.epochs:
             return (int(self.model not in MODELS), list(TASKS).index(self.model), self.seed)
-        first = self.reduction == 2.1 and self.seed == 0
-        return (2 + list(TASKS).index(self.model) if first else 9, self.epochs, self.seed)
+        place = {2.1: 2, 1.0: 3}.get(self.reduction, 4)
+        return (place, self.seed, list(TASKS).index(self.model), list(METHODS).index(self.tool), self.epochs)
 
 
 load_cells = partial(kept, "recover")

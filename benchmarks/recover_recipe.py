@@ -35,7 +35,7 @@ class Recipe:
     batch: int = 128
     soft: float = 0.9
     features: float = 10.0
-    where: str = "stage"
+    where: str = "block"
 
     def __str__(self) -> str:
         parts = [f"{self.optimizer} {self.rate:g}", f"batch {self.batch}", f"soft {self.soft:g}"]
