@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,20 @@ from torch import nn
 
 import surgeon
 
-RECIPE = Recipe()  # of the fine-tuning
+RECIPES = (Recipe(features=0), Recipe())  # of the fine-tuning: from the base's outputs, and from its streams as well
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 
-def jobs_of(models: list[str], reductions: list[float] | None, seeds: list[int], epochs: list[int], recipe: str) -> list[Job]:
+def jobs_of(
+    models: list[str], reductions: list[float] | None, seeds: list[int], epochs: list[int], recipes: Iterable[str]
+) -> list[Job]:
     """All that is asked for, the most telling first; only the ResNets are fine-tuned."""
-    found = [Job(model, 1.0, 0, "base", 0, recipe) for model in models]
+    found = [Job(model, 1.0, 0, "base", 0) for model in models]
     for model in models:
         for count in epochs:
             if count and model not in MODELS:
                 continue
-            for seed in seeds:
+            for seed, recipe in itertools.product(seeds, recipes if count else [""]):
                 if count:
                     found.append(Job(model, 1.0, seed, "base", count, recipe))
                 for reduction in reductions or REDUCTIONS[model]:
@@ -120,11 +123,11 @@ def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) ->
     if tool == "surgeon":
         return by_surgeon(task, reduction, seed)
     cells, renewed = load_cells(), METHODS[tool][1]
-    key = Job(model, reduction, seed, tool, 0, "").keys[renewed]
+    key = Job(model, reduction, seed, tool, 0).keys[renewed]
     return by_rival(task, reduction, seed, {renewed: cells[key]} if key in cells else {})
 
 
-def run(job: Job, data: Path, images: int) -> dict[str, dict[str, Any]]:
+def run(job: Job, data: Path, images: int, recipe: Recipe | None) -> dict[str, dict[str, Any]]:
     """The cells of a job by key."""
     task = task_of(job.model, data)
     begun = time.perf_counter()
@@ -137,10 +140,10 @@ def run(job: Job, data: Path, images: int) -> dict[str, dict[str, Any]]:
             continue
         start = made[method]
         model = start.model
-        if job.epochs:
+        if recipe is not None:
             checkpoint = checkpoint_of(key)
             done = finetuned(
-                model, task, start.plan, RECIPE, epochs=job.epochs, images=images, seed=job.seed, checkpoint=checkpoint
+                model, task, start.plan, recipe, epochs=job.epochs, images=images, seed=job.seed, checkpoint=checkpoint
             )
             print("   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True)
             checkpoint.unlink(missing_ok=True)
@@ -165,6 +168,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
     parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=["outputs", "blocks"], default=["outputs", "blocks"], help="of fine-tuning"
+    )
     parser.add_argument("--finetune-images", type=int, default=50_000)
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds of what is asked for")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
@@ -174,8 +180,9 @@ def main() -> None:
         sys.exit(HOW_TO_GET.format(folder=asked.data, missing=", ".join(missing)))
     torch.set_num_threads(1)
     images = asked.finetune_images
-    recipe = f"{images}, {RECIPE}"
-    jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, recipe)
+    recipes = {f"{images}, {recipe}": recipe for recipe in RECIPES}
+    asked_for = [name for name, recipe in recipes.items() if ("blocks" if recipe.features else "outputs") in asked.recipes]
+    jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, asked_for)
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
     if asked.fresh:
         keys = [key for job in jobs for key in job.keys.values()]
@@ -186,17 +193,17 @@ def main() -> None:
     todo = [] if asked.table else [job for job in jobs if not all(key in cells for key in job.keys.values())]
     for number, job in enumerate(todo, 1):
         print(f"[{number} of {len(todo)}] {job}", flush=True)
-        found = run(job, asked.data, images)
+        found = run(job, asked.data, images, recipes.get(job.recipe))
         for key, cell in found.items():
             print(f"  {key}: {cell}", flush=True)
         cells = keep_cells(found)
     training = (
-        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, {RECIPE.optimizer}, rate "
-        f"{RECIPE.rate}, momentum 0.9, weight decay 5e-4, cosine to zero, bf16 autocast; the base is the teacher: its outputs "
-        f"(temperature 4, weight {RECIPE.soft}) and its stream behind every {RECIPE.where} (weight {RECIPE.features:g}). A run "
-        "of its own for each number of epochs. recipes.md compares recipes."
+        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate 0.02, momentum 0.9, "
+        "weight decay 5e-4, cosine to zero, bf16 autocast; a run of its own for each number of epochs. The base is the teacher: "
+        "its outputs (temperature 4, weight 0.9, labels 0.1), or these and its residual stream behind every block (weight 10). "
+        "recipes.md compares more recipes."
     )
-    write(cells, recipe, training)
+    write(cells, {name: "outputs, blocks" if recipe.features else "outputs" for name, recipe in recipes.items()}, training)
 
 
 if __name__ == "__main__":

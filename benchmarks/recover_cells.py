@@ -27,7 +27,7 @@ class Job:
     seed: int
     tool: str
     epochs: int
-    recipe: str  # of the training
+    recipe: str = ""  # of the training
 
     @property
     def keys(self) -> dict[str, str]:

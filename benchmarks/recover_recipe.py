@@ -15,6 +15,7 @@ import surgeon
 from surgeon.training import Distillation, Features
 
 WARMUP = 20  # steps
+STAGES = ["layer1", "layer2", "layer3"]  # of the ResNets
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "AdamW": partial(torch.optim.AdamW, weight_decay=1e-4),
@@ -27,7 +28,7 @@ class Recipe:
 
     Attributes:
         soft: weight of the teacher's outputs at temperature 4; labels have the rest.
-        features: weight of the streams behind the modules that `where` names: every "block", or every "stage".
+        features: weight of the residual streams behind every "block" or every "stage", as `where` says.
     """
 
     optimizer: str = "SGD"
@@ -60,7 +61,8 @@ def finetuned(
         checkpoint: where an unfinished run goes on.
     """
     surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
-    features = Features(surgery, plan or surgery.plan(0.0), task.streams(recipe.where)) if recipe.features else None
+    modules = STAGES if recipe.where == "stage" else None
+    features = Features(surgery, plan or surgery.plan(0.0), modules) if recipe.features else None
     train = task.train(images, recipe.batch)
     return surgeon.finetune(
         copy.deepcopy(model).to(memory_format=torch.channels_last),  # faster on CPUs

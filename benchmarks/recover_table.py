@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,15 +18,17 @@ from results import markdown, write_result
 class Tables:
     """The tables of all cells in the cache."""
 
-    def __init__(self, cells: Cells, recipe: str) -> None:
-        self.cells, self.recipe = cells, recipe
+    def __init__(self, cells: Cells, recipes: Mapping[str, str]) -> None:
+        self.cells, self.recipes = cells, recipes
         self.seeds = sorted({int(key.split()[2]) for key in cells})
 
-    def values(self, model: str, reduction: float, tool: str, place: int, epochs: int = 0, what: str = "value") -> list[Any]:
+    def values(
+        self, model: str, reduction: float, tool: str, place: int, epochs: int = 0, recipe: str = "", what: str = "value"
+    ) -> list[Any]:
         """One for each seed that was run."""
         found = []
         for seed in self.seeds:
-            key = list(Job(model, reduction, seed, tool, epochs, self.recipe).keys.values())[place]
+            key = list(Job(model, reduction, seed, tool, epochs, recipe).keys.values())[place]
             if self.cells.get(key, {}).get(what) is not None:
                 found.append(self.cells[key][what])
         return found
@@ -40,7 +43,7 @@ class Tables:
         return f"{scale * statistics.mean(found):.{digits}f}{spread} ({len(found)})"
 
     def base(self, model: str, what: str = "value") -> Any:
-        return (self.values(model, 1.0, "base", 0, 0, what) or [None])[0]
+        return (self.values(model, 1.0, "base", 0, what=what) or [None])[0]
 
     def rows(self, models: Mapping[str, Any]) -> Iterator[list[str]]:
         """Without training."""
@@ -50,37 +53,47 @@ class Tables:
                 scores = [self.score(model, reduction, *one) for one in which]
                 if all(score == "-" for score in scores):
                     continue
-                macs = [self.values(model, reduction, *one, 0, "macs") for one in ((which[0]), (which[3]))]
+                macs = [self.values(model, reduction, *one, what="macs") for one in ((which[0]), (which[3]))]
                 left = [f"{statistics.mean(some) / self.base(model, 'macs'):.1%}" if some else "-" for some in macs]
                 base = self.base(model)
                 said = f"{base:.2%}" if TASKS[model].sign > 0 else f"{base:.3f}"
-                hows = [self.values(model, reduction, "torch-pruning", place, 0, "how") for place in (0, 1)]
+                hows = [self.values(model, reduction, "torch-pruning", place, what="how") for place in (0, 1)]
                 chosen = "; ".join(" / ".join(dict.fromkeys(some)) for some in hows if some)
                 yield [f"{model}, {TASKS[model].metric}", f"{reduction:g}x", said, *scores, *left, chosen or "-"]
 
     def trained_rows(self) -> Iterator[list[str]]:
-        epochs = sorted({int(key.split(" of ")[0].split()[-1]) for key in self.cells if key.endswith(f" of {self.recipe}")})
+        ends = tuple(f" of {recipe}" for recipe in self.recipes)
+        epochs = sorted({int(key.split(" of ")[0].split()[-1]) for key in self.cells if key.endswith(ends)})
         for model in MODELS:
-            for reduction in REDUCTIONS[model]:
-                for count in epochs:
+            for reduction, count in itertools.product(REDUCTIONS[model], epochs):
+                for recipe, said in self.recipes.items():
                     which = ((1.0, "base"), (reduction, "torch-pruning"), (reduction, "surgeon"))
-                    scores = [self.score(model, share, tool, 0, count) for share, tool in which]
+                    scores = [self.score(model, share, tool, 0, count, recipe) for share, tool in which]
                     if any(score != "-" for score in scores[1:]):
-                        yield [f"{model}, top-1", f"{reduction:g}x", str(count), f"{self.base(model):.2%}", *scores]
+                        yield [f"{model}, top-1", f"{reduction:g}x", str(count), said, f"{self.base(model):.2%}", *scores]
 
 
 HEADER = ["network, metric", "fewer MACs", "base", "torch-pruning as cut", "torch-pruning + BN", "surgeon as cut"]
 HEADER += ["surgeon recovered", "MACs left, torch-pruning", "MACs left, surgeon", "torch-pruning's best, as cut; + BN"]
-TRAINED = ["network, metric", "fewer MACs", "epochs", "base", "base, trained on", "torch-pruning + BN", "surgeon recovered"]
+TRAINED = [
+    "network, metric",
+    "fewer MACs",
+    "epochs",
+    "learns from",
+    "base",
+    "base, trained on",
+    "torch-pruning + BN",
+    "surgeon recovered",
+]
 
 
-def write(cells: Cells, recipe: str, training: str) -> None:
+def write(cells: Cells, recipes: Mapping[str, str], training: str) -> None:
     """benchmarks/results/recover.md.
 
     Args:
-        recipe: of the fine-tuning whose cells are shown. training: what to know about it.
+        recipes: of the fine-tuning whose cells are shown: key -> what it is called. training: what to know about it.
     """
-    tables = Tables(cells, recipe)
+    tables = Tables(cells, recipes)
     rest = {name: task for name, task in TASKS.items() if name not in MODELS}
     parts = [
         ("Without training: convolutions and batch norm", HEADER, list(tables.rows(MODELS))),

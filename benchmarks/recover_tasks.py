@@ -55,10 +55,6 @@ class Task:
         """Batches of the first `count` training samples, augmented."""
         raise NotImplementedError
 
-    def streams(self, where: str) -> list[str]:
-        """Modules that give the residual stream: behind every "block", or every "stage"."""
-        raise NotImplementedError
-
     def inner(self, name: str) -> bool:
         """Whether a layer's outputs are inside of a block, not of the residual stream."""
         raise NotImplementedError
@@ -106,10 +102,6 @@ class Images(Task):
     def train(self, count: int, batch: int = 128) -> Shuffled:
         pixels, labels = pixels_of(self.data / "cifar10-train.npz")
         return Shuffled(min(count, len(labels)), batch, lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]))
-
-    def streams(self, where: str) -> list[str]:
-        depth = {"stage": 1, "block": 2}[where]
-        return [path for path, _ in self.base.named_modules() if path.startswith("layer") and len(path.split(".")) == depth]
 
     def inner(self, name: str) -> bool:
         return name.endswith(("conv1", "query", "key", "value", "up")) and name != "conv1"

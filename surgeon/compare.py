@@ -7,6 +7,7 @@ noted, and the right one is put in its place, so that one run finds all of them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ class _Comparer(Beside):
         name = alike(func)
         while self.at < len(self.calls):
             call = self.calls[self.at]
-            left_out = name == "slice" and self._belongs_to_next(call, args)
+            left_out = name == "slice" and self._belongs_later(call, args)
             if not left_out and same(call, func):
                 return call
             if op_name(call.node) != "slice":
@@ -130,11 +131,17 @@ class _Comparer(Beside):
             fix="keep the layer with ignore=[...], or make the decision in __init__",
         )
 
-    def _belongs_to_next(self, call: Call, args: Any) -> bool:
-        """Whether a slice is the recorded one after this one, number for number."""
-        if self.at + 1 >= len(self.calls) or op_name(self.calls[self.at + 1].node) != "slice":
+    def _belongs_later(self, call: Call, args: Any) -> bool:
+        """Whether a slice is not this recorded one, but one of those right after it: torch left out those between."""
+        if self._fits(call, args):
             return False
-        return tuple(args[1:]) != tuple(call.node.args[1:]) and tuple(args[1:]) == tuple(self.calls[self.at + 1].node.args[1:])
+        rest = itertools.takewhile(lambda later: op_name(later.node) == "slice", self.calls[self.at + 1 :])
+        return any(self._fits(later, args) for later in rest)
+
+    def _fits(self, call: Call, args: Any) -> bool:
+        """Whether all numbers of an op are those that were recorded, or those that the cut asks for."""
+        old, want = call.node.args, wanted(call.node, self.shapes, self.choice)
+        return len(args) == len(old) and all(args[i] in (old[i], want.get(i, old[i])) for i in range(1, len(old)))
 
     def _corrected(self, call: Call, args: list[Any]) -> list[Any]:
         want = wanted(call.node, self.shapes, self.choice)

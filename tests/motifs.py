@@ -256,6 +256,19 @@ class WriteThroughView(nn.Module):
         return self.b(y)
 
 
+class Halves(nn.Module):
+    """Literal bounds of slices; with half of the channels gone, torch leaves out the first slice, which takes everything then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = conv(3, 8, 3), conv(4, 5), conv(4, 5), conv(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        left, right = x[:, :4], x[:, 4:]
+        return torch.cat([self.b(left.relu()) + self.c(right), self.d(torch.cat([left, right], 1))], 1)
+
+
 IMAGE = (2, 3, 6, 6)
 SEQUENCE = (2, 7, 5)
 AB = {"a": lambda: conv(3, 8, 3), "b": lambda: conv(8, 4)}
@@ -326,6 +339,13 @@ MOTIFS = [
         ),
         IMAGE,
         {"a.weight[0]": "4x2: a.bias[0] a.weight[0] b.weight[1] c.weight[1]"},
+    ),
+    Motif(
+        "literal_halves",
+        Halves,
+        IMAGE,
+        {"a.weight[0]": "4x2: a.bias[0] a.weight[0] b.weight[1] c.weight[1] d.weight[1]"},
+        ("getitem:0:0.1.1.1", "getitem:1:0.1.1.0"),
     ),
     Motif(
         "split_unequal",

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgeon
 from surgeon.errors import InputError, MissingExtraError
-from surgeon.training import Average, Distillation, Features, accuracy, clip_adaptive, clip_norm, clip_value, soft_targets
+from surgeon.training import Average, Distillation, Features, accuracy, blocks, clip_adaptive, clip_norm, clip_value, soft_targets
 from surgeon.training.checkpoints import load_checkpoint, save_checkpoint
 from surgeon.training.schedules import constant, cosine, step
 
@@ -261,6 +261,84 @@ def test_features_of_any_module() -> None:
     assert kept["block"][1].tolist() == kept["block.0"][1].tolist() == plan.kept["stem.weight"][0] != list(range(6))
     assert kept["flat"][1].tolist() == plan.kept["head.weight"][1]
     assert kept["head"] == {}
+
+
+class Wrapped(nn.Module):
+    """Gives its one tensor in a tuple, as transformer layers often do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Added()
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.inner(x),)
+
+
+class Tower(nn.Module):
+    """Two blocks of one class in a list that is a module too, one that is twice one class inside, and a pair of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage = nn.Conv2d(3, 12, 1), nn.Sequential(Wrapped(), First(), Wrapped(), First())
+        self.other, self.halves = nn.Sequential(Added(), Added()), nn.ModuleList([Halves(), Halves()])
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(self.stage(self.stem(x)))
+        for half in self.halves:
+            x = torch.cat(half(x), 1)
+        return self.head(x.mean((2, 3)))
+
+
+class First(nn.Module):
+    def forward(self, values: tuple[Tensor]) -> Tensor:
+        return values[0]
+
+
+class Halves(nn.Module):
+    """Gives two values; what is inside of it gives one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Added()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.inner(x)
+        return x[:, :6], x[:, 6:]
+
+
+def test_features_of_the_blocks() -> None:
+    """By default all blocks are compared: the outermost modules of a class that occurs again, also through a tuple of one."""
+    torch.manual_seed(0)
+    model, x = Tower().eval(), torch.randn(2, 3, 2, 2)
+    surgery = surgeon.inspect(model, x)
+    assert blocks(surgery) == ["stage.0", "stage.2", "other.0", "other.1", "halves.0.inner", "halves.1.inner"]
+    plan = surgery.plan(0.5, round_to=1, criterion="random")
+    features, small = Features(surgery, plan), plan.apply(model)
+    kept = plan.kept["stem.weight"][0]
+    assert [index[1].tolist() for index in features.kept.values()] == [kept] * 6 != [list(range(12))] * 6
+    with features.watching(small, model):
+        small(x)
+        with torch.no_grad():
+            model(x)
+        found = features.loss()
+    streams: tuple[list[Tensor], list[Tensor]] = [], []
+    for net, seen in zip((small, model), streams, strict=True):
+        value = net.stem(x)
+        for block in (net.stage[0].inner, net.stage[2].inner, *net.other, net.halves[0].inner, net.halves[1].inner):
+            value = value + block.conv(value)
+            seen.append(value.detach())
+    pairs = [(ours, theirs[:, kept]) for ours, theirs in zip(*streams, strict=True)]
+    want = sum(float((ours - theirs).square().mean() / theirs.square().mean()) for ours, theirs in pairs)
+    assert float(found) == pytest.approx(want, rel=1e-5)
+
+
+def test_blocks_of_a_list_of_layers() -> None:
+    """The layers with weights where no module with others inside occurs twice; a refusal where no layer does."""
+    assert blocks(surgeon.inspect(made(), X[:2])) == ["a", "b", "head"]
+    one = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(InputError, match="no two modules of one class"):
+        blocks(surgeon.inspect(one, torch.randn(2, 1, 6)))
 
 
 def test_what_is_kept() -> None:

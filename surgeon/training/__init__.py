@@ -6,7 +6,7 @@
 from surgeon.training.clip import clip_adaptive, clip_norm, clip_value
 from surgeon.training.ema import Average
 from surgeon.training.evaluate import accuracy
-from surgeon.training.features import Features
+from surgeon.training.features import Features, blocks
 from surgeon.training.finetune import Epoch, Training, finetune
 from surgeon.training.gates import Gates
 from surgeon.training.losses import Distillation, soft_targets
@@ -14,6 +14,6 @@ from surgeon.training.penalty import Regularizer
 from surgeon.training.regularize import regularizer
 
 __all__ = [
-    "Average", "Distillation", "Epoch", "Features", "Gates", "Regularizer", "Training", "accuracy", "clip_adaptive", "clip_norm",
-    "clip_value", "finetune", "regularizer", "soft_targets",
+    "Average", "Distillation", "Epoch", "Features", "Gates", "Regularizer", "Training", "accuracy", "blocks", "clip_adaptive",
+    "clip_norm", "clip_value", "finetune", "regularizer", "soft_targets",
 ]  # fmt: skip

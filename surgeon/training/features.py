@@ -7,6 +7,7 @@ those of a convolution.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.errors import InputError
-from surgeon.graph import nodes_inside
+from surgeon.graph import nodes_inside, tensor_leaves
 from surgeon.labels import Track
 from surgeon.plan import Plan, check_fit
 
@@ -32,13 +33,15 @@ class Features:
     Args:
         surgery: of the teacher.
         plan: the one that made the student of the teacher's architecture.
-        modules: paths of modules that return one tensor, such as ["layer1", "layer2.0.bn2"].
+        modules: paths of modules that return one tensor, such as ["layer1", "layer2.0.bn2"]; those of `blocks` by default.
 
     Raises:
         InputError: a module did not run, or returns no single tensor of the recorded run.
     """
 
-    def __init__(self, surgery: Surgery, plan: Plan, modules: Sequence[str]) -> None:
+    def __init__(self, surgery: Surgery, plan: Plan, modules: Sequence[str] | None = None) -> None:
+        if modules is None:
+            modules = blocks(surgery)
         if isinstance(modules, str) or not modules:
             raise InputError("modules must be a list of names", fix='pass names of model.named_modules(), such as ["layer1"]')
         self.kept: dict[str, Kept] = {path: kept_channels(surgery, plan, path) for path in modules}
@@ -83,14 +86,52 @@ class Features:
         return torch.stack(parts).sum()
 
 
+def blocks(surgery: Surgery) -> list[str]:
+    """The outermost modules of a class that occurs more than once and that give one value: residual blocks, transformer layers.
+
+    Of a model that has none (all in one list of layers): the layers with weights.
+
+    Raises:
+        InputError: no two modules are of one class.
+    """
+    modules = [module for module in surgery.model.modules() if type(module) not in _CONTAINERS]
+    for inner in (True, False):
+        counts = Counter(type(m) for m in modules if any(True for _ in (m.children() if inner else m.parameters(recurse=False))))
+        found = list(_outermost(surgery, surgery.model, "", {kind for kind, count in counts.items() if count > 1}))
+        if found:
+            return found
+    raise InputError(
+        f"{type(surgery.model).__name__} has no two modules of one class that give one tensor each",
+        fix="name the modules whose outputs are to be compared: modules=[...]",
+    )
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _outermost(surgery: Surgery, module: nn.Module, path: str, kinds: set[type[nn.Module]]) -> Iterator[str]:
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        given = _given(surgery, below) if type(child) in kinds else []
+        if len(given) == 1 and isinstance(surgery.propagation.axes[given[0]], dict):
+            yield below
+        else:
+            yield from _outermost(surgery, child, below, kinds)
+
+
+def _given(surgery: Surgery, path: str) -> list[fx.Node]:
+    """The values of a module that are read outside of it."""
+    inside = set(nodes_inside(surgery.graph, path))
+    return [node for node in inside if any(user not in inside for user in node.users)]
+
+
 def kept_channels(surgery: Surgery, plan: Plan, path: str) -> Kept:
     """{dim: indices} of a module's output that stay under a plan; dims that keep everything are left out.
 
     Raises:
         InputError: the module did not run, or what it gives is no single value of the recorded run.
     """
-    inside = set(nodes_inside(surgery.graph, path))
-    given = [node for node in inside if any(user not in inside for user in node.users)]
+    given = _given(surgery, path)
     if not given:
         raise InputError(f"no module '{path}' ran", fix="pass names of model.named_modules() that compute something")
     choice = choice_of(surgery, plan)
@@ -138,8 +179,10 @@ def _kept(surgery: Surgery, node: fx.Node, choice: Track, path: str) -> Kept:
 def _see(seen: list[Tensor], learns: bool, module: nn.Module, _args: Any, output: Any) -> None:
     if learns and not torch.is_grad_enabled():
         return
-    if not isinstance(output, Tensor):
+    tensors = [tensor for _, tensor in tensor_leaves(output)]
+    if len(tensors) != 1:
         raise InputError(
-            f"a {type(module).__name__} gives a {type(output).__name__}", fix="name a module that returns one tensor"
+            f"a {type(module).__name__} gives {len(tensors)} tensors in a {type(output).__name__}",
+            fix="name modules that return one tensor",
         )
-    seen.append(output)
+    seen.append(tensors[0])
