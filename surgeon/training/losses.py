@@ -26,7 +26,7 @@ class Distillation:
         weight: of the soft targets, in [0, 1].
         dim: of the classes in the logits; -1 for language models.
         features: of the blocks or of named modules (see `Features`), or None.
-        feature_weight: of their loss; if training diverges with many modules, a smaller one or a smaller rate helps.
+        feature_weight: of their loss, which is a sum over modules.
         feature_epochs: so many first epochs learn from features alone (FitNets; Romero et al., 2015).
     """
 
@@ -34,7 +34,7 @@ class Distillation:
     weight: float = 0.9
     dim: int = 1
     features: Features | None = None
-    feature_weight: float = 10.0
+    feature_weight: float = 1.0
     feature_epochs: int = 0
 
     def __post_init__(self) -> None:
