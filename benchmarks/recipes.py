@@ -38,6 +38,7 @@ RECIPES = [
     *(Recipe(features=weight, where="stage") for weight in (1.0, 10.0, 100.0)),
     *(Recipe(features=weight) for weight in (10.0, 100.0)),
     Recipe(soft=0.5),
+    *(Recipe(mixed=share) for share in (0.5, 1.0)),
 ]
 NOTES = [
     (

@@ -29,6 +29,7 @@ class Recipe:
     Attributes:
         soft: weight of the teacher's outputs at temperature 4; labels have the rest.
         features: weight of the residual streams behind every "block" or every "stage", as `where` says.
+        mixed: share of the images that are mixed with others.
     """
 
     optimizer: str = "SGD"
@@ -37,10 +38,12 @@ class Recipe:
     soft: float = 0.9
     features: float = 10.0
     where: str = "block"
+    mixed: float = 0.0
 
     def __str__(self) -> str:
         parts = [f"{self.optimizer} {self.rate:g}", f"batch {self.batch}", f"soft {self.soft:g}"]
-        return ", ".join([*parts, f"features {self.features:g} of every {self.where}"] if self.features else parts)
+        parts += [f"features {self.features:g} of every {self.where}"] if self.features else []
+        return ", ".join([*parts, f"mixed {self.mixed:g}"] if self.mixed else parts)
 
 
 def finetuned(
@@ -63,7 +66,7 @@ def finetuned(
     surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
     modules = STAGES if recipe.where == "stage" else None
     features = Features(surgery, plan or surgery.plan(0.0), modules) if recipe.features else None
-    train = task.train(images, recipe.batch)
+    train = task.train(images, recipe.batch, recipe.mixed)
     return surgeon.finetune(
         copy.deepcopy(model).to(memory_format=torch.channels_last),  # faster on CPUs
         train,
