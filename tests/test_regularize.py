@@ -251,14 +251,12 @@ def closing_one_step(group: Group) -> Tensor:
 
 
 UNGATED = {
-    "chunk": "data is multiplied by data",
-    "split_unequal": "data is multiplied by data",
     "write_through_view": "no weight reads the channels",
     "layer_norm": "the norm counts closed units",
 }
 
 
-SHARED = ("grouped", "option_a", "channel_shuffle")  # every group of these shares a layer with another one
+SHARED = ("grouped", "option_a", "channel_shuffle", "split_unequal")  # every group of these shares a layer with another one
 
 
 @pytest.mark.parametrize("motif", [m for m in MOTIFS if m.name not in UNGATED], ids=lambda m: m.name)

@@ -11,6 +11,7 @@ themselves (LayerNorm) still counts those with closed gates.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from surgeon.calibration.consumers import Consumer, find_consumers
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
+from surgeon.rules.registry import op_name
 from surgeon.training.penalty import Regularizer
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ class _Places:
         self._surgery = surgery
         self._consumers = find_consumers(surgery.graph, surgery.propagation, surgery.solution.atoms)
         self._labels = [_labels(surgery, consumer) for consumer in self._consumers]
-        self._ends = [(node, _ending(surgery, node)) for node in surgery.graph.fx.nodes if node.op == "call_function"]
+        self._ends = [(node, _ending(surgery, node)) for node in surgery.graph.fx.nodes if _computes(node)]
 
     def of(self, group: Group) -> list[Member]:
         """The slots; none if anything but a weight reads the units."""
@@ -242,6 +244,14 @@ def _reads(member: Member, labels: Track | None, units: Track) -> bool:
         return False
     unit_of = dict(zip(member.index.tolist(), member.unit.tolist(), strict=True))
     return all(unit_of.get(label, -1) == unit for label, unit in zip(labels.tolist(), units.tolist(), strict=True))
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether an op computes with what it reads; one that takes a part of it only passes it on."""
+    return node.op == "call_function" and node.target is not operator.getitem and op_name(node) not in _TAKES
+
+
+_TAKES = ("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind")
 
 
 def _ending(surgery: Surgery, node: fx.Node) -> Track:
