@@ -333,6 +333,27 @@ def test_features_of_the_blocks() -> None:
     assert float(found) == pytest.approx(want, rel=1e-5)
 
 
+class Beside(nn.Module):
+    """Gives a second tensor that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Added()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.inner(x)
+        return y, y.mean()
+
+
+def test_a_module_that_gives_two_tensors_has_no_features() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), Beside(), First(), nn.Conv2d(12, 4, 1)).eval()
+    x = torch.randn(2, 3, 2, 2)
+    surgery = surgeon.inspect(model, x)
+    features = Features(surgery, surgery.plan(0.0), ["1"])
+    with features.watching(model, model), pytest.raises(InputError, match="a Beside gives 2 tensors in a tuple"):
+        model(x)
+
+
 def test_blocks_of_a_list_of_layers() -> None:
     """The layers with weights where no module with others inside occurs twice; a refusal where no layer does."""
     assert blocks(surgeon.inspect(made(), X[:2])) == ["a", "b", "head"]

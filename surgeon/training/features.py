@@ -44,7 +44,7 @@ class Features:
             modules = blocks(surgery)
         if isinstance(modules, str) or not modules:
             raise InputError("modules must be a list of names", fix='pass names of model.named_modules(), such as ["layer1"]')
-        self.kept: dict[str, Kept] = {path: kept_channels(surgery, plan, path) for path in modules}
+        self.kept: dict[str, Kept] = kept_channels(surgery, plan, modules)
         self._seen: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = {}, {}
 
     @contextlib.contextmanager
@@ -95,9 +95,11 @@ def blocks(surgery: Surgery) -> list[str]:
         InputError: no two modules are of one class.
     """
     modules = [module for module in surgery.model.modules() if type(module) not in _CONTAINERS]
-    for inner in (True, False):
-        counts = Counter(type(m) for m in modules if any(True for _ in (m.children() if inner else m.parameters(recurse=False))))
-        found = list(_outermost(surgery, surgery.model, "", {kind for kind, count in counts.items() if count > 1}))
+    holders = [module for module in modules if list(module.children())]
+    layers = [module for module in modules if list(module.parameters(recurse=False))]
+    for some in (holders, layers):
+        kinds = {kind for kind, count in Counter(map(type, some)).items() if count > 1}
+        found = list(_outermost(surgery, surgery.model, "", kinds))
         if found:
             return found
     raise InputError(
@@ -125,16 +127,20 @@ def _given(surgery: Surgery, path: str) -> list[fx.Node]:
     return [node for node in inside if any(user not in inside for user in node.users)]
 
 
-def kept_channels(surgery: Surgery, plan: Plan, path: str) -> Kept:
-    """{dim: indices} of a module's output that stay under a plan; dims that keep everything are left out.
+def kept_channels(surgery: Surgery, plan: Plan, modules: Sequence[str]) -> dict[str, Kept]:
+    """For each module {dim: indices} of its output that stay under a plan; dims that keep everything are left out.
 
     Raises:
-        InputError: the module did not run, or what it gives is no single value of the recorded run.
+        InputError: a module did not run, or what it gives is no single value of the recorded run.
     """
+    choice = choice_of(surgery, plan)
+    return {path: _kept_of(surgery, choice, path) for path in modules}
+
+
+def _kept_of(surgery: Surgery, choice: Track, path: str) -> Kept:
     given = _given(surgery, path)
     if not given:
         raise InputError(f"no module '{path}' ran", fix="pass names of model.named_modules() that compute something")
-    choice = choice_of(surgery, plan)
     found = [_kept(surgery, node, choice, path) for node in given]
     first = {dim: index.tolist() for dim, index in found[0].items()}
     if any({dim: index.tolist() for dim, index in other.items()} != first for other in found[1:]):

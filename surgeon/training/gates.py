@@ -11,7 +11,6 @@ themselves (LayerNorm) still counts those with closed gates.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from surgeon.calibration.consumers import Consumer, find_consumers
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
-from surgeon.rules.registry import op_name
+from surgeon.rules.registry import Family, family, op_name
 from surgeon.training.penalty import Regularizer
 
 if TYPE_CHECKING:
@@ -247,11 +246,8 @@ def _reads(member: Member, labels: Track | None, units: Track) -> bool:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether an op computes with what it reads; one that takes a part of it only passes it on."""
-    return node.op == "call_function" and node.target is not operator.getitem and op_name(node) not in _TAKES
-
-
-_TAKES = ("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind")
+    """Whether an op computes with what it reads; one that moves it, or takes a part, only passes it on."""
+    return node.op == "call_function" and family(op_name(node)) is not Family.MOVEMENT
 
 
 def _ending(surgery: Surgery, node: fx.Node) -> Track:
