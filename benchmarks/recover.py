@@ -36,7 +36,7 @@ from torch import nn
 
 import surgeon
 
-RECIPES = (Recipe(features=0), Recipe())  # of the fine-tuning: from the base's outputs, and from its streams as well
+RECIPES = {"outputs": Recipe(features=0), "blocks": Recipe()}  # of the fine-tuning: what of the base is learned from
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 
@@ -168,9 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
     parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
-    parser.add_argument(
-        "--recipes", nargs="+", choices=["outputs", "blocks"], default=["outputs", "blocks"], help="of fine-tuning"
-    )
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="of fine-tuning")
     parser.add_argument("--finetune-images", type=int, default=50_000)
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds of what is asked for")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
@@ -180,8 +178,8 @@ def main() -> None:
         sys.exit(HOW_TO_GET.format(folder=asked.data, missing=", ".join(missing)))
     torch.set_num_threads(1)
     images = asked.finetune_images
-    recipes = {f"{images}, {recipe}": recipe for recipe in RECIPES}
-    asked_for = [name for name, recipe in recipes.items() if ("blocks" if recipe.features else "outputs") in asked.recipes]
+    recipes = {f"{images}, {recipe}": recipe for recipe in RECIPES.values()}
+    asked_for = [f"{images}, {RECIPES[name]}" for name in asked.recipes]
     jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, asked_for)
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
     if asked.fresh:
@@ -198,12 +196,11 @@ def main() -> None:
             print(f"  {key}: {cell}", flush=True)
         cells = keep_cells(found)
     training = (
-        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, SGD, rate 0.02, momentum 0.9, "
-        "weight decay 5e-4, cosine to zero, bf16 autocast; a run of its own for each number of epochs. The base is the teacher: "
-        "its outputs (temperature 4, weight 0.9, labels 0.1), or these and its residual stream behind every block (weight 10). "
-        "recipes.md compares more recipes."
+        f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, cosine to zero, bf16 autocast; a "
+        f"run of its own for each number of epochs. {RECIPES['blocks']}: the base is the teacher, its outputs (temperature 4; "
+        "soft: their weight, labels have the rest) or these and its residual stream behind every block. recipes.md compares more."
     )
-    write(cells, {name: "outputs, blocks" if recipe.features else "outputs" for name, recipe in recipes.items()}, training)
+    write(cells, {f"{images}, {recipe}": name for name, recipe in RECIPES.items()}, training)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from recover_models import Shuffled
 from recover_tasks import Task
-from torch import nn
+from torch import Tensor, nn
 
 import surgeon
 from surgeon.training import Distillation, Features
@@ -46,6 +47,21 @@ class Recipe:
         return ", ".join([*parts, f"mixed {self.mixed:g}"] if self.mixed else parts)
 
 
+def mixing(train: Shuffled, share: float) -> Shuffled:
+    """The batches, with up to half of another image added to a share of the images, which keep their labels.
+
+    Mixup (Zhang et al., 2018), for what the teacher says rather than for labels (Beyer et al., 2022).
+    """
+
+    def make(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = train.make(chosen)
+        first, rest = images.tensor_split([int(share * len(images))])
+        order, part = torch.randperm(len(first)), torch.rand(len(first), 1, 1, 1) / 2
+        return torch.cat([(1 - part) * first + part * first[order], rest]), labels
+
+    return Shuffled(train.size, train.batch, make)
+
+
 def finetuned(
     model: nn.Module,
     task: Task,
@@ -63,10 +79,12 @@ def finetuned(
         plan: surgeon's, that made the model; None if the streams are whole.
         checkpoint: where an unfinished run goes on.
     """
+    train = task.train(images, recipe.batch)
+    if recipe.mixed:
+        train = mixing(train, recipe.mixed)
     surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
     modules = STAGES if recipe.where == "stage" else None
-    features = Features(surgery, plan or surgery.plan(0.0), modules) if recipe.features else None
-    train = task.train(images, recipe.batch, recipe.mixed)
+    features = Features(surgery, surgery.plan(0.0) if plan is None else plan, modules) if recipe.features else None
     return surgeon.finetune(
         copy.deepcopy(model).to(memory_format=torch.channels_last),  # faster on CPUs
         train,

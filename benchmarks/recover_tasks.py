@@ -51,8 +51,8 @@ class Task:
         """The metric on the test data."""
         raise NotImplementedError
 
-    def train(self, count: int, batch: int = 128, mixed: float = 0.0) -> Shuffled:
-        """Batches of the first `count` training samples, augmented; a share of each is images mixed with others."""
+    def train(self, count: int, batch: int = 128) -> Shuffled:
+        """Batches of the first `count` training samples, augmented."""
         raise NotImplementedError
 
     def inner(self, name: str) -> bool:
@@ -99,16 +99,9 @@ class Images(Task):
         pixels, labels = pixels_of(self.data / "cifar10-test.npz")
         return top1(model, normalised(pixels), labels)
 
-    def train(self, count: int, batch: int = 128, mixed: float = 0.0) -> Shuffled:
+    def train(self, count: int, batch: int = 128) -> Shuffled:
         pixels, labels = pixels_of(self.data / "cifar10-train.npz")
-
-        def make(chosen: Tensor) -> tuple[Tensor, Tensor]:
-            images = _augmented(normalised(pixels[chosen]))
-            some = int(mixed * len(images))
-            first, rest = images[:some], images[some:]
-            return (torch.cat([_mixed(first), rest]) if some else images), labels[chosen]
-
-        return Shuffled(min(count, len(labels)), batch, make)
+        return Shuffled(min(count, len(labels)), batch, lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]))
 
     def inner(self, name: str) -> bool:
         return name.endswith(("conv1", "query", "key", "value", "up")) and name != "conv1"
@@ -121,12 +114,6 @@ def _augmented(images: Tensor) -> Tensor:
     down, right = (torch.randint(9, (count, 1, 1)) + torch.arange(32).view(shape) for shape in ((1, -1, 1), (1, 1, -1)))
     right = torch.where(torch.rand(count, 1, 1) < 0.5, right, right.flip(2))
     return padded.permute(0, 2, 3, 1)[torch.arange(count).view(-1, 1, 1), down, right].permute(0, 3, 1, 2).contiguous()
-
-
-def _mixed(images: Tensor) -> Tensor:
-    """Each image with up to half of another one added (Zhang et al., mixup, 2018); it keeps its label."""
-    order, share = torch.randperm(len(images)), torch.rand(len(images), 1, 1, 1) / 2
-    return (1 - share) * images + share * images[order]
 
 
 class Text(Task):
@@ -149,7 +136,7 @@ class Text(Task):
     def test(self, model: nn.Module) -> float:
         return _bits(model, self.tests)
 
-    def train(self, count: int, batch: int = 16, mixed: float = 0.0) -> Shuffled:
+    def train(self, count: int, batch: int = 16) -> Shuffled:
         def make(chosen: Tensor) -> tuple[Tensor, Tensor]:
             texts = self.texts[chosen].long()
             return texts[:, :-1], texts[:, 1:]
