@@ -1,6 +1,6 @@
 """What is left after a cut, what is won back without training, and after little of it; next to torch-pruning at the same MACs.
 
-    pip install torch-pruning==1.6.1 accelerate
+    pip install torch-pruning==1.6.1 accelerate timm
     python benchmarks/recover.py [--data DIR] [--models resnet20 vit] [--reductions 2.1] [--seeds 0] [--epochs 0 1]
 
 ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are trained here for some
@@ -36,7 +36,7 @@ from torch import nn
 
 import surgeon
 
-RECIPES = {"outputs": Recipe(features=0), "blocks": Recipe()}  # of the fine-tuning: what of the base is learned from
+RECIPES = {"outputs": Recipe(features=0), "blocks": Recipe("Muon", 0.002, batch=32, frozen=True)}  # of the fine-tuning
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 
@@ -197,8 +197,10 @@ def main() -> None:
         cells = keep_cells(found)
     training = (
         f"fine-tuned: surgeon.finetune for all, {images:,} training images, crops and mirrored, cosine to zero, bf16 autocast; a "
-        f"run of its own for each number of epochs. {RECIPES['blocks']}: the base is the teacher, its outputs (temperature 4; "
-        "soft: their weight, labels have the rest) or these and its residual stream behind every block. recipes.md compares more."
+        "run of its own for each number of epochs. The base is the teacher: its outputs (temperature 4; soft: their weight, "
+        "labels have the rest), or these and its residual stream behind every block. "
+        + "; ".join(f"{name}: {recipe}" for name, recipe in RECIPES.items())
+        + ". recipes.md compares more."
     )
     write(cells, {f"{images}, {recipe}": name for name, recipe in RECIPES.items()}, training)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +13,25 @@ import torch
 from recover_models import Shuffled
 from recover_tasks import Task
 from torch import Tensor, nn
+from zoo_models import torchvision_models
 
 import surgeon
 from surgeon.training import Distillation, Features
 
 WARMUP = 20  # steps
 STAGES = ["layer1", "layer2", "layer3"]  # of the ResNets
-OPTIMIZERS = {
+
+
+def muon(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Steps along the orthogonalised momentum of each filter bank (Jordan et al., 2024); NAdamW for vectors."""
+    torchvision_models()  # timm needs it
+    return importlib.import_module("timm.optim").Muon(parameters, lr=lr, momentum=0.9, nesterov=True)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "AdamW": partial(torch.optim.AdamW, weight_decay=1e-4),
+    "Muon": muon,
 }
 
 
@@ -31,6 +43,7 @@ class Recipe:
         soft: weight of the teacher's outputs at temperature 4; labels have the rest.
         features: weight of the residual streams behind every "block" or every "stage", as `where` says.
         mixed: share of the images that are mixed with others.
+        frozen: batch norms keep the statistics that they start with.
     """
 
     optimizer: str = "SGD"
@@ -40,11 +53,13 @@ class Recipe:
     features: float = 10.0
     where: str = "block"
     mixed: float = 0.0
+    frozen: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.optimizer} {self.rate:g}", f"batch {self.batch}", f"soft {self.soft:g}"]
         parts += [f"features {self.features:g} of every {self.where}"] if self.features else []
-        return ", ".join([*parts, f"mixed {self.mixed:g}"] if self.mixed else parts)
+        parts += [f"mixed {self.mixed:g}"] if self.mixed else []
+        return ", ".join([*parts, "frozen statistics"] if self.frozen else parts)
 
 
 def mixing(train: Shuffled, share: float) -> Shuffled:
@@ -95,6 +110,7 @@ def finetuned(
         optimizer=lambda parameters: OPTIMIZERS[recipe.optimizer](parameters, lr=recipe.rate),
         warmup=min(WARMUP, len(train) // 5),
         precision="bf16",
+        frozen_statistics=recipe.frozen,
         checkpoint=checkpoint,
         checkpoint_steps=100 if checkpoint else None,
         seed=seed,

@@ -152,10 +152,10 @@ def test_the_moving_average_against_its_recursion() -> None:
 # -- the whole ----------------------------------------------------------------------------------------------------------
 
 
-def by_hand(model: Net, epochs: int, teacher: Net | None = None) -> None:
+def by_hand(model: Net, epochs: int, teacher: Net | None = None, frozen: bool = False) -> None:
     """What finetune does with its default settings, as a plain loop (no dropout)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
-    model.train()
+    model.train(not frozen)
     for epoch in range(epochs):
         for place, (x, y) in enumerate(PAIRS):
             for group in optimizer.param_groups:
@@ -185,6 +185,25 @@ def test_against_a_plain_loop(taught: bool) -> None:
     assert done.model is model and not model.training and teacher.training
     assert [e.number for e in done.history] == [1, 2] and done.epoch == 2 and done.stopped == ""
     assert done.history[1].rate == pytest.approx(0, abs=1e-9)
+
+
+def test_frozen_statistics_against_a_plain_loop() -> None:
+    """Trained as in eval mode but for dropout; only scales and biases of the norm move; the modes are as after any training."""
+    plain, model = made(), made()
+    for net in (plain, model):
+        net.drop.p = 0.0
+        with torch.no_grad():
+            net.n.running_mean += torch.arange(16.0) / 16
+            net.n.running_var *= 2
+    mean = model.n.running_mean.clone()
+    by_hand(plain, 2, frozen=True)
+    surgeon.finetune(
+        model, PAIRS, epochs=2, rate=1e-2, clip=("norm", 0.1), frozen_statistics=True, evaluate=[PAIRS[0]], keep="last"
+    )
+    assert same(plain, model)
+    assert torch.equal(model.n.running_mean, mean) and int(model.n.num_batches_tracked) == 0
+    assert not torch.equal(model.n.weight, torch.ones(16))
+    assert not any(module.training for module in model.modules())
 
 
 def test_labels_are_not_needed_with_a_teacher() -> None:
@@ -611,6 +630,7 @@ NAN = [*PAIRS[:3], (X[:8] * float("nan"), Y[:8])]
         (PAIRS, {"keep": "best"}, "need a score"),
         (PAIRS, {"epochs": 0}, "epochs must be"),
         (PAIRS, {"rate": -1.0}, "rate must be"),
+        (PAIRS, {"model": nn.Linear(6, 4), "frozen_statistics": True}, "no batch norm whose statistics"),
         (PAIRS, {"precision": "int8"}, "precision 'int8'"),
         (PAIRS, {"precision": "fp16"}, "'fp16' on GPUs"),
         (PAIRS, {"average": 1.0}, r"\[0, 1\)"),
@@ -626,7 +646,7 @@ def test_bad_input(train: Any, options: dict[str, Any], words: str) -> None:
     if options.get("precision") == "fp16" and torch.cuda.is_available():
         pytest.skip("fp16 works here")
     with pytest.raises(InputError, match=words):
-        surgeon.finetune(made(), train, **{"epochs": 1, **options})
+        surgeon.finetune(**{"model": made(), "train": train, "epochs": 1, **options})
 
 
 def test_steps_of_endless_data() -> None:

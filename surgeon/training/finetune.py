@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
@@ -62,6 +63,7 @@ def finetune(
     regularizer: Regularizer | None = None,
     average: float | None = None,
     precision: str | None = None,
+    frozen_statistics: bool = False,
     evaluate: Callable[[nn.Module], float] | Iterable[Any] | None = None,
     patience: int | None = None,
     keep: str | None = None,
@@ -90,6 +92,9 @@ def finetune(
         average: decay of a moving average of the weights (0.999, say), which is then what is evaluated and kept.
         precision: "no", "bf16" or "fp16" (on GPUs); by default what `accelerate launch` says, else "no". Weights stay as they
             are.
+        frozen_statistics: batch norms keep the mean and variance that they have, and train with them: without the noise of
+            small batches, and with the very function that the model computes in use. Their scales and biases are trained.
+            Nothing scales a layer's outputs back then: expect to need a lower rate.
         evaluate: after each epoch: batches of pairs (inputs, class indices) -> accuracy, or a callable: model -> number, higher
             is better. Every process computes it; the main one's counts.
         patience: stop after so many epochs without a better score.
@@ -118,6 +123,8 @@ def finetune(
         check_batches(evaluate, "evaluate")
     if checkpoint_steps is not None and checkpoint is None:
         raise InputError("checkpoint_steps needs a file", fix="pass checkpoint=...")
+    if frozen_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise InputError("the model has no batch norm whose statistics could be frozen", fix="leave frozen_statistics out")
     if regularizer is not None and not regularizer.covers(model):
         raise InputError(
             "the regularizer is one of another model",
@@ -152,6 +159,7 @@ def finetune(
         regularizer=regularizer,
         average=None if average is None else Average(model, average),
         precision=precision,
+        frozen_statistics=frozen_statistics,
         score=_scoring(evaluate),
         patience=patience,
         keep=keep,

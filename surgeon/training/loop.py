@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -58,6 +59,7 @@ class Loop:
     regularizer: Regularizer | None
     average: Average | None
     precision: str
+    frozen_statistics: bool
     score: Callable[[nn.Module], float] | None
     patience: int | None
     keep: str
@@ -85,6 +87,7 @@ class Loop:
             "processes": self.processes.count, "optimizer": type(self.optimizer).__name__, "precision": self.precision,
             "rates": [float(group["initial_lr"]) for group in self.optimizer.param_groups],
             "schedule at start, middle and end": [float(self.factor(step)) for step in (0, total // 2, total - 1)],
+            "frozen statistics": self.frozen_statistics,
             "average": None if self.average is None else self.average.decay,
             "regularizer": None if self.regularizer is None else type(self.regularizer).__name__,
         }  # fmt: skip
@@ -120,6 +123,10 @@ class Loop:
         again = self._done
         seed_all(self.seed * 1_000_003 + number, self.batches)
         wrapped.train()
+        if self.frozen_statistics:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         place = 0
         for place, batch in enumerate(itertools.islice(self.batches, self.length), 1):
             if place <= again:  # of a run that was killed in this epoch: done already
@@ -213,6 +220,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in self._schedule.state_dict().items() if k != "lr_lambdas"},
             "scaler": self._scaler.state_dict(),
+            "frozen statistics": self.frozen_statistics,
             "average": None if self.average is None else self.average.state_dict(),
             "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
             "history": [dataclasses.astuple(epoch) for epoch in self.history],
