@@ -1,70 +1,106 @@
 """Which fine-tuning wins most back in little time: compared on training images that were held out of it, not on test images.
 
-    pip install accelerate
-    python benchmarks/recipes.py [--data DIR] [--epochs 1]
+    pip install accelerate timm
+    python benchmarks/recipes.py [--data DIR] [--images 15000] [--only Muon]
 
-ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, trained on all but the last
-5,000 training images. Rows are kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on.
+ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, then one short epoch. Rows are
+kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on; two runs with different rows can go side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar import normalised, top1
-from recover import by_surgeon, task_of
+from cifar import normalised
+from recover import Start, by_surgeon, task_of
 from recover_cells import METHODS
 from recover_recipe import Recipe, finetuned
 from recover_tasks import Task, pixels_of
-from results import keep, kept, markdown, write_result
+from results import first_line, keep, kept, markdown, write_result
 from torch import Tensor, nn
 
+from surgeon.errors import InputError
 from surgeon.training import soft_targets
 
-HELD_OUT, REDUCTION = 5_000, 2.1
-PLAIN = Recipe(features=0)
+HELD_OUT, REDUCTION, SCOPE = 20_000, 2.1, "knapsack"
+BLOCKS = Recipe()
+OUTPUTS = dataclasses.replace(BLOCKS, features=0)
+FROZEN = Recipe("Muon", 0.002, batch=32, frozen=True)
 RECIPES = [
-    PLAIN,
-    *(dataclasses.replace(PLAIN, rate=rate) for rate in (0.01, 0.005)),
-    dataclasses.replace(PLAIN, batch=64),
-    dataclasses.replace(PLAIN, soft=0.5),
-    Recipe("AdamW", 1e-3, features=0),
-    *(Recipe(features=weight, where="stage") for weight in (1.0, 10.0, 100.0)),
-    *(Recipe(features=weight) for weight in (10.0, 100.0)),
-    Recipe(soft=0.5),
-    *(Recipe(mixed=share) for share in (0.5, 1.0)),
+    OUTPUTS,
+    *(dataclasses.replace(OUTPUTS, rate=rate) for rate in (0.01, 0.005)),
+    dataclasses.replace(OUTPUTS, soft=0.5),
+    dataclasses.replace(OUTPUTS, batch=64),
+    BLOCKS,
+    *(dataclasses.replace(BLOCKS, rate=rate) for rate in (0.05, 0.01)),
+    *(dataclasses.replace(BLOCKS, features=weight) for weight in (1.0, 30.0)),
+    dataclasses.replace(BLOCKS, where="stage"),
+    dataclasses.replace(BLOCKS, mixed=1.0),
+    dataclasses.replace(BLOCKS, frozen=True, rate=0.003),
+    Recipe("AdamW", 0.001),
+    *(Recipe("Muon", rate) for rate in (0.003, 0.008)),
+    Recipe("Muon", 0.008, batch=64),
+    Recipe("AdamW", 0.001, batch=32, frozen=True),
+    FROZEN,
+    *(dataclasses.replace(FROZEN, rate=rate) for rate in (0.008, 0.004)),
+    dataclasses.replace(FROZEN, batch=16, rate=0.001),
+    dataclasses.replace(FROZEN, features=30.0),
+    dataclasses.replace(FROZEN, features=0),
 ]
 NOTES = [
     (
-        f"ResNet-56 at {REDUCTION}x fewer MACs, recovered without training; fine-tuned on the first 45,000 training images, "
-        "measured on the last 5,000. The base saw these and their labels in its training, so that it answers them better and "
-        "more surely than test images; turned, scaled and moved at random they are as hard for it as those."
+        f"ResNet-56 at {REDUCTION}x fewer MACs by surgeon (scope {SCOPE} where none is named), recovered without training, then "
+        f"trained for one epoch of the first training images; measured on the last {HELD_OUT:,}. The base saw these and their "
+        "labels in its training and answers them better and more surely than test images, so they are turned, scaled and moved "
+        "at random: then they are about as hard for it as test images are (recover.md)."
     ),
-    "distance: the KL divergence of softmax outputs from the base's at temperature 4, times 16.",
+    "distance: the KL divergence of softmax outputs from the base's at temperature 4, times 16. agreement: of the top-1 classes.",
     (
         "soft: weight of the base's outputs; labels have the rest. features: weight of the mean squared difference of the "
         "residual stream from the base's, on the channels that are left, over the base's mean square; a sum over stages or "
-        "blocks."
+        "blocks. mixed: share of the images to which up to half of another is added."
     ),
-    "crops and mirrored, cosine to zero, momentum 0.9 and weight decay 5e-4 (SGD), bf16 autocast, one seed.",
+    (
+        "crops and mirrored, cosine to zero; SGD: momentum 0.9, weight decay 5e-4; Muon: timm's, momentum 0.9, its NAdamW for "
+        "vectors; bf16 autocast, one seed. frozen statistics: finetune(frozen_statistics=True)."
+    ),
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Images that no network saw, their labels, and what the base makes of them."""
+
+    images: Tensor
+    labels: Tensor
+    base: Tensor
+
+    def of(self, model: nn.Module) -> dict[str, float]:
+        found = outputs(model, self.images)
+        classes = found.argmax(1)
+        return {
+            "distance": float(soft_targets(found, self.base)),  # temperature 4
+            "top1": float((classes == self.labels).float().mean()),
+            "agreement": float((classes == self.base.argmax(1)).float().mean()),
+        }
+
+
 @torch.inference_mode()
-def distance(model: nn.Module, base: nn.Module, images: Tensor) -> float:
-    """The soft targets' loss (temperature 4): 0 if the model's outputs are the base's."""
-    sums = [float(soft_targets(model(x), base(x))) * len(x) for x in images.split(250)]
-    return sum(sums) / len(images)
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits [N, classes]."""
+    model.eval()
+    return torch.cat([model(x) for x in images.split(250)])
 
 
 def turned(images: Tensor) -> Tensor:
-    """Each image turned by up to 0.3 radians, scaled by up to 15 % and moved by up to 5 %: none that a network was trained on."""
+    """Each image turned by up to 0.3 radians, scaled by up to 15 % and moved by up to 5 %: none that a network saw."""
     generator = torch.Generator().manual_seed(9)
     angle, scale = (torch.rand(len(images), generator=generator) for _ in range(2))
     angle, scale = (angle - 0.5) * 0.6, 0.85 + 0.3 * scale
@@ -76,51 +112,55 @@ def turned(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def measure(model: nn.Module, task: Task, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """On images as they are, and turned."""
-    model.eval()
-    kinds = {"": images, "turned_": turned(images)}
-    return {
-        f"{kind}{name}": value
-        for kind, x in kinds.items()
-        for name, value in (("distance", distance(model, task.base, x)), ("top1", top1(model, x, labels)))
-    }
+@functools.cache
+def start(data: Path, scope: str) -> Start:
+    """What is trained."""
+    return by_surgeon(task_of("resnet56", data), REDUCTION, 0, scope)[METHODS["surgeon"][1]]
 
 
-def cells_of(row: Mapping[str, float]) -> list[str]:
-    found = []
-    for kind in ("", "turned_"):
-        known = f"{kind}top1" in row
-        found += [f"{row[f'{kind}distance']:.3f}", f"{row[f'{kind}top1']:.2%}"] if known else ["-", "-"]
-    return found
+def trained(task: Task, begin: Start, recipe: Recipe, images: int, held_out: Measured) -> dict[str, float | str]:
+    """A row, or why there is none."""
+    try:
+        done = finetuned(begin.model, task, begin.plan, recipe, epochs=1, images=images, seed=0)
+    except InputError as error:  # the loss is not finite
+        return {"failed": first_line(error)}
+    return dict(held_out.of(done.model))
+
+
+def cells_of(row: Mapping[str, float | str]) -> list[str]:
+    if "failed" in row:
+        return [str(row["failed"]), "-", "-"]
+    return [f"{row['distance']:.3f}", f"{row['top1']:.2%}", f"{row['agreement']:.2%}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parents[1]
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1])
+    parser.add_argument("--images", type=int, default=15_000, help="of the epoch")
+    parser.add_argument("--only", default="", help="run the rows whose name has this in it")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    jobs = {f"{recipe}; {asked.images} images": (recipe, SCOPE) for recipe in RECIPES}
+    jobs |= {f"{recipe}, scope uniform; {asked.images} images": (recipe, "uniform") for recipe in (OUTPUTS, BLOCKS)}
     rows = kept("recipes")
-    jobs = {f"{recipe}, epochs {epochs}": (recipe, epochs) for epochs in asked.epochs for recipe in RECIPES}
-    todo = [] if asked.table else [key for key in jobs if key not in rows]
-    if todo or "base" not in rows:
+    todo = [] if asked.table else [key for key in jobs if asked.only in key and key not in rows]
+    if todo:
         task = task_of("resnet56", asked.data)
-        start = by_surgeon(task, REDUCTION, 0)[METHODS["surgeon"][1]]
         pixels, labels = pixels_of(asked.data / "cifar10-train.npz")
-        held_out = normalised(pixels[-HELD_OUT:]), labels[-HELD_OUT:]
-        rows = keep("recipes", {"base": measure(task.base, task, *held_out), "start": measure(start.model, task, *held_out)})
+        images = turned(normalised(pixels[-HELD_OUT:]))
+        held_out = Measured(images, labels[-HELD_OUT:], outputs(task.base, images))
+        for key in ("base", "start"):
+            if key not in rows:
+                rows = keep("recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, SCOPE).model)})
         for key in todo:
-            recipe, epochs = jobs[key]
-            done = finetuned(start.model, task, start.plan, recipe, epochs=epochs, images=len(labels) - HELD_OUT, seed=0)
-            rows = keep("recipes", {key: measure(done.model, task, *held_out)})
+            recipe, scope = jobs[key]
+            rows = keep("recipes", {key: trained(task, start(asked.data, scope), recipe, asked.images, held_out)})
             print(key, rows[key], flush=True)
-    shown = [("base", "", "base"), ("recovered, not trained", "", "start")]
-    shown += [(str(recipe), str(epochs), key) for key, (recipe, epochs) in jobs.items()]
-    cells = [[name, epochs, *cells_of(rows[key])] for name, epochs, key in shown if key in rows]
-    header = ["recipe", "epochs", "distance to the base", "top-1", "distance, turned", "top-1, turned"]
+    shown = {"base": "base", "recovered, not trained": "start", **{key: key for key in jobs}}
+    cells = [[name, *cells_of(rows[key])] for name, key in shown.items() if key in rows]
+    header = ["recipe", "distance to the base", "top-1", "agreement with the base"]
     write_result("recipes", "Recipes for a short fine-tuning", markdown(header, cells), NOTES)
 
 
