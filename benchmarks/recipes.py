@@ -1,10 +1,11 @@
 """Which fine-tuning wins most back in little time: compared on training images that were held out of it, not on test images.
 
     pip install accelerate timm
-    python benchmarks/recipes.py [--data DIR] [--images 15000] [--only Muon]
+    python benchmarks/recipes.py [--data DIR] [--only Muon]
 
-ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, then one short epoch. Rows are
-kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on; two runs with different rows can go side by side.
+ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, then fine-tuned a little. Rows
+are kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on; two runs with different rows can go side by
+side.
 """
 
 from __future__ import annotations
@@ -54,12 +55,21 @@ RECIPES = [
     dataclasses.replace(FROZEN, features=30.0),
     dataclasses.replace(FROZEN, features=0),
 ]
+SHORT, LONG = (15_000, 1), (25_000, 3)  # images, epochs
+JOBS = {
+    f"{recipe}{'' if scope == SCOPE else f', scope {scope}'}; {epochs} x {images:,}": (recipe, scope, images, epochs)
+    for recipe, scope, (images, epochs) in [
+        *((recipe, SCOPE, SHORT) for recipe in RECIPES),
+        *((recipe, "uniform", SHORT) for recipe in (OUTPUTS, BLOCKS)),
+        *((recipe, SCOPE, LONG) for recipe in (OUTPUTS, BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0))),
+    ]
+}
 NOTES = [
     (
         f"ResNet-56 at {REDUCTION}x fewer MACs by surgeon (scope {SCOPE} where none is named), recovered without training, then "
-        f"trained for one epoch of the first training images; measured on the last {HELD_OUT:,}. The base saw these and their "
-        "labels in its training and answers them better and more surely than test images, so they are turned, scaled and moved "
-        "at random: then they are about as hard for it as test images are (recover.md)."
+        f"trained for some epochs (epochs x images) of the first training images; measured on the last {HELD_OUT:,}. The base "
+        "saw these and their labels in its training and answers them better and more surely than test images, so they are "
+        "turned, scaled and moved at random: then they are about as hard for it as test images are (recover.md)."
     ),
     "distance: the KL divergence of softmax outputs from the base's at temperature 4, times 16. agreement: of the top-1 classes.",
     (
@@ -118,10 +128,10 @@ def start(data: Path, scope: str) -> Start:
     return by_surgeon(task_of("resnet56", data), REDUCTION, 0, scope)[METHODS["surgeon"][1]]
 
 
-def trained(task: Task, begin: Start, recipe: Recipe, images: int, held_out: Measured) -> dict[str, float | str]:
+def trained(task: Task, begin: Start, recipe: Recipe, images: int, epochs: int, held_out: Measured) -> dict[str, float | str]:
     """A row, or why there is none."""
     try:
-        done = finetuned(begin.model, task, begin.plan, recipe, epochs=1, images=images, seed=0)
+        done = finetuned(begin.model, task, begin.plan, recipe, epochs=epochs, images=images, seed=0)
     except InputError as error:  # the loss is not finite
         return {"failed": first_line(error)}
     return dict(held_out.of(done.model))
@@ -137,15 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parents[1]
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
-    parser.add_argument("--images", type=int, default=15_000, help="of the epoch")
     parser.add_argument("--only", default="", help="run the rows whose name has this in it")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = {f"{recipe}; {asked.images} images": (recipe, SCOPE) for recipe in RECIPES}
-    jobs |= {f"{recipe}, scope uniform; {asked.images} images": (recipe, "uniform") for recipe in (OUTPUTS, BLOCKS)}
     rows = kept("recipes")
-    todo = [] if asked.table else [key for key in jobs if asked.only in key and key not in rows]
+    todo = [] if asked.table else [key for key in JOBS if asked.only in key and key not in rows]
     if todo:
         task = task_of("resnet56", asked.data)
         pixels, labels = pixels_of(asked.data / "cifar10-train.npz")
@@ -155,10 +162,10 @@ def main() -> None:
             if key not in rows:
                 rows = keep("recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, SCOPE).model)})
         for key in todo:
-            recipe, scope = jobs[key]
-            rows = keep("recipes", {key: trained(task, start(asked.data, scope), recipe, asked.images, held_out)})
+            recipe, scope, count, epochs = JOBS[key]
+            rows = keep("recipes", {key: trained(task, start(asked.data, scope), recipe, count, epochs, held_out)})
             print(key, rows[key], flush=True)
-    shown = {"base": "base", "recovered, not trained": "start", **{key: key for key in jobs}}
+    shown = {"base": "base", "recovered, not trained": "start", **{key: key for key in JOBS}}
     cells = [[name, *cells_of(rows[key])] for name, key in shown.items() if key in rows]
     header = ["recipe", "distance to the base", "top-1", "agreement with the base"]
     write_result("recipes", "Recipes for a short fine-tuning", markdown(header, cells), NOTES)
