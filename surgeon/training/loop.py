@@ -220,7 +220,6 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {k: v for k, v in self._schedule.state_dict().items() if k != "lr_lambdas"},
             "scaler": self._scaler.state_dict(),
-            "frozen statistics": self.frozen_statistics,
             "average": None if self.average is None else self.average.state_dict(),
             "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
             "history": [dataclasses.astuple(epoch) for epoch in self.history],
