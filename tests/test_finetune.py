@@ -551,6 +551,7 @@ def test_checkpoints_of_others_and_damaged_ones(tmp_path: Path) -> None:
         ({"seed": 3}, "seed: 0 there, 3 here"),
         ({"rate": 0.1}, r"rates: \[0.001\] there, \[0.1\] here"),
         ({"schedule": "constant"}, "schedule at"),
+        ({"frozen_statistics": True}, "frozen statistics: False there, True here"),
         ({"regularizer": surgeon.regularizer(surgeon.inspect(small, X[:2]), "l1", 0.1)}, "regularizer: None there, 'L1' here"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -602,6 +603,7 @@ class Once:
 
 BAD_X = [*PAIRS[:2], (torch.randn(8, 5), Y[:8])]
 BAD_Y = [*PAIRS[:2], (X[:8], Y[:7])]
+UNTRACKED = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
 NAN = [*PAIRS[:3], (X[:8] * float("nan"), Y[:8])]
 
 
@@ -630,7 +632,7 @@ NAN = [*PAIRS[:3], (X[:8] * float("nan"), Y[:8])]
         (PAIRS, {"keep": "best"}, "need a score"),
         (PAIRS, {"epochs": 0}, "epochs must be"),
         (PAIRS, {"rate": -1.0}, "rate must be"),
-        (PAIRS, {"model": nn.Linear(6, 4), "frozen_statistics": True}, "no batch norm whose statistics"),
+        (PAIRS, {"model": UNTRACKED, "frozen_statistics": True}, "no batch norm whose statistics"),
         (PAIRS, {"precision": "int8"}, "precision 'int8'"),
         (PAIRS, {"precision": "fp16"}, "'fp16' on GPUs"),
         (PAIRS, {"average": 1.0}, r"\[0, 1\)"),

@@ -123,7 +123,8 @@ def finetune(
         check_batches(evaluate, "evaluate")
     if checkpoint_steps is not None and checkpoint is None:
         raise InputError("checkpoint_steps needs a file", fix="pass checkpoint=...")
-    if frozen_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if frozen_statistics and not norms:
         raise InputError("the model has no batch norm whose statistics could be frozen", fix="leave frozen_statistics out")
     if regularizer is not None and not regularizer.covers(model):
         raise InputError(
@@ -159,7 +160,7 @@ def finetune(
         regularizer=regularizer,
         average=None if average is None else Average(model, average),
         precision=precision,
-        frozen_statistics=frozen_statistics,
+        frozen=norms if frozen_statistics else [],
         score=_scoring(evaluate),
         patience=patience,
         keep=keep,

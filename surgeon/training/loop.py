@@ -7,13 +7,12 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -44,7 +43,7 @@ class Epoch:
 
 @dataclasses.dataclass
 class Loop:
-    """See `finetune` for what the fields mean; `length` batches make an epoch of this process."""
+    """See `finetune` for what the fields mean; `length` batches make an epoch of this process; `frozen` stay in eval mode."""
 
     model: nn.Module
     batches: Iterable[Any]
@@ -59,7 +58,7 @@ class Loop:
     regularizer: Regularizer | None
     average: Average | None
     precision: str
-    frozen_statistics: bool
+    frozen: Sequence[nn.Module]
     score: Callable[[nn.Module], float] | None
     patience: int | None
     keep: str
@@ -87,7 +86,7 @@ class Loop:
             "processes": self.processes.count, "optimizer": type(self.optimizer).__name__, "precision": self.precision,
             "rates": [float(group["initial_lr"]) for group in self.optimizer.param_groups],
             "schedule at start, middle and end": [float(self.factor(step)) for step in (0, total // 2, total - 1)],
-            "frozen statistics": self.frozen_statistics,
+            "frozen statistics": bool(self.frozen),
             "average": None if self.average is None else self.average.decay,
             "regularizer": None if self.regularizer is None else type(self.regularizer).__name__,
         }  # fmt: skip
@@ -123,10 +122,8 @@ class Loop:
         again = self._done
         seed_all(self.seed * 1_000_003 + number, self.batches)
         wrapped.train()
-        if self.frozen_statistics:
-            for module in self.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for norm in self.frozen:
+            norm.eval()
         place = 0
         for place, batch in enumerate(itertools.islice(self.batches, self.length), 1):
             if place <= again:  # of a run that was killed in this epoch: done already
