@@ -126,8 +126,8 @@ NOTES = [
     ),
     (
         "torch-pruning takes the zero-padding in the ResNets' shortcuts for an element-wise op: channel j of one stage leaves "
-        "with channel j of the next, though it is added to another. What it cuts so runs, but is far worse (ResNet-20 at 2.1x: "
-        "at most 24 % of held-out samples right after batch-norm re-estimation, 53 % without), so there it cuts inner channels."
+        "with channel j of the next, though it is added to another. What it cuts so runs, but adds channels to wrong ones, so "
+        "there it cuts inner channels."
     ),
     "MACs: of products and convolutions, counted by torch's FlopCounterMode for both tools.",
 ]
