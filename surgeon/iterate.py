@@ -58,6 +58,8 @@ class Step:
 class Iteration:
     """Steps of pruning, to be looped over once; see `iterate`.
 
+    `plan` says in one what left of the original.
+
     Attributes:
         model: the last model that met the floor (without a floor, of the last step); the original before the first step.
         steps: what was done, in order.
@@ -73,12 +75,25 @@ class Iteration:
         self._ratio, self._count, self._schedule, self._verify = ratio, steps, schedule, verify
         self._inputs, self._outputs, self._options = inputs, outputs, options
         self._score, self._floor = score, floor
+        self._first: Surgery | None = None  # of the original
+        self._taken = 0  # steps that `model` has behind it
+
+    @property
+    def plan(self) -> Plan | None:
+        """What left on the way from the original to `model`, in one plan (see `Surgery.compose`); None if nothing did.
+
+        Raises:
+            PlanError: what left cannot leave the original in one go.
+        """
+        if self._first is None or not self._taken:
+            return None
+        return self._first.compose([step.plan for step in self.steps[: self._taken]])
 
     def __iter__(self) -> Iterator[Step]:
         if self.steps:
             raise InputError("these steps were already taken", fix="call surgeon.iterate(...) again")
         current = self.model
-        first = inspect(current, self._inputs, outputs=self._outputs)
+        first = self._first = inspect(current, self._inputs, outputs=self._outputs)
         widths = {group.name: group.width for group in first.groups}
         full = {kind: getattr(first, kind) for kind in self._options if kind in BUDGETS}
         surgery = first
@@ -103,7 +118,7 @@ class Iteration:
                 if not math.isfinite(step.score) or (self._floor is not None and step.score < self._floor):
                     self.stopped = f"step {number} has score {step.score:.6g}, below the floor {self._floor}"
                     return
-            self.model = current
+            self.model, self._taken = current, number
             if number < self._count:
                 surgery = inspect(current, self._inputs, outputs=self._outputs)
 

@@ -18,6 +18,7 @@ from surgeon._quiet import uncollected
 from surgeon.bands import Link, without_kept_heads
 from surgeon.blueprint import Blueprint
 from surgeon.choose import Costs, choose
+from surgeon.compose import composed
 from surgeon.configs import configure, restrict, unsaid
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.criteria import Criterion
@@ -248,6 +249,21 @@ class Surgery:
         if self.graph.named:
             said["outputs"] = list(self.graph.named)
         return self._as_plan(choice, said)
+
+    def compose(self, plans: Sequence[Plan]) -> Plan:
+        """One plan that leaves what several leave, each made for the model that the one before it left; the first for this one.
+
+        For a model that was pruned in steps: with it the last model can be compared with, recovered towards, or distilled from
+        the original, and one file says all that left.
+
+        Raises:
+            InputError: there is no plan.
+            PlanError: a plan does not fit, or they remove what cannot leave this model in one go.
+        """
+        said: dict[str, Any] = {"composed": [dict(plan.request) for plan in plans]}
+        if self.graph.named:
+            said["outputs"] = list(self.graph.named)
+        return self._as_plan(composed(self.model, self.shapes, plans), said)
 
     def _timed(
         self, request: Request, chosen: Callable[[Request, Costs], Choice], runtime: str, threads: int, block: int
