@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -54,11 +55,13 @@ def kept(name: str) -> Rows:
 def keep(name: str, found: Rows, without: Iterable[str] = ()) -> Rows:
     """Add rows to what is kept, or take some away; what it then holds."""
     gone = set(without)
-    rows = {key: row for key, row in {**kept(name), **found}.items() if key not in gone}
     CACHE.mkdir(exist_ok=True)
     path = CACHE / f"{name}.json"
-    path.with_suffix(".new").write_text(json.dumps(rows, indent=1))
-    os.replace(path.with_suffix(".new"), path)
+    with open(path.with_suffix(".lock"), "w") as lock:  # runs may go side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = {key: row for key, row in {**kept(name), **found}.items() if key not in gone}
+        path.with_suffix(".new").write_text(json.dumps(rows, indent=1))
+        os.replace(path.with_suffix(".new"), path)
     return rows
 
 
