@@ -36,7 +36,10 @@ from torch import nn
 
 import surgeon
 
-RECIPES = {"outputs": Recipe(features=0), "blocks": Recipe("Muon", 0.002, batch=32, frozen=True)}  # of the fine-tuning
+RECIPES = {
+    "outputs": Recipe(features=0),
+    "blocks": Recipe("Muon", 0.002, batch=32, soft=0.5, turned=0.5, frozen=True),
+}  # of the fine-tuning
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from recover_models import Shuffled
 from recover_tasks import Task
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Recipe:
     Attributes:
         soft: weight of the teacher's outputs at temperature 4; labels have the rest.
         features: weight of the residual streams behind every "block" or every "stage", as `where` says.
+        turned: share of the images that are turned, scaled and moved.
         mixed: share of the images that are mixed with others.
         frozen: batch norms keep the statistics that they start with.
     """
@@ -52,27 +54,43 @@ class Recipe:
     soft: float = 0.9
     features: float = 10.0
     where: str = "block"
+    turned: float = 0.0
     mixed: float = 0.0
     frozen: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.optimizer} {self.rate:g}", f"batch {self.batch}", f"soft {self.soft:g}"]
         parts += [f"features {self.features:g} of every {self.where}"] if self.features else []
+        parts += [f"turned {self.turned:g}"] if self.turned else []
         parts += [f"mixed {self.mixed:g}"] if self.mixed else []
         return ", ".join([*parts, "frozen statistics"] if self.frozen else parts)
 
 
-def mixing(train: Shuffled, share: float) -> Shuffled:
-    """The batches, with up to half of another image added to a share of the images, which keep their labels.
+def turned(images: Tensor) -> Tensor:
+    """Each image turned by up to 0.3 radians, scaled by up to 15 % and moved by up to 5 % of its width."""
+    angle, scale, moved = 0.6 * torch.rand(len(images)) - 0.3, 0.85 + 0.3 * torch.rand(len(images)), torch.rand(len(images), 2)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    maps = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1), 0.2 * moved - 0.1], 2)  # [N, 2, 3]
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def mixed(images: Tensor) -> Tensor:
+    """Each image with up to half of another added, to keep its label.
 
     Mixup (Zhang et al., 2018), for what the teacher says rather than for labels (Beyer et al., 2022).
     """
+    part = torch.rand(len(images), 1, 1, 1) / 2
+    return (1 - part) * images + part * images[torch.randperm(len(images))]
+
+
+def altered(train: Shuffled, share: float, alter: Callable[[Tensor], Tensor]) -> Shuffled:
+    """The batches, with a share of the images of each altered."""
 
     def make(chosen: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = train.make(chosen)
         first, rest = images.tensor_split([int(share * len(images))])
-        order, part = torch.randperm(len(first)), torch.rand(len(first), 1, 1, 1) / 2
-        return torch.cat([(1 - part) * first + part * first[order], rest]), labels
+        return torch.cat([alter(first), rest]), labels
 
     return Shuffled(train.size, train.batch, make)
 
@@ -95,8 +113,8 @@ def finetuned(
         checkpoint: where an unfinished run goes on.
     """
     train = task.train(images, recipe.batch)
-    if recipe.mixed:
-        train = mixing(train, recipe.mixed)
+    for share, alter in ((recipe.turned, turned), (recipe.mixed, mixed)):
+        train = altered(train, share, alter) if share else train
     surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
     modules = STAGES if recipe.where == "stage" else None
     features = Features(surgery, surgery.plan(0.0) if plan is None else plan, modules) if recipe.features else None
