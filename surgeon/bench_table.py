@@ -35,7 +35,8 @@ class Row:
         batch_size, threads: under which it ran.
         load_ms: making the session, or compiling; None for eager modules.
         cold_ms: the first run.
-        peak_bytes: how far memory rose from before it was loaded to its highest in the first runs; None where unknown.
+        peak_bytes: how far memory rose from before it was loaded to its highest in the first runs; None where unknown, as
+            where it did not rise, because the process held enough that was free.
         throughput: rows per second at p50.
         nodes: execution provider -> number of ops that it ran; empty for modules.
         nchwc: whether convolutions took ONNX Runtime's blocked path; None where that does not apply.
@@ -164,7 +165,7 @@ class Table:
         rounds = f"{self.rounds} interleaved rounds after {self.warmup} warm-up runs, {self.clock} clock"
         return (
             f"{self.cpu} ({self.isa}), {threads}, {batch}, {rounds}, torch {self.torch}{runtime}. "
-            "Ratio: reference time / time, median of rounds [bootstrap 95 % interval]; '-': too few samples."
+            "Ratio: reference time / time, median of rounds [bootstrap 95 % interval]; '-': unknown, or too few samples."
             + "".join(f" Warning: {text}." for text in self.warnings)
         )
 

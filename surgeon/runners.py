@@ -63,7 +63,7 @@ def open_entry(name: str, entry: Any, backend: str, inputs: Inputs, threads: int
         raise BenchError(f"entry '{name}' does not run on the inputs", why=_reason(error), fix=fix) from error
     cold = (time.perf_counter() - start) * 1e3
     after = _resident()
-    peak = max(after - before, 0) if before is not None and after is not None else None
+    peak = after - before if before is not None and after is not None and after > before else None
     if isinstance(entry, nn.Module) and torch.cuda.is_available() and _device(entry).type == "cuda":
         peak = torch.cuda.max_memory_allocated(_device(entry))
     row = dataclasses.replace(runner.row, cold_ms=cold, peak_bytes=peak, backend=backend)

@@ -75,6 +75,14 @@ def test_peak_memory_counts_what_a_run_takes() -> None:
     assert row.peak_bytes is not None and 140e6 < row.peak_bytes < 400e6
 
 
+def test_memory_that_does_not_rise_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process held enough that was free: that is not 0 bytes."""
+    monkeypatch.setattr(runners, "_resident", lambda reset=False: 100)
+    table = bench({"small": nn.Linear(3, 4)}, _X, repeats=1, warmup=0)
+    assert table.rows[0].peak_bytes is None
+    assert "peak MB" not in str(table)
+
+
 def test_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
