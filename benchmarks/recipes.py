@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import recover
 import torch
 import torch.nn.functional as F
 from cifar import normalised
@@ -32,10 +33,8 @@ from surgeon.training import soft_targets
 
 HELD_OUT, REDUCTION, SCOPE = 20_000, 2.1, "knapsack"
 BLOCKS = Recipe()
-OUTPUTS = dataclasses.replace(BLOCKS, features=0)
-FROZEN = Recipe("Muon", 0.002, batch=32, frozen=True)
-TURNED = dataclasses.replace(FROZEN, soft=0.5, turned=0.5)
-RECIPES = [
+OUTPUTS, FROZEN, TURNED = (recover.RECIPES[name] for name in ("outputs", "blocks", "blocks, half turned"))
+COMPARED = [
     OUTPUTS,
     *(dataclasses.replace(OUTPUTS, rate=rate) for rate in (0.01, 0.005)),
     BLOCKS,
@@ -61,7 +60,7 @@ SHORT, LONG, LONGER = (15_000, 1), (25_000, 3), (25_000, 6)  # images, epochs
 JOBS = {
     f"{recipe}{'' if scope == SCOPE else f', scope {scope}'}; {epochs} x {images:,}": (recipe, scope, images, epochs)
     for recipe, scope, (images, epochs) in [
-        *((recipe, SCOPE, SHORT) for recipe in RECIPES),
+        *((recipe, SCOPE, SHORT) for recipe in COMPARED),
         (BLOCKS, "uniform", SHORT),
         *((recipe, SCOPE, LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
         (TURNED, SCOPE, LONGER),
@@ -113,7 +112,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(x) for x in images.split(250)])
 
 
-def altered(images: Tensor) -> Tensor:
+def spoiled(images: Tensor) -> Tensor:
     """A third of the images blurred, a third dimmed, a third noisy."""
     blurred, dimmed, noisy = images.tensor_split(3)
     around = F.avg_pool2d(F.pad(blurred, (1, 1, 1, 1), mode="reflect"), 3, 1)
@@ -157,7 +156,7 @@ def main() -> None:
     if todo:
         task = task_of("resnet56", asked.data)
         pixels, labels = pixels_of(asked.data / "cifar10-train.npz")
-        images = altered(normalised(pixels[-HELD_OUT:]))
+        images = spoiled(normalised(pixels[-HELD_OUT:]))
         held_out = Measured(images, labels[-HELD_OUT:], outputs(task.base, images))
         for key in ("base", "start"):
             if key not in rows:

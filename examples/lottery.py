@@ -4,10 +4,10 @@
 
 A plan fits other weights of the same model. So a plan made from trained weights and applied to the model as it was *before*
 training is a ticket: `plan.apply(start)`. Iterative rewinding repeats it: train the ticket, cut half of the rest, rewind
-(Frankle and Carbin, The Lottery Ticket Hypothesis, 2019). Late rewinding goes back to a few steps after the start (Frankle et
-al., Stabilizing the Lottery Ticket Hypothesis, 2019). Three rivals of the same shape tell whether the channels or the weights
-matter: random channels with their starting weights, the ticket's channels with fresh weights, and the trained weights
-themselves, fine-tuned.
+(Frankle and Carbin, The Lottery Ticket Hypothesis, 2019); `compose` makes one plan of those of all rounds. Late rewinding goes
+back to a few steps after the start (Frankle et al., Stabilizing the Lottery Ticket Hypothesis, 2019). Three rivals of the same
+shape tell whether the channels or the weights matter: random channels with their starting weights, the ticket's channels with
+fresh weights, and the trained weights themselves, fine-tuned.
 
 Handwritten digits (scikit-learn carries them); some seconds a seed on one core.
 """
@@ -68,12 +68,6 @@ def random_plans(start: nn.Module, data: Data, seed: int, rounds: int) -> list[s
     return found
 
 
-def replayed(plans: list[surgeon.Plan], model: nn.Module) -> nn.Module:
-    for plan in plans:
-        model = plan.apply(model)
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare structured lottery tickets with random ones of the same shape.")
     parser.add_argument("--seeds", type=int, default=3)
@@ -92,12 +86,14 @@ def main() -> None:
         early_plans, trained = plans(start, train_data, seed, epochs, rounds)
         late_plans, _ = plans(late, train_data, seed, epochs, rounds)
         blind = random_plans(start, train_data, seed, rounds)
+        whole = surgeon.inspect(start, train_data[0][:1])
+        early_ticket, late_ticket, blind_ticket = (whole.compose(found) for found in (early_plans, late_plans, blind))
         rivals = {
             "whole network": start,
-            "ticket, rewound to the start": replayed(early_plans, start),
-            "ticket, rewound to step 10": replayed(late_plans, late),
-            "random channels, their starting weights": replayed(blind, start),
-            "the ticket's channels, fresh weights": replayed(early_plans, fresh(1000 + seed)),
+            "ticket, rewound to the start": early_ticket.apply(start),
+            "ticket, rewound to step 10": late_ticket.apply(late),
+            "random channels, their starting weights": blind_ticket.apply(start),
+            "the ticket's channels, fresh weights": early_ticket.apply(fresh(1000 + seed)),
             "trained weights, fine-tuned": trained,
         }
         widths = {tuple(tuple(p.shape) for p in model.parameters()) for name, model in rivals.items() if name != "whole network"}

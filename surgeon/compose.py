@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import nn
 
-from surgeon.cost import Choice, Shapes, nothing
+from surgeon.cost import Choice, Shapes
 from surgeon.errors import InputError, PlanError
-from surgeon.labels import Track
 from surgeon.plan import Plan, check_fit
-from surgeon.rewrite import shrink_module
-
-Slot = tuple[str, int]
+from surgeon.rewrite import Kept, shrink_module
 
 
 def composed(model: nn.Module, shapes: Shapes, plans: Sequence[Plan]) -> Choice:
@@ -28,49 +24,33 @@ def composed(model: nn.Module, shapes: Shapes, plans: Sequence[Plan]) -> Choice:
     """
     if not plans:
         raise InputError("there is no plan to compose", fix="pass the plans in the order in which they were applied")
-    gone = _gone(_kept(model, plans), shapes)
-    choice = nothing(shapes.solution)
-    stays = choice.copy()
-    for slot, ids in shapes.propagation.slots.items():
-        for atoms in shapes.solution.atoms(ids):
-            choice[atoms[gone[slot] & (atoms >= 0)]] = True
-            stays[atoms[~gone[slot] & (atoms >= 0)]] = True
-    choice &= ~stays
-    for slot, ids in shapes.propagation.slots.items():
-        if not np.array_equal(shapes.leaves(ids, choice), gone[slot]):
-            raise _no_choice(slot)
+    kept = _kept(model, plans)
+    choice = shapes.chosen(kept)
+    left = shapes.kept(choice)
+    for name, dim in ((name, dim) for tensors in (kept, left) for name, dims in tensors.items() for dim in dims):
+        if kept.get(name, {}).get(dim) != left.get(name, {}).get(dim):
+            raise _no_choice(name, dim)
     return choice
 
 
-def _kept(model: nn.Module, plans: Sequence[Plan]) -> dict[Slot, Track]:
+def _kept(model: nn.Module, plans: Sequence[Plan]) -> Kept:
     """Indices of the model's tensors that are left after all plans."""
-    found: dict[Slot, Track] = {}
+    found: dict[str, dict[int, list[int]]] = {}
     for number, plan in enumerate(plans, 1):
         check_fit(plan, model)
         for name, dims in plan.kept.items():
+            here = found.setdefault(name, {})
             for dim, indices in dims.items():
-                before = found.get((name, dim))
-                found[name, dim] = np.asarray(indices) if before is None else before[indices]
+                here[dim] = [here[dim][index] for index in indices] if dim in here else indices
         if number < len(plans):
             model = shrink_module(model, plan.kept)
     return found
 
 
-def _gone(kept: dict[Slot, Track], shapes: Shapes) -> dict[Slot, Track]:
-    """For each slot of the recorded run, which entries are not kept."""
-    gone = {slot: np.zeros(ids.shape, dtype=bool) for slot, ids in shapes.propagation.slots.items()}
-    for slot, indices in kept.items():
-        if slot not in gone:
-            raise _no_choice(slot)
-        gone[slot][:] = True
-        gone[slot][indices] = False
-    return gone
-
-
-def _no_choice(slot: Slot) -> PlanError:
+def _no_choice(name: str, dim: int) -> PlanError:
     return PlanError(
         "these plans cannot be one",
-        where=f"{slot[0]}[{slot[1]}]",
+        where=f"{name}[{dim}]",
         why="on the model as it was recorded here, the channels that they remove do not leave by themselves",
         fix="apply them one after another",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -134,6 +134,22 @@ class Shapes:
                     lists[key] = np.flatnonzero(~gone).tolist()
                 found.setdefault(name, {})[dim] = lists[key]
         return found
+
+    def chosen(self, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> Choice:
+        """The choice that leaves these indices, as `kept` gives them: the atoms of removed ones, but those that a kept one has.
+
+        Where no choice leaves just these, `kept` of what is returned differs from them.
+        """
+        gone, stays = nothing(self.solution), nothing(self.solution)
+        for (name, dim), ids in self.propagation.slots.items():
+            present = np.zeros(len(ids), dtype=bool)
+            present[kept.get(name, {}).get(dim, slice(None))] = True
+            for atoms in self.solution.atoms(ids):
+                known = atoms >= 0
+                gone[atoms[known & ~present]] = True
+                stays[atoms[known & present]] = True
+        gone &= ~stays
+        return gone
 
     def params(self, choice: Choice) -> int:
         """Number of elements of all parameters (not buffers); tied weights count once."""

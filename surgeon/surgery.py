@@ -246,8 +246,6 @@ class Surgery:
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         if config_expressible:
             said["config_expressible"] = True
-        if self.graph.named:
-            said["outputs"] = list(self.graph.named)
         return self._as_plan(choice, said)
 
     def compose(self, plans: Sequence[Plan]) -> Plan:
@@ -260,10 +258,8 @@ class Surgery:
             InputError: there is no plan.
             PlanError: a plan does not fit, or they remove what cannot leave this model in one go.
         """
-        said: dict[str, Any] = {"composed": [dict(plan.request) for plan in plans]}
-        if self.graph.named:
-            said["outputs"] = list(self.graph.named)
-        return self._as_plan(composed(self.model, self.shapes, plans), said)
+        choice = composed(self.model, self.shapes, plans)
+        return self._as_plan(choice, {"composed": [dict(plan.request) for plan in plans]})
 
     def _timed(
         self, request: Request, chosen: Callable[[Request, Costs], Choice], runtime: str, threads: int, block: int
@@ -305,6 +301,8 @@ class Surgery:
         return [g for g in groups if g.name not in without], links
 
     def _as_plan(self, choice: Choice, request: dict[str, Any]) -> Plan:
+        if self.graph.named:
+            request = request | {"outputs": list(self.graph.named)}
         return Plan(
             kept=self.shapes.kept(choice),
             hash=self.graph.hash,

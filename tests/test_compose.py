@@ -14,6 +14,7 @@ from torch import nn
 import surgeon
 from surgeon.errors import BudgetError, InputError, PlanError
 from surgeon.surgery import Surgery
+from surgeon.training import Features
 
 
 def in_steps(model: nn.Module, x: torch.Tensor, count: int = 3) -> tuple[Surgery, list[surgeon.Plan], nn.Module]:
@@ -64,14 +65,35 @@ def test_it_is_a_plan_like_others(tmp_path: Path) -> None:
 
 
 def test_recovery_aims_at_the_original() -> None:
-    """Another last layer: the plans say nothing of it, the original's outputs do."""
-    model = mlp()
-    surgery, plans, small = in_steps(model, X)
-    with torch.no_grad():
-        small[4].weight.mul_(3)
+    """Without a ReLU a refit can win all back, if it aims at the original rather than at what the first plan left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Linear(20, 3))
+    surgery, plans, small = in_steps(model, X, 2)
+    assert len(plans) == 2
+    assert small[0].out_features >= 6  # enough to carry everything
     data = [torch.randn(64, 6, generator=torch.Generator().manual_seed(i)) for i in range(8)]
     done = surgeon.recover(small, surgery.compose(plans), model, data)
-    assert done.after < 0.5 * done.before
+    assert done.before > 0.1
+    assert done.after < 1e-5
+    torch.testing.assert_close(done.model(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_the_original() -> None:
+    """The last model imitates the original on the channels that all plans left."""
+    model = mlp()
+    surgery, plans, small = in_steps(model, X)
+    whole = surgery.compose(plans)
+    features = Features(surgery, whole, ["0", "2"])
+    kept = {path: dims[1].tolist() for path, dims in features.kept.items()}
+    assert kept == {"0": whole.kept["0.weight"][0], "2": whole.kept["2.weight"][0]}
+    with features.watching(small, model):
+        model(X)
+        small(X)
+        loss = features.loss()
+    first = model[0](X)[:, kept["0"]]
+    second, theirs = small[2](torch.relu(first)), model[2](torch.relu(model[0](X)))[:, kept["2"]]
+    expected = (second - theirs).square().mean() / theirs.square().mean()  # the first layer is as it was
+    torch.testing.assert_close(loss, expected)
 
 
 def test_plans_that_do_not_follow_one_another() -> None:

@@ -42,7 +42,7 @@ def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, 
         if dim is None or slot is None:
             continue
         gone = narrow.shapes.leaves(slot, narrow.choice)
-        atoms = narrow.solution.atoms(slot)[0]
+        atoms = narrow.shapes.solution.atoms(slot)[0]
         known = [f for f in made if f is not None and np.isin(atoms, f.atoms).all()]
         if not gone.any() or not known or len(np.unique(atoms)) != len(atoms):
             continue
@@ -74,7 +74,7 @@ def _filters(site: Site, narrow: Narrow, big: Graph) -> Filters | None:
     affine = norm_behind(site.twin, big)
     if affine is not None:
         rows, constant = rows * affine[0][:, None], constant * affine[0] + affine[1]
-    return Filters(narrow.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
+    return Filters(narrow.shapes.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
 
 
 def _outputs(site: Site, weight: Tensor) -> int | None:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from surgeon.cost import Choice, Shapes
+from surgeon.cost import Shapes
 from surgeon.errors import PlanError
 from surgeon.graph import Graph
 from surgeon.labels import Track
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
-from surgeon.solve import Solution, solve
+from surgeon.solve import solve
 
 
 class Narrow:
@@ -26,30 +26,14 @@ class Narrow:
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self.propagation: Propagation = propagate(graph)
-        self.solution: Solution = solve(self.propagation.ledger)
-        self.shapes = Shapes(graph, self.propagation, self.solution)
-        self.choice = self._choice(plan.kept)
+        self.shapes = Shapes(graph, self.propagation, solve(self.propagation.ledger))
+        self.choice = self.shapes.chosen(plan.kept)
         here = {name for name, _ in self.propagation.slots}
         if self.shapes.kept(self.choice) != {name: dims for name, dims in plan.kept.items() if name in here}:
             raise PlanError(
                 "the plan removes other channels than this model's run ties together",
                 fix="pass the plan that made the small model, and batches like the example inputs that it was made with",
             )
-
-    def _choice(self, kept: Mapping[str, Mapping[int, list[int]]]) -> Choice:
-        """The atoms that leave: those of removed indices, but for those that a kept index has too."""
-        gone, stays = (np.zeros(len(self.solution.root), dtype=bool) for _ in range(2))
-        for (name, dim), ids in self.propagation.slots.items():
-            indices = kept.get(name, {}).get(dim)
-            present = np.ones(len(ids), dtype=bool)
-            if indices is not None:
-                present[:] = False
-                present[indices] = True
-            for atoms in self.solution.atoms(ids):
-                known = atoms >= 0
-                gone[atoms[known & ~present]] = True
-                stays[atoms[known & present]] = True
-        return gone & ~stays
 
     def __call__(self, node: fx.Node, value: Tensor) -> Tensor:
         """What stays of a node's value; the node is of the run that was propagated, the value may be of any batch."""

@@ -149,20 +149,13 @@ def _kept_of(surgery: Surgery, choice: Track, path: str) -> Kept:
 
 
 def choice_of(surgery: Surgery, plan: Plan) -> Track:
-    """Which atoms leave under a plan: those of which no slot keeps anything.
+    """Which atoms leave under a plan.
 
     Raises:
         PlanError: the plan was made for another architecture.
     """
     check_fit(plan, surgery.model)
-    touched, stays = (np.zeros(len(surgery.solution.root), dtype=bool) for _ in range(2))
-    for (name, dim), ids in surgery.propagation.slots.items():
-        kept = np.zeros(ids.size, dtype=bool)
-        kept[plan.kept.get(name, {}).get(dim, slice(None))] = True
-        for atoms in surgery.solution.atoms(ids):
-            touched[atoms[atoms >= 0]] = True
-            stays[atoms[(atoms >= 0) & kept]] = True
-    return touched & ~stays
+    return surgery.shapes.chosen(plan.kept)
 
 
 def _kept(surgery: Surgery, node: fx.Node, choice: Track, path: str) -> Kept:
