@@ -1,4 +1,4 @@
-"""choose(...) -> Choice: which units leave, from scores and a ratio or budgets.
+"""choose(...) -> (Choice, block): which units leave, from scores and a ratio or budgets.
 
 Scopes: `uniform` removes the same share of every band (see `bands`); `global` removes the lowest scores wherever they are;
 `isomorphic` does so among groups of like structure; `knapsack` weighs importance against cost (see there). A budget is met from
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
@@ -38,13 +39,13 @@ def choose(
     block: int = 1,
     costs: Costs | None = None,
     additive: bool = False,
-) -> Choice:
-    """The choice that meets the request.
+) -> tuple[Choice, int]:
+    """The choice that meets the request, and the block that its widths are multiples of.
 
     Args:
         scores: [lanes, steps] of a group, low leaves first.
         links: pairs of groups that keep the same share.
-        block: kept widths are multiples of it.
+        block: kept widths are multiples of it; of less under "auto" if a budget cannot be met otherwise, which is warned of.
         costs: what budgets are counted in, by name; those of `shapes` if left out.
         additive: whether scores add up over groups to what is lost.
 
@@ -63,9 +64,9 @@ def choose(
         )
     planner = _Planner(groups, scores, shapes, request, links, block, additive)
     if request.ratio is not None:
-        return planner.choice(planner.at(request.ratio if isinstance(request.ratio, int | float) else 0.5))
+        return planner.choice(planner.at(request.ratio if isinstance(request.ratio, int | float) else 0.5)), block
     known = costs or {kind: getattr(shapes, kind) for kind in request.budgets}
-    return planner.within({kind: known[kind] for kind in request.budgets})
+    return planner.within({kind: known[kind] for kind in request.budgets}), planner.block
 
 
 def _check_patterns(request: Request, groups: list[Group]) -> None:
@@ -106,6 +107,7 @@ class _Planner:
     ) -> None:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
         self.score, self.additive = scores, additive
+        self._narrow = False  # whether groups of convolutions that hold one block may keep a part of it
         self._bands: dict[tuple[str, ...], list[Band]] = {}
         self._slots: dict[str, list[Track]] = {}
 
@@ -131,8 +133,20 @@ class _Planner:
         tensors = self.shapes.graph.tensors
         if not isinstance(self.request.round_to, str):
             return self.block
+        if self._narrow:
+            return self._narrowed(group)
         convolved = any(tensors[member.tensor].dim() > 2 for member in group.members)
         return self.block if convolved and group.width >= self.block else narrowed(self.block, group.width)
+
+    def _relaxed(self) -> bool:
+        """Whether smaller parts of groups may leave now than before; never where the user named the block."""
+        if self.request.round_to != "auto" or (self._narrow and self.block == 1):
+            return False
+        if self._narrow:
+            self.block //= 2
+        self._narrow = True
+        self._bands.clear()
+        return True
 
     # -- how many leave -------------------------------------------------------------------------------------------
 
@@ -188,9 +202,16 @@ class _Planner:
 
         if all(full[kind] <= limits[kind] for kind in costs):
             return whole
-        best = self.at(math.nextafter(1.0, 0.0))
-        if not holds(best):
-            raise self._too_low(costs, full, limits, self.choice(best))
+        asked = self.block
+        while not holds(best := self.at(math.nextafter(1.0, 0.0))):
+            if not self._relaxed():
+                raise self._too_low(costs, full, limits, self.choice(best))
+        if self._narrow:
+            warnings.warn(
+                f"no whole blocks of {asked} channels meet the budget, so that widths are multiples of {self.block}, in narrow "
+                f"groups of less; kernels like {asked}: expect less speed-up than the MACs promise",
+                stacklevel=6,
+            )
         if self.request.scope == "knapsack":
             best = self._weighed(costs, limits, holds, best)
             self._fill(best, holds)

@@ -192,8 +192,8 @@ class Surgery:
                 least for what it costs; needs a budget). By default knapsack for budgets, uniform for a ratio.
             round_to: kept widths are multiples of this, where a group has that many channels. "auto" takes the block that kernels
                 of the weights' device like (16 on CPUs with AVX-512, 8 on others and on GPUs), halved for groups that do not hold
-                two blocks, unless a convolution wants whole ones; "cpu", "cuda" and "npu" (32) name another target; 1 switches
-                it off.
+                two, unless a convolution wants whole ones and no budget needs less (warned of); "cpu", "cuda" and "npu" (32) name
+                another target; 1 switches it off.
             heads: what attention may lose: "both" (whole heads or dims within heads, whichever meets the ratio more closely),
                 "whole", "dims", or "keep" for nothing.
             max_ratio: the largest share that a group may lose, under every scope and budget; or {name pattern: share}.
@@ -225,9 +225,13 @@ class Surgery:
             groups=groups, data=data, loss=loss,
         )  # fmt: skip
         block = request.block(next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu"))
+        said = {k: v for k, v in vars(request).items() if v is not None}
 
         def chosen(request: Request, costs: Costs | None = None) -> Choice:
-            return choose(groups, scores, self.shapes, request, links, block, costs, getattr(which, "additive", False))
+            found, used = choose(groups, scores, self.shapes, request, links, block, costs, getattr(which, "additive", False))
+            if isinstance(round_to, str):
+                said["block"] = used
+            return found
 
         known: dict[str, Track] = {}
 
@@ -236,13 +240,10 @@ class Surgery:
                 known[group.name] = criteria.scores(which, group, self.graph.tensors)
             return known[group.name]
 
-        said = {k: v for k, v in vars(request).items() if v is not None}
         if latency is None:
             choice = chosen(request)
         else:
             choice, said["measured"] = self._timed(request, chosen, runtime, threads, block)
-        if isinstance(round_to, str):
-            said["block"] = block
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         if config_expressible:
             said["config_expressible"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -270,6 +271,38 @@ def test_auto_gives_way_where_groups_are_narrow() -> None:
     net = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6), nn.Linear(6, 3))
     small = surgeon.shrink(net, 0.5, example_inputs=torch.randn(2, 4))
     assert [layer.out_features for layer in small] == [4, 2, 3]  # blocks of 4 and of 2, as two of them fit
+
+
+def narrow(share: float, **options: Any) -> tuple[list[int], surgeon.Plan]:
+    """Widths that a budget of MACs leaves of convolutions of 16, 16 and 64 channels and 10 outputs, of blocks of 16."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 10, 3)
+    )
+    plan = surgeon.inspect(net, torch.randn(1, 3, 12, 12)).plan(macs=share, **options)
+    assert plan.macs <= share * plan.macs_before
+    return [layer.out_channels for layer in plan.apply(net)[:-1:2]], plan
+
+
+def test_auto_gives_way_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 first; then groups that are one block wide may keep less; then smaller blocks; each step is said."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept, plan = narrow(0.5)
+    assert kept[:2] == [16, 16]
+    assert plan.request["block"] == 16
+    with pytest.warns(UserWarning, match="no whole blocks of 16 channels .* multiples of 16, in narrow groups"):
+        kept, plan = narrow(0.25)
+    assert all(width % 8 == 0 for width in kept[:2])
+    assert (kept[2] % 16, plan.request["block"]) == (0, 16)
+    with pytest.warns(UserWarning, match="multiples of 4"):
+        kept, plan = narrow(0.06)
+    assert all(width % 4 == 0 for width in kept)
+    assert plan.request["block"] == 4
+    for named in (16, "npu"):  # what was asked for by name holds
+        with pytest.raises(BudgetError, match="cannot be reached"):
+            narrow(0.06, round_to=named)
 
 
 def test_blocks_of_targets() -> None:

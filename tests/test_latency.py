@@ -240,7 +240,7 @@ class Simulated:
         request = Request(latency=f"{limit}ms", round_to=1, **others)
         costs = {"latency": self.predict, **{kind: getattr(self.surgery.shapes, kind) for kind in others}}
         return search(
-            lambda: choose(self.surgery.groups, scores, self.surgery.shapes, request, self.surgery.links, 1, costs),
+            lambda: choose(self.surgery.groups, scores, self.surgery.shapes, request, self.surgery.links, 1, costs)[0],
             self.predict, self.measure, lambda full: limit,
             lambda choice: any(self.surgery.shapes.macs(choice) > 0.97 * share * self.surgery.macs for share in others.values()),
         )  # fmt: skip
