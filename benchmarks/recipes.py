@@ -61,7 +61,7 @@ JOBS = {
     f"{recipe}{'' if scope == SCOPE else f', scope {scope}'}; {epochs} x {images:,}": (recipe, scope, images, epochs)
     for recipe, scope, (images, epochs) in [
         *((recipe, SCOPE, SHORT) for recipe in COMPARED),
-        (BLOCKS, "uniform", SHORT),
+        *((FROZEN, scope, SHORT) for scope in ("uniform", "global")),
         *((recipe, SCOPE, LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
         (TURNED, SCOPE, LONGER),
     ]
