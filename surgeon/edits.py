@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
 from surgeon.errors import MendError
+from surgeon.forwards import calls, counterpart, methods_of, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,63 +168,6 @@ def set_path(owner: Any, path: str, value: Any) -> None:
         setattr(holder, last, value)
 
 
-class _OneModule(fx.Tracer):
-    """Traces a single module: its children stay calls, its buffers are read or (as literals have been counted) computed with."""
-
-    def __init__(self, buffers: bool) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = buffers
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace_one(module: nn.Module, buffers: bool = False) -> fx.GraphModule:
-    """The module's own forward as an fx GraphModule with its children untouched.
-
-    Args:
-        buffers: read buffers when it runs, instead of keeping what was computed of them alone.
-
-    Raises:
-        Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
-    """
-    return fx.GraphModule(module, _OneModule(buffers).trace(module), type(module).__name__)
-
-
-def literals(traced: fx.GraphModule) -> list[tuple[str, int]]:
-    """Every whole number in the arguments of the calls of a traced forward: (name of the place, number)."""
-    found: list[tuple[str, int]] = []
-    for name, occurrence, node in calls(traced):
-        for place, value in _numbers((node.args, node.kwargs), ""):
-            found.append((f"{name}:{occurrence}:{place}", value))
-    return found
-
-
-def calls(traced: fx.GraphModule) -> Iterable[tuple[str, int, fx.Node]]:
-    """(function, occurrence, node) of every call of a function or method in a traced forward."""
-    seen: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            occurrence = seen[name] = seen.get(name, -1) + 1
-            yield name, occurrence, node
-
-
-def _numbers(item: Any, path: str) -> Iterable[tuple[str, int]]:
-    if isinstance(item, bool):
-        return
-    if isinstance(item, int):
-        yield path.lstrip("."), item
-    elif isinstance(item, slice):
-        yield from _numbers((item.start, item.stop, item.step), path)
-    elif isinstance(item, list | tuple):
-        for i, x in enumerate(item):
-            yield from _numbers(x, f"{path}.{i}")
-    elif isinstance(item, dict):
-        for key, x in item.items():
-            yield from _numbers(x, f"{path}.{key}")
-
-
 def rewrite_forward(module: nn.Module, edit: Edit) -> None:
     """Replace one number in one call of the module's forward, or the call by one of its operands.
 
@@ -232,19 +176,30 @@ def rewrite_forward(module: nn.Module, edit: Edit) -> None:
     """
     name, occurrence, place = edit.name.split(":")
     try:
-        traced = trace_one(module, buffers=edit.kind == "operand")
+        found = versions(module, buffers=edit.kind == "operand")
     except Exception as error:
         raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
-    for called, count, node in calls(traced):
-        if called == name and count == int(occurrence):
-            if edit.kind == "operand":
-                _leave_out(node, get_path((node.args, node.kwargs), place))
-            else:
-                node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
-            traced.recompile()
-            _become(module, traced, edit)
-            return
-    raise _misfit(edit, "the call is not there")
+    first, *others = found.values()
+    call = next((node for called, count, node in calls(first) if called == name and count == int(occurrence)), None)
+    if call is None:
+        raise _misfit(edit, "the call is not there")
+    for node, traced in [(call, first), *((counterpart(call, first, other), other) for other in others)]:
+        if node is None:  # the other mode does not run it
+            continue
+        if edit.kind == "operand":
+            _leave_out(node, get_path((node.args, node.kwargs), place))
+        else:
+            node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
+        traced.recompile()
+    try:
+        methods = methods_of(found)
+    except ValueError as error:
+        raise _misfit(edit, str(error)) from error
+    for traced in found.values():
+        for constant, value in traced.__dict__.items():
+            if constant.startswith("_tensor_constant"):
+                setattr(module, constant, value)
+    _become(module, methods, edit)
 
 
 def _leave_out(call: fx.Node, operand: fx.Node) -> None:
@@ -258,11 +213,8 @@ def _leave_out(call: fx.Node, operand: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
-def _become(module: nn.Module, traced: fx.GraphModule, edit: Edit) -> None:
-    """Give the module the traced forward, as a subclass of its class."""
-    for name, value in traced.__dict__.items():
-        if name.startswith("_tensor_constant"):
-            setattr(module, name, value)
+def _become(module: nn.Module, methods: dict[str, Callable[..., Any]], edit: Edit) -> None:
+    """Give the module another forward, as a subclass of its class."""
     base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
     edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
 
@@ -270,7 +222,7 @@ def _become(module: nn.Module, traced: fx.GraphModule, edit: Edit) -> None:
         return _unpickle, (base, edits), self.__dict__, None, None, _set_state
 
     members = {
-        "forward": type(traced).forward,
+        **methods,
         "_surgeon_edits": edits,
         "__reduce_ex__": reduce,
         "__deepcopy__": _deepcopy,

@@ -9,6 +9,7 @@ forward; another run shows whether that was right.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,14 @@ from torch import Tensor, fx, nn
 from surgeon._alike import ALIKE
 from surgeon.compare import Note, compare
 from surgeon.cost import Choice, Shapes
-from surgeon.edits import Edit, apply_edit, literals, trace_one
+from surgeon.edits import Edit, apply_edit
 from surgeon.errors import MendError
+from surgeon.forwards import literals, trace_one
 from surgeon.graph import Graph, Spec, named_tensors, spec
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
+_TRIALS = 8  # of attributes that may have to change together
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
@@ -180,22 +183,24 @@ def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice
 
 
 def _propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
-    """One edit per module that has notes: an attribute of it or of a parent, else a literal of its forward."""
+    """For each module with notes an attribute of it or of one that holds it, else several, else a literal of its forward."""
     by_module: dict[str, list[Note]] = defaultdict(list)
     for note in notes:
         by_module[note.module].append(note)
     edits: dict[tuple[str, str, str], Edit] = {}
     for path, own in by_module.items():
-        found = _attribute(small, path, own, refused) or _literal(small, path, own, refused)
-        if found is not None:
+        one = _attribute(small, path, own, refused)
+        if one is None:
+            several = _together(small, path, own, refused)
+            one = None if several else _literal(small, path, own, refused)
+        for found in several if one is None else [one]:
             edits.setdefault((found.module, found.kind, found.name), found)
     return list(edits.values())
 
 
 def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
     """An attribute of the module or of one that holds it: the one that explains most notes, exact matches first."""
-    owner: str | None = path
-    while owner is not None:
+    for owner in _owners(path):
         best: tuple[tuple[int, int], Edit] | None = None
         for name, value in integers(small.get_submodule(owner)):
             if (owner, "attribute", name) in refused or value <= 0:
@@ -213,8 +218,30 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
                     best = (rank, Edit(owner, "attribute", name, value, new))
         if best is not None:
             return best[1]
-        owner = owner.rpartition(".")[0] if "." in owner else ("" if owner else None)
     return _below_it(small, path, notes, refused)
+
+
+def _owners(path: str) -> list[str]:
+    """A module and those that hold it, the model last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _together(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+    """Attributes that hold the old numbers, all changed at once: where each alone was refused, code may compute with several."""
+    changes = sorted({(note.got, note.want) for note in notes})
+    if len(changes) < 2:
+        return []
+    held = [(owner, name, value) for owner in _owners(path) for name, value in integers(small.get_submodule(owner))]
+    candidates = [
+        [Edit(owner, "attribute", name, got, want) for owner, name, value in held if value == got] for got, want in changes
+    ]
+    for edits in itertools.islice(itertools.product(*candidates), _TRIALS):
+        key = (path, "attributes", " ".join(f"{edit.module}.{edit.name}" for edit in edits))
+        if key not in refused:
+            refused.add(key)  # tried once
+            return list(edits)
+    return []
 
 
 def _below_it(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:

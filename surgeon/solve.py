@@ -246,4 +246,14 @@ def _assemble(
         for ids in tracks:
             mark[root[ids]] = True
     batched, heads, head_dims = marks
+    while (parts_of := _unmarked_parts(heads, of_row, of_column)).size:  # heads that share keys lie in a grid of their own
+        heads[parts_of] = batched[parts_of] = True
     return Solution(root, frozen, of_row, of_column, outer, batched, heads, head_dims, tuple(ledger.freezes), tuple(balances))
+
+
+def _unmarked_parts(mark: Track, of_row: Track, of_column: Track) -> Track:
+    """Rows and columns of marked classes that are not marked yet."""
+    found = np.concatenate([of_row[mark], of_column[mark]])
+    found = found[found >= 0]
+    unmarked: Track = found[~mark[found]]
+    return unmarked

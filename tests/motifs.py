@@ -166,6 +166,22 @@ class GroupedQueries(nn.Module):
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
+class RepeatedKeys(nn.Module):
+    """Eight heads of queries, four of keys and values, which are repeated by a number that the code computes from both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.served, self.head_dim = 8, 4, 4
+        self.q, self.k, self.v, self.o = nn.Linear(5, 32), nn.Linear(5, 16), nn.Linear(5, 16), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k, v = (f(x).view(batch, length, self.served, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (t.repeat_interleave(self.heads // self.served, 1) for t in (k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
+
+
 class MultiHead(nn.Module):
     def __init__(self, **kw: Any) -> None:
         super().__init__()
@@ -653,6 +669,17 @@ MOTIFS = [
             "q.weight[0] columns": "4x6: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
         },
         ("head_dim",),
+    ),
+    Motif(
+        "repeated_keys",
+        RepeatedKeys,
+        SEQUENCE,
+        {
+            "q.weight[0] rows": "4x1: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
+            "q.weight[0] middle": "2x1: o.weight[1] q.bias[0] q.weight[0]",
+            "q.weight[0] columns": "4x8: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
+        },
+        ("heads", "served", "head_dim"),
     ),
     Motif(
         "multihead_attention",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from motifs import GroupedQueries, MultiHead, SeparateQKV
+from motifs import GroupedQueries, MultiHead, RepeatedKeys, SeparateQKV
 from torch import Tensor, nn
 
 import surgeon
@@ -169,19 +171,30 @@ def test_known_criteria_are_listed() -> None:
         criteria.criterion("nope")
 
 
-def test_heads_say_what_attention_may_lose() -> None:
-    """Three heads of keys serve two heads of queries each; whole heads, dims within them, either, or nothing leaves."""
+@pytest.mark.parametrize(
+    ("make", "ratio", "expected"),
+    [  # rows of q and of k, head dim
+        (
+            GroupedQueries,
+            1 / 3,
+            {"both": (16, 8, 4), "whole": (16, 8, 4), "dims": (18, 9, 3)},
+        ),  # three heads of keys, six of queries
+        (RepeatedKeys, 1 / 2, {"both": (16, 8, 4), "whole": (16, 8, 4), "dims": (16, 8, 2)}),  # four and eight
+    ],
+)
+def test_heads_say_what_attention_may_lose(make: Any, ratio: float, expected: dict[str, tuple[int, ...]]) -> None:
+    """Whole heads with the queries that they serve, dims within heads, either, or nothing leaves."""
     torch.manual_seed(0)
-    model, x = GroupedQueries().eval(), torch.randn(2, 7, 5)
+    model, x = make().eval(), torch.randn(2, 7, 5)
     surgery = surgeon.inspect(model, x)
     assert {g.kind: g.attention for g in surgery.groups} == {"rows": "heads", "middle": "heads", "columns": "head dims"}
     shapes = {}
     for heads in ("both", "whole", "dims"):
-        plan = surgery.plan(1 / 3, heads=heads, round_to=1)
+        plan = surgery.plan(ratio, heads=heads, round_to=1)
         small = plan.apply(model)
         assert surgeon.verify(model, small, plan, x).error < 1e-9
         shapes[heads] = (small.q.weight.shape[0], small.k.weight.shape[0], small.head_dim)
-    assert shapes == {"both": (16, 8, 4), "whole": (16, 8, 4), "dims": (18, 9, 3)}
+    assert shapes == expected
     with pytest.raises(BudgetError):
         surgery.plan(1 / 3, heads="keep")
     with pytest.raises(InputError, match="both, whole, dims, keep"):

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon.edits import Edit, calls, trace_one
+from surgeon.edits import Edit
+from surgeon.forwards import calls, trace_one
 
 _NAMES = {
     "norm": ("batch_norm",),
@@ -24,10 +25,8 @@ Key = tuple[frozenset[str], tuple[float, ...]]  # what a constant is made of: na
 
 def traced(module: nn.Module) -> fx.GraphModule | None:
     """The module's own forward, or None if it cannot be traced."""
-    shallow = type(module).__new__(type(module))  # what forward keeps on its module lands here
-    shallow.__dict__.update(module.__dict__)
     try:
-        return trace_one(shallow, buffers=True)
+        return trace_one(module, buffers=True)
     except Exception:  # noqa: BLE001  # the model's own code under tracing: whatever it raises, this fold is not possible
         return None
 

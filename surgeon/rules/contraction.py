@@ -205,9 +205,13 @@ def attention(site: Site) -> Any:
     wide = reshape(site.ledger, scores, shape, (*cut, *shape[2:]))
     out = contract(site, [(wide, (*cut, *shape[2:]), "bhgnm"), _operand(site, v, "bhmd")], "bhgnd")
     out = reshape(site.ledger, out, (*cut, queries, site.shape(v)[3]), (batch, heads, queries, site.shape(v)[3]))
-    if 3 in q_axes and 3 in v_axes and site.shape(q)[3] == site.shape(v)[3]:
-        rows = [axes[3].reshape(-1, axes[3].shape[-1]) for axes in (q_axes, v_axes)]
-        site.ledger.balance(np.concatenate(rows), 1)  # the fused kernels take one head dim
+    if site.shape(q)[3] == site.shape(v)[3]:  # the fused kernels take one head dim
+        if 3 in q_axes and 3 in v_axes:
+            rows = [axes[3].reshape(-1, axes[3].shape[-1]) for axes in (q_axes, v_axes)]
+            site.ledger.balance(np.concatenate(rows), 1)
+        else:
+            for axes in (q_axes, v_axes):
+                site.freeze(axes, [3], "shares its head size with queries or values whose size here is fixed")
     return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
 
 

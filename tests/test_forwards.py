@@ -1,0 +1,141 @@
+"""A forward in which a number changed does in both modes, and on any device, what the user's forward does."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.forwards import versions
+
+X = torch.randn(2, 3, 3, 3)
+
+
+class Flat(nn.Module):
+    """Eight channels, a number in view that must follow them, and something that the training mode decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.a(x).view(-1, 8, 9).mean(2)
+
+
+class Dropped(Flat):
+    """The mode is handed on, as in the classic networks for digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.mixed(x), 0.5, self.training))
+
+
+class Branched(Flat):
+    """The mode decides what runs, on both sides of the number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + torch.rand_like(x).view(-1, 3, 3, 3)
+        y = self.mixed(x)
+        if self.training:
+            y = y * torch.rand(1)
+        return self.b(y)
+
+
+class Untraceable(Flat):
+    """In training the code looks into its tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixed(x)
+        if self.training and bool(y.sum() > 0):
+            y = y * 2
+        return self.b(y)
+
+
+class Placed(Flat):
+    """Makes tensors of numbers alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.mixed(x * (torch.arange(3) + 1)))
+
+
+class Looking(Flat):
+    """Looks into a tensor of numbers alone, which torch.fx can only do while it traces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixed(x)
+        return self.b(y * 2 if torch.arange(3)[2] > 1 else y)
+
+
+def halved(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    small = surgeon.shrink(make().eval(), 0.5, example_inputs=X, round_to=1)
+    assert small.a.out_channels == 4
+    assert type(small) is not make  # the number in view was changed
+    return small
+
+
+def unpickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)  # our own file: what is tested is that it pickles
+    return found
+
+
+@pytest.mark.parametrize("make", [Dropped, Branched])
+@pytest.mark.parametrize(
+    "passed_on", [lambda m: m, copy.deepcopy, unpickled, torch.jit.script], ids=["", "copied", "pickled", "scripted"]
+)
+def test_both_modes_stay(make: Callable[[], nn.Module], passed_on: Callable[[nn.Module], nn.Module]) -> None:
+    small = passed_on(halved(make))
+    small.eval()
+    assert torch.equal(small(X), small(X))
+    small.train()
+    assert not torch.equal(small(X), small(X))
+    small.eval()
+    assert torch.equal(small(X), small(X))
+
+
+def test_training_does_what_the_original_does() -> None:
+    """Draw by draw, with the channels that left at zero in the original."""
+    torch.manual_seed(0)
+    model = Branched().eval()
+    plan = surgeon.inspect(model, X).plan(0.5, round_to=1)
+    small = plan.apply(model).train()
+    model.train()
+    gone = sorted({*range(8)} - {*plan.kept["a.weight"][0]})
+    with torch.no_grad():
+        model.b.weight[:, gone] = 0
+    torch.manual_seed(1)
+    want = model(X)
+    torch.manual_seed(1)
+    torch.testing.assert_close(small(X), want)
+
+
+def test_one_version_where_the_mode_is_handed_on() -> None:
+    assert {kind.__name__: [*versions(kind())] for kind in (Dropped, Branched, Untraceable)} == {
+        "Dropped": [None],
+        "Branched": [False, True],
+        "Untraceable": [False],
+    }
+
+
+def test_a_mode_that_cannot_be_traced_is_refused_when_it_runs() -> None:
+    small = halved(Untraceable)
+    assert small(X).shape == (2, 2)
+    with pytest.raises(RuntimeError, match="could not trace the forward in training mode"):
+        small.train()(X)
+
+
+def test_tensors_that_code_makes_are_made_when_it_runs() -> None:
+    small = halved(Placed)
+    assert not [name for name in vars(small) if "constant" in name]
+    with torch.device("meta"):
+        assert small.to("meta")(X.to("meta")).device.type == "meta"
+    assert halved(Looking)(X).shape == (2, 2)
