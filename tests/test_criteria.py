@@ -339,6 +339,33 @@ def test_kfac_against_every_subset_in_turn() -> None:
     assert not np.allclose(alone["a.weight[0]"], want), "one by one is something else than alone"
 
 
+def test_kfac_of_a_result_that_nothing_reads() -> None:
+    """As the last residual of a WaveNet: the layer that makes it weighs nothing, the others count as ever."""
+
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unread = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).relu()
+            self.unread(y)
+            return self.b(y)
+
+    torch.manual_seed(0)
+    model = Unread()
+    x = torch.randn(50, 6)
+    surgery = surgeon.inspect(model, x)
+    group = next(g for g in surgery.groups if g.name.startswith("a."))
+    found = criteria.scores(ready("kfac", surgery, [x]), group, surgery.graph.tensors)
+    del model.unread
+    model.unread = nn.Identity()
+    surgery = surgeon.inspect(model, x)
+    alone = criteria.scores(ready("kfac", surgery, [x]), surgery.groups[0], surgery.graph.tensors)
+    np.testing.assert_allclose(found, alone, rtol=1e-9)
+    assert alone.max() > 0
+
+
 def test_kfac_needs_no_labels() -> None:
     """Without a loss, outputs times random signs: in the mean, the squared gradient is the sum over outputs of their squares."""
     model = made(Pointwise)

@@ -120,7 +120,8 @@ class Curvature:
     def error(self) -> Tensor:
         """W G W^T, [groups, entries, entries]: how the squared change of the outputs grows with that of the weights."""
         assert self.weight is not None
-        return (self.weight * self.felt[..., None, :]) @ self.weight.transpose(1, 2)
+        felt = self.felt.expand(self.weight.shape[0], self.weight.shape[2])  # 0 of a result that the outputs do not hang on
+        return (self.weight * felt[:, None]) @ self.weight.transpose(1, 2)
 
 
 def _taps(consumer: Consumer) -> int:
