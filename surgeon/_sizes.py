@@ -127,6 +127,8 @@ class SizeMode(TorchFunctionMode):
                 node.meta["derived"] = True  # torch computes the size from the shape
         elif name in ("view", "reshape", "unflatten") and isinstance(result, Tensor) and isinstance(args[0], Tensor):
             self._follow(name, args, kwargs or {}, result)
+        elif name in ("expand", "repeat") and isinstance(result, Tensor):
+            self._repeat(args, kwargs or {}, result)
         return result
 
     def _traced(self, tensor: Tensor, size: torch.Size, dims: Any = None) -> torch.Size:
@@ -135,6 +137,16 @@ class SizeMode(TorchFunctionMode):
             return size
         dims = range(len(size)) if dims is None else dims
         return torch.Size([TracedInt(n, Follows(node, d)) if n > 1 else n for d, n in zip(dims, size, strict=True)])
+
+    def _repeat(self, args: Any, kwargs: Any, result: Tensor) -> None:
+        """Note where the sizes come from to which dims of size 1 grew."""
+        sizes = list(args[1:]) or list(kwargs.values())
+        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
+        first = result.dim() - len(sizes)
+        grown = [(first + i, n) for i, n in enumerate(sizes) if isinstance(n, TracedInt)]
+        node = self.node_of(result)
+        if node is not None:
+            node.meta["repeated"] = {dim: n.source for dim, n in grown if result.shape[dim] == int(n)}
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         sizes = list(args[1:]) or list(kwargs.values())

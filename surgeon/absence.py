@@ -13,14 +13,22 @@ from surgeon.errors import ProofError
 from surgeon.graph import where
 from surgeon.masks import Mask
 
-_HALVES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 def widened(item: Any) -> Any:
-    """float64 for every narrower float dtype in an op's arguments."""
+    """float64 (complex128) for every narrower float dtype in an op's arguments."""
     if isinstance(item, torch.dtype):
-        return torch.float64 if item in _HALVES else item
+        return _WIDE.get(item, item)
     return tuple(map(widened, item)) if isinstance(item, tuple) else item
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64 or complex128; others (of whole numbers, say) as they are."""
+    return tensor.to(widened(tensor.dtype))
 
 
 def in_float64(func: Any) -> Any:

@@ -262,6 +262,16 @@ def _attention(out: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
     return pairs * int(dim + v[3])
 
 
+def _trilinear(out: Any, a: Any, b: Any, c: Any, *expands: Any) -> int:
+    wide = []
+    for shape, expand in zip((a, b, c), expands, strict=False):
+        sizes = list(shape)
+        for dim in sorted(expand):
+            sizes.insert(dim, 1)
+        wide.append(sizes)
+    return math.prod(map(max, zip(*wide, strict=True)))
+
+
 MACS: Mapping[str, Any] = {
     "convolution": _convolution,
     "_convolution": _convolution,
@@ -273,6 +283,8 @@ MACS: Mapping[str, Any] = {
     "mv": lambda out, a, b, *_: math.prod(a),
     "addmv": lambda out, bias, a, b, *_: math.prod(a),
     "dot": lambda out, a, b, *_: math.prod(a),
+    "vdot": lambda out, a, b, *_: math.prod(a),
+    "_trilinear": _trilinear,
     "linear": lambda out, x, weight, *_: math.prod(out) * weight[1],
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,

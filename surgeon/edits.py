@@ -41,6 +41,10 @@ def _linear(m: Any) -> dict[str, Any]:
     return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
 
 
+def _bilinear(m: Any) -> dict[str, Any]:
+    return dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True))
+
+
 def _convolution(m: Any) -> dict[str, Any]:
     first, second = m.weight.shape[:2]
     return {"out_channels": first, "in_channels": second * m.groups}
@@ -86,6 +90,7 @@ def _recurrent(m: Any) -> dict[str, Any]:
 
 _LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
     ((nn.Linear,), _linear),
+    ((nn.Bilinear,), _bilinear),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     ((nn.modules.batchnorm._NormBase,), _batch_norm),

@@ -60,6 +60,7 @@ ADVICE = (
     ("runs along it", "nothing as long as this op runs along the channels"),
     ("rolled", "roll along a spatial dim, or not at all"),
     ("factor of", "nothing: each channel stands for one place of the image"),
+    ("imaginary part", "nothing: a complex number has both parts"),
     ("unfolded", "unfold along a spatial dim"),
     ("boolean index", "multiply with the mask instead of indexing by it"),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import linecache
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class Graph:
     Attributes:
         fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`; some nodes have
             `const` (the value of an index tensor), `follows` (dims whose size the model's code computed from another one),
+            `repeated` (the same of dims that were of size 1),
             `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number), `decision`
             (what a deciding op gave, see `_decisions`).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
@@ -201,3 +203,8 @@ def _leaves(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor
         return
     for key, item in items:
         yield from _leaves(item, f"{path}.{key}" if path else str(key), seen)
+
+
+def is_read(node: fx.Node, output: int) -> bool:
+    """Whether anything reads one of the outputs of an op that has several."""
+    return any(user.target is operator.getitem and user.args[1] == output and user.users for user in node.users)

@@ -61,6 +61,16 @@ def reduction(call: Op) -> Any:
     return result, passed
 
 
+def extremum(call: Op) -> Any:
+    """max and min along a dim: over what is present, if their indices are not read."""
+    data, mask = call.values[call.args[0]]
+    dims = reduced_dims(call)
+    least = -math.inf if call.name == "max" else math.inf
+    values, indices = call.op(data.masked_fill(~masks.full(mask, data.shape), least), *call.args[1:], **call.kwargs)
+    passed = masks.any_along(mask, dims, keepdim=values.dim() == data.dim())
+    return [(values, passed), (indices, passed)]
+
+
 def _variance(call: Op, zero: Tensor, mask: Mask, count: Tensor, dims: list[int], keep: bool) -> Any:
     correction = call.kwargs.get("correction", 1)
     correction = 1 if correction is None else correction

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgeon import masks
 from surgeon._decisions import replay
 from surgeon._views import getitem
-from surgeon.absence import Op, nest
+from surgeon.absence import Op, nest, wide
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, named_tensors, tensor_leaves
 from surgeon.masks import Mask
@@ -77,7 +77,7 @@ class Reference:
 
     def _slot(self, name: str) -> Value:
         tensor = self.tensors[name].detach()
-        data = tensor.to(torch.float64) if tensor.is_floating_point() else tensor.clone()
+        data = wide(tensor.clone())
         mask = []
         for dim, kept in self.plan.kept.get(name, {}).items():
             present = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
@@ -119,6 +119,8 @@ def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:
         )  # fmt: skip
     if not want.numel():
         return 0.0
+    if want.is_complex():
+        want, got = torch.view_as_real(want), torch.view_as_real(got.to(want.dtype))
     want, got = want.to(torch.float64), got.to(torch.float64)
     odd = ~torch.isfinite(want)
     if bool(odd.any()):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from surgeon import masks, normalise
 from surgeon.absence import Op, nest, refusal
+from surgeon.graph import is_read
 from surgeon.rules.registry import Family, family
 
 
@@ -109,15 +110,39 @@ def _factory(call: Op) -> Any:
 def _product(call: Op) -> Any:
     """mm and kin: absent entries count as zero; an output is present if its row and its column are."""
     result = call.run(call.zeroed)
-    bias, left, right = (None, *call.args[:2]) if call.name in ("mm", "bmm", "mv", "dot") else call.args[:3]
+    bias, left, right = (None, *call.args[:2]) if call.name in ("mm", "bmm", "mv", "dot", "vdot") else call.args[:3]
     rows = masks.any_along(call.mask(left), [call.data(left).dim() - 1])
-    if call.name in ("mv", "addmv", "dot"):
-        return result, tuple(f.squeeze(-1) for f in rows) if call.name != "dot" else ()
+    if call.name in ("dot", "vdot"):
+        return result, ()
+    if call.name in ("mv", "addmv"):
+        return result, tuple(f.squeeze(-1) for f in rows)
     columns = masks.any_along(call.mask(right), [call.data(right).dim() - 2])
     extra = masks.aligned(call.mask(bias), result.dim()) if bias is not None else ()
     if call.name == "addbmm":
         rows, columns = masks.any_along(rows, [0], keepdim=False), masks.any_along(columns, [0], keepdim=False)
     return result, masks.tidy([*rows, *columns, *extra])
+
+
+def _trilinear(call: Op) -> Any:
+    """Three operands, with dims of size 1 put in, multiplied and summed: absent entries count as zero."""
+    factors: list[Tensor] = []
+    summed = list(call.args[6])
+    for node, expand in zip(call.args[:3], call.args[3:6], strict=True):
+        wide = call.mask(node)
+        for dim in sorted(expand):
+            wide = tuple(f.unsqueeze(dim) for f in wide)
+        factors += masks.any_along(wide, summed, keepdim=False)
+    return call.run(call.zeroed), masks.tidy(factors)
+
+
+def _complex_parts(call: Op) -> Any:
+    """[..., 2] and [...] of complex numbers."""
+    mask, ndim = call.mask(call.args[0]), call.data(call.args[0]).dim()
+    if call.name == "view_as_real":
+        return call.run(call.data), tuple(f.unsqueeze(-1) for f in mask)
+    if masks.varies(mask, [ndim - 1]):
+        raise refusal(call, "a real or an imaginary part was removed")
+    return call.run(call.data), tuple(f.squeeze(-1) for f in mask)
 
 
 def _linear(call: Op) -> Any:
@@ -247,6 +272,8 @@ def _whole(call: Op) -> Any:
         return call.op(data.masked_fill(~masks.full(mask, data.shape), least)), ()
     if call.name in ("max", "min") and isinstance(call.args[1] if len(call.args) > 1 else None, fx.Node):
         return _elementwise(call)
+    if call.name in ("max", "min") and call.masked and not is_read(call.node, 1):  # the values alone
+        return normalise.extremum(call)
     x = call.args[0] if call.args else None
     if isinstance(x, fx.Node) and call.masked and len(call.node.all_input_nodes) == 1 and family(call.name) is Family.REDUCTION:
         data, mask = call.values[x]
@@ -307,5 +334,8 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     "convolution": _convolution,
     "_convolution": _convolution,
     "linear": _linear,
+    "_trilinear": _trilinear,
+    "view_as_real": _complex_parts,
+    "view_as_complex": _complex_parts,
     "embedding": _embedding,
 }

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._decisions import decides, replay
 from surgeon._quiet import PlainMode, quiet_run
-from surgeon.absence import in_float64, widened
+from surgeon.absence import in_float64, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
@@ -70,8 +70,8 @@ class _Upgrade(PlainMode):
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
-        if name == "lift_fresh" and result.is_floating_point():  # a tensor that the code makes of numbers, by name in float32
-            result = result.to(torch.float64)
+        if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
+            result = wide(result)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(Step(name.rstrip("_"), _constants(args), self._kept(name, result)))
         return result
@@ -117,12 +117,12 @@ Trace = tuple[list[tuple[str, Tensor]], list["Step"], dict[fx.Node, Tensor]]
 
 
 def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> Trace:
-    twin = copy.deepcopy(small).to(torch.float64)
+    twin = copy.deepcopy(small)._apply(wide)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)
-        if attribute in module.__dict__ and tensor.is_floating_point():
-            module.__dict__[attribute] = tensor.to(torch.float64)
+        if attribute in module.__dict__:
+            module.__dict__[attribute] = wide(tensor)
     mode = _Upgrade(graph)
     with float64(), quiet_run(twin, seed=0), mode:
         try:

@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, nn
 
+from surgeon.absence import wide, widened
 from surgeon.capture import capture
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, named, named_tensors, where
@@ -158,10 +159,8 @@ def _double(tree: Any, random: bool) -> Any:
         return type(item)(convert(v) for v in item) if isinstance(item, list | tuple) else item
 
     def fresh(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        if not random:
-            return tensor.detach().to(torch.float64)
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        if not random or not (tensor.is_floating_point() or tensor.is_complex()):
+            return wide(tensor.detach())
+        return torch.randn(tensor.shape, generator=generator, dtype=widened(tensor.dtype)).to(tensor.device)
 
     return convert(tree)

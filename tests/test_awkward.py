@@ -121,6 +121,38 @@ class Checked(nn.Module):
         return self.b(self.norm(self.a(x)))
 
 
+class Rotated(nn.Module):
+    """Rotary positions as products with complex numbers, as in Meta's Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o, self.heads = nn.Linear(5, 16), nn.Linear(5, 16), nn.Linear(5, 3), 2
+        angles = torch.outer(torch.arange(6.0), 1 / 100 ** (torch.arange(0, 8, 2) / 8))
+        self.register_buffer("turn", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def turned(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.turn[:, None]).flatten(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (self.turned(f(x).unflatten(-1, (self.heads, -1))).transpose(1, 2) for f in (self.q, self.k))
+        return self.o((q @ k.transpose(2, 3)).softmax(-1).sum(1) @ x)
+
+
+class Queries(nn.Module):
+    """Learned queries, repeated for the batch, ask a transformer (as in DETR's demo)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.queries = nn.Linear(5, 16), nn.Parameter(torch.randn(3, 16))
+        self.transformer = nn.Transformer(16, 2, 1, 1, 24)
+        self.b = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = self.queries.unsqueeze(1).repeat(1, x.shape[0], 1)
+        return self.b(self.transformer(self.a(x).transpose(0, 1), asked)).transpose(0, 1)
+
+
 def remember(s: Any, x: Tensor) -> Tensor:
     if not hasattr(s, "table"):  # made at the first run and kept
         s.table = torch.arange(6)[:, None] - torch.arange(6)[None]
@@ -178,6 +210,14 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("a scale in a tensor", Scaled, ROWS),
     ("mixture of experts", Router, ROWS),
     ("boxes above a threshold", Threshold, ROWS),
+    ("complex rotary positions", Rotated, ROWS),
+    ("learned queries", Queries, ROWS),
+    ("Fourier mixing", net(lambda s, x: s.b(s.a(x) + torch.fft.fft(s.a(x), dim=1).real), **LINEAR), ROWS),
+    ("the greatest channel", net(lambda s, x: s.b((s.a(x) * s.a(x).max(1, True)[0].sigmoid()).mean((2, 3))), **CONV), IMAGE),
+    ("bilinear", net(lambda s, x: s.b(s.c(s.a(x), s.d(x))), a=LINEAR["a"], d=lambda: nn.Linear(5, 6),
+                     c=lambda: nn.Bilinear(8, 6, 8), b=LINEAR["b"]), FLAT),
+    ("spectral norm", net(lambda s, x: s.b(s.a(x)), a=lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)),
+                          b=LINEAR["b"]), FLAT),
 ]  # fmt: skip
 
 

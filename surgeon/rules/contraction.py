@@ -89,13 +89,30 @@ def _plain(site: Site, left: Any, right: Any, spec: str) -> Axes:
     return contract(site, [_operand(site, left, a), _operand(site, right, b)], out)
 
 
-_SPECS = {"mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k->", "outer": "i,j->ij"}
+_SPECS = {"mm": "ik,kj->ij", "bmm": "bik,bkj->bij", "mv": "ik,k->i", "dot": "k,k->", "vdot": "k,k->", "outer": "i,j->ij"}
 
 
 @rule(Family.CONTRACTION, *_SPECS)
 def product(site: Site) -> Axes:
     name = op_name(site.node)
     return _plain(site, site.args[0], site.args[1], _SPECS[name])
+
+
+@rule(Family.CONTRACTION, "_trilinear")
+def trilinear(site: Site) -> Axes:
+    """Three operands, each with dims of size 1 put in, multiplied and summed over `sumdim`: nn.Bilinear."""
+    operands: list[Operand] = []
+    for node, expand in zip(site.args[:3], site.args[3:6], strict=True):
+        letters = [letter for d, letter in enumerate(_LETTERS[: len(site.shape(node)) + len(expand)]) if d not in expand]
+        operands.append(_operand(site, node, "".join(letters)))
+    summed = set(site.arg(6))
+    letters_of_all = _LETTERS[
+        : max(len(site.shape(node)) + len(e) for node, e in zip(site.args[:3], site.args[3:6], strict=True))
+    ]
+    return contract(site, operands, "".join(letter for d, letter in enumerate(letters_of_all) if d not in summed))
+
+
+_LETTERS = "abcdefgh"
 
 
 @rule(Family.CONTRACTION, "_grouped_mm")

@@ -14,11 +14,12 @@ clamp_max clamp_min clone contiguous cos cosh detach dropout elu erf erfc erfinv
 hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh lift_fresh_copy log log10 log1p
 log2 log_sigmoid logical_not logit mish nan_to_num native_dropout neg new_empty_like positive pow reciprocal relu relu6
 round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold to trunc zero
-_to_copy empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit""".split()
+_to_copy empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit angle _conj
+_conj_physical resolve_conj resolve_neg""".split()
 
 BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin fmod ge gt hypot le
 lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne remainder rsub sub where __and__
-__or__ xlogy float_power true_divide""".split()
+__or__ xlogy float_power true_divide complex polar""".split()
 
 
 @rule(Family.ELEMENTWISE, *UNARY, *BINARY)

@@ -58,13 +58,12 @@ def resize_ones(site: Site) -> Axes:
 
 @rule(Family.MOVEMENT, "expand", "broadcast_to", "expand_copy")
 def expand(site: Site) -> Axes:
-    """A dim of size 1 that is repeated follows whatever it meets: its copies are alike."""
+    """A dim of size 1 that is repeated follows whatever it meets: its copies are alike. As often as a batch is long: it stays."""
     x = site.args[0]
     ndim = len(site.out)
     axes = shift(site.axes(x), len(site.shape(x)), ndim)
     old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
-    grown = [d for d in range(ndim) if old[d] == 1 and site.out[d] > 1]
-    return {**axes, **free_axes(site, site.out, grown)}
+    return {**axes, **_copies(site, old)}
 
 
 @rule(Family.MOVEMENT, "cat", "concat")
@@ -134,6 +133,16 @@ def stack(site: Site) -> Axes:
     return result
 
 
+@rule(Family.MOVEMENT, "view_as_real", "view_as_complex")
+def complex_parts(site: Site) -> Axes:
+    """[..., 2] and [...] of complex numbers: the real and the imaginary part are two entries, both of which stay."""
+    x, ndim = site.args[0], len(site.shape(site.args[0]))
+    if op_name(site.node) == "view_as_real":
+        return {d: t[..., None] for d, t in site.axes(x).items()}
+    axes = site.freeze(site.axes(x), [ndim - 1], "holds the real and the imaginary part")
+    return {d: site.ledger.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
+
+
 @rule(Family.MOVEMENT, "flip")
 def flip(site: Site) -> Axes:
     ndim = len(site.out)
@@ -162,8 +171,15 @@ def repeat(site: Site) -> Axes:
     axes = {}
     for d, t in shift(site.axes(x), len(site.shape(x)), ndim).items():
         axes[d] = np.tile(t, [n if t.shape[i] > 1 else 1 for i, n in enumerate(counts)])
-    grown = [d for d in range(ndim) if old[d] == 1 and site.out[d] > 1]
-    return {**axes, **free_axes(site, site.out, grown)}
+    return {**axes, **_copies(site, old)}
+
+
+def _copies(site: Site, old: tuple[int, ...]) -> Axes:
+    """Tracks of the dims that were of size 1, but for those whose new size the code read from a dim that is fixed."""
+    sources = site.node.meta.get("repeated", {})
+    fixed = {dim for dim, source in sources.items() if source.dim not in site.axes(source.node)}
+    grown = [d for d, size in enumerate(site.out) if old[d] == 1 and size > 1 and d not in fixed]
+    return free_axes(site, site.out, grown)
 
 
 @rule(Family.MOVEMENT, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")

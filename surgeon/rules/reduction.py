@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from surgeon.graph import is_read
 from surgeon.labels import Axes, reshape
 from surgeon.rules.elementwise import per_channel
 from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
@@ -52,7 +53,10 @@ def reduction(site: Site) -> Any:
 
 @rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
 def selection(site: Site) -> Any:
-    """Pick one entry along a dim and tell its index: that dim may not lose entries. The greatest of all is a number."""
+    """Pick one entry along a dim and tell its index: if that is read, the dim may not lose entries.
+
+    The greatest of all is a number.
+    """
     x, ndim = site.args[0], len(site.shape(site.args[0]))
     second = site.arg(1, "dim")
     spec = site.node.meta["spec"]
@@ -64,7 +68,9 @@ def selection(site: Site) -> Any:
     if second is None:
         site.ledger.freeze_all(site.axes(x), "an index is computed over it")
         return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
-    axes = site.freeze(site.axes(x), [second % ndim], "an index is computed over it")
+    axes = site.axes(x)
+    if op_name(site.node) not in ("max", "min") or is_read(site.node, 1):
+        axes = site.freeze(axes, [second % ndim], "an index is computed over it")
     axes = reduce_dims(site, axes, [second], ndim, bool(site.arg(2, "keepdim", False)))
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
@@ -88,6 +94,17 @@ def ordered(site: Site) -> Any:
     axes = site.freeze(site.axes(x), [int(dim) % max(ndim, 1)], f"{name} runs along it")
     spec = site.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
+
+
+@rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fourier(site: Site) -> Axes:
+    """Each result hangs on every entry along the dims and on its place: they stay whole."""
+    x, ndim = site.args[0], len(site.out)
+    dims = [int(d) % ndim for d in site.arg(1)]
+    axes = site.freeze(site.axes(x), dims, "a Fourier transform runs along it")
+    for dim in dims:
+        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+    return axes
 
 
 @rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
