@@ -16,6 +16,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import recover
 import torch
@@ -31,7 +32,13 @@ from torch import Tensor, nn
 from surgeon.errors import InputError
 from surgeon.training import soft_targets
 
-HELD_OUT, REDUCTION, SCOPE = 20_000, 2.1, "knapsack"
+HELD_OUT, REDUCTION = 20_000, 2.1
+PLANS: dict[str, dict[str, Any]] = {  # by how they differ from that of recover.py
+    "": {},
+    "scope uniform": {"scope": "uniform"},
+    "scope global": {"scope": "global"},
+    **{f"at most {share:.0%} of a group": {"max_ratio": share} for share in (0.55, 0.6, 0.7, 0.8)},
+}
 BLOCKS = Recipe()
 OUTPUTS, FROZEN, TURNED = (recover.RECIPES[name] for name in ("outputs", "blocks", "blocks, half turned"))
 COMPARED = [
@@ -58,20 +65,21 @@ COMPARED = [
 ]
 SHORT, LONG, LONGER = (15_000, 1), (25_000, 3), (25_000, 6)  # images, epochs
 JOBS = {
-    f"{recipe}{'' if scope == SCOPE else f', scope {scope}'}; {epochs} x {images:,}": (recipe, scope, images, epochs)
-    for recipe, scope, (images, epochs) in [
-        *((recipe, SCOPE, SHORT) for recipe in COMPARED),
-        *((FROZEN, scope, SHORT) for scope in ("uniform", "global")),
-        *((recipe, SCOPE, LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
-        (TURNED, SCOPE, LONGER),
+    f"{recipe}{f', {plan}' if plan else ''}; {epochs} x {images:,}": (recipe, plan, images, epochs)
+    for recipe, plan, (images, epochs) in [
+        *((recipe, "", SHORT) for recipe in COMPARED),
+        *((FROZEN, plan, SHORT) for plan in PLANS if plan),
+        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
+        *((FROZEN, plan, LONG) for plan in PLANS if "most" in plan),
+        (TURNED, "", LONGER),
     ]
 }
 NOTES = [
     (
-        f"ResNet-56 at {REDUCTION}x fewer MACs by surgeon (scope {SCOPE} where none is named), recovered without training, then "
-        f"trained for some epochs (epochs x images) of the first training images; measured on the last {HELD_OUT:,}. The base "
-        "saw these and their labels in its training and answers them better and more surely than test images. So they are "
-        "altered in ways that no recipe trains on: a third is blurred, a third dimmed, a third noisy."
+        f"ResNet-56 at {REDUCTION}x fewer MACs by surgeon, planned as in recover.md if nothing else is said, recovered without "
+        "training, then trained for some epochs (epochs x images) of the first training images; measured on the last "
+        f"{HELD_OUT:,}. The base saw these and their labels in its training and answers them better and more surely than test "
+        "images. So they are altered in ways that no recipe trains on: a third is blurred, a third dimmed, a third noisy."
     ),
     "distance: the KL divergence of softmax outputs from the base's at temperature 4, times 16. agreement: of the top-1 classes.",
     (
@@ -121,9 +129,9 @@ def spoiled(images: Tensor) -> Tensor:
 
 
 @functools.cache
-def start(data: Path, scope: str) -> Start:
+def start(data: Path, plan: str) -> Start:
     """What is trained."""
-    return by_surgeon(task_of("resnet56", data), REDUCTION, 0, scope)[METHODS["surgeon"][1]]
+    return by_surgeon(task_of("resnet56", data), REDUCTION, 0, **PLANS[plan])[METHODS["surgeon"][1]]
 
 
 def trained(task: Task, begin: Start, recipe: Recipe, images: int, epochs: int, held_out: Measured) -> dict[str, float | str]:
@@ -160,10 +168,10 @@ def main() -> None:
         held_out = Measured(images, labels[-HELD_OUT:], outputs(task.base, images))
         for key in ("base", "start"):
             if key not in rows:
-                rows = keep("recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, SCOPE).model)})
+                rows = keep("recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, "").model)})
         for key in todo:
-            recipe, scope, count, epochs = JOBS[key]
-            rows = keep("recipes", {key: trained(task, start(asked.data, scope), recipe, count, epochs, held_out)})
+            recipe, plan, count, epochs = JOBS[key]
+            rows = keep("recipes", {key: trained(task, start(asked.data, plan), recipe, count, epochs, held_out)})
             print(key, rows[key], flush=True)
     shown = {"base": "base", "recovered, not trained": "start", **{key: key for key in JOBS}}
     cells = [[name, *cells_of(rows[key])] for name, key in shown.items() if key in rows]

@@ -80,11 +80,11 @@ def task_of(name: str, data: Path) -> Task:
     return made
 
 
-def by_surgeon(task: Task, reduction: float, seed: int, scope: str = "knapsack") -> Made:
+def by_surgeon(task: Task, reduction: float, seed: int, **options: Any) -> Made:
     """Planned with the refit in mind, cut, recovered; without labels."""
     batches = [x for x, _ in task.calibration(seed)]
     surgery = surgeon.inspect(task.base, batches[0][:1])
-    plan = surgery.plan(macs=1 / reduction, criterion="kfac", data=batches, scope=scope, round_to=1, seed=seed)
+    plan = surgery.plan(macs=1 / reduction, criterion="kfac", data=batches, round_to=1, seed=seed, **options)
     small = plan.apply(task.base)
     done = surgeon.recover(small, plan, task.base, batches, seed=seed)
     print(done, flush=True)
