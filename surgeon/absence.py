@@ -13,16 +13,11 @@ from surgeon.errors import ProofError
 from surgeon.graph import where
 from surgeon.masks import Mask
 
-_WIDE = {
-    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
-
 
 def widened(item: Any) -> Any:
-    """float64 (complex128) for every narrower float dtype in an op's arguments."""
+    """float64 (complex128) for every float dtype in an op's arguments."""
     if isinstance(item, torch.dtype):
-        return _WIDE.get(item, item)
+        return torch.float64 if item.is_floating_point else torch.complex128 if item.is_complex else item
     return tuple(map(widened, item)) if isinstance(item, tuple) else item
 
 

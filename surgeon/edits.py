@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgeon.errors import MendError
-from surgeon.forwards import calls, counterpart, methods_of, versions
+from surgeon.forwards import calls, constants, counterpart, methods_of, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +201,8 @@ def rewrite_forward(module: nn.Module, edit: Edit) -> None:
     except ValueError as error:
         raise _misfit(edit, str(error)) from error
     for traced in found.values():
-        for constant, value in traced.__dict__.items():
-            if constant.startswith("_tensor_constant"):
-                setattr(module, constant, value)
+        for constant, value in constants(traced).items():
+            setattr(module, constant, value)
     _become(module, methods, edit)
 
 

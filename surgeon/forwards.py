@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 Mode = bool | None  # of training; None: both
@@ -38,7 +38,7 @@ def versions(module: nn.Module, buffers: bool = False) -> Versions:
         return {None: _traced(module, buffers, None)}
     found: dict[Mode, fx.GraphModule] = {False: _traced(module, buffers, False)}
     with contextlib.suppress(Exception):
-        found[True] = _traced(module, buffers, True)
+        found[True] = _traced(module, buffers, True, constants(found[False]))  # a name is one tensor in both
     return found
 
 
@@ -47,14 +47,20 @@ def trace_one(module: nn.Module, buffers: bool = False) -> fx.GraphModule:
     return next(iter(versions(module, buffers).values()))
 
 
-def _traced(module: nn.Module, buffers: bool, training: Mode) -> fx.GraphModule:
+def constants(traced: fx.GraphModule) -> dict[str, Tensor]:
+    """Tensors that the forward reads from elsewhere than its module, by the names that torch.fx gave them."""
+    return {name: tensor for name, tensor in traced.named_buffers(recurse=False) if name.startswith("_tensor_constant")}
+
+
+def _traced(module: nn.Module, buffers: bool, training: Mode, known: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+    own = {**module.__dict__, **(known or {})}
     shallow = type(module).__new__(type(module))  # what forward keeps on its module lands here
     try:
-        shallow.__dict__.update(module.__dict__)
+        shallow.__dict__.update(own)
         graph = _OneModule(buffers, training, calls_factories=True).trace(shallow)
     except Exception:  # noqa: BLE001  # the code looks into such a tensor (or anything else is wrong: it is raised again)
         shallow.__dict__.clear()
-        shallow.__dict__.update(module.__dict__)
+        shallow.__dict__.update(own)
         graph = _OneModule(buffers, training, calls_factories=False).trace(shallow)
     shallow.__dict__["training"] = module.training
     return fx.GraphModule(shallow, graph, type(module).__name__)

@@ -119,6 +119,12 @@ CASES = [
         "a1=b1=c1 a2 b2=c2 a3=b3=c3x2",
     ),
     Case(
+        "attention of fixed queries",
+        lambda a, b: F.scaled_dot_product_attention(torch.linspace(0, 1, 120).double().view(1, 4, 5, 6), a, b),
+        ((1, 4, 5, 6), (1, 4, 5, 6)),
+        "a2=b2",
+    ),
+    Case(
         "attention of grouped queries",
         lambda a, b, c: F.scaled_dot_product_attention(a, b, c, enable_gqa=True),
         ((1, 4, 5, 6), (1, 2, 5, 6), (1, 2, 5, 6)),

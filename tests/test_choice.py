@@ -154,6 +154,10 @@ def test_macs_agree_with_torch(model: Net) -> None:
         assert surgeon.inspect(net, x).macs == counter.get_total_flops() // 2
 
 
+def test_macs_of_products_that_the_counter_does_not_know() -> None:
+    assert surgeon.inspect(nn.Bilinear(3, 5, 6), (torch.randn(4, 3), torch.randn(4, 5))).macs == 4 * 6 * 3 * 5
+
+
 def test_the_weakest_head_leaves_whole() -> None:
     torch.manual_seed(0)
     model = SeparateQKV()

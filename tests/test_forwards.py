@@ -72,6 +72,17 @@ class Looking(Flat):
         return self.b(y * 2 if torch.arange(3)[2] > 1 else y)
 
 
+EVAL, TRAINING = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 7.0])
+
+
+class Outside(Flat):
+    """Reads tensors that lie outside of it, another one in each mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * TRAINING if self.training else x * EVAL
+        return self.b(self.mixed(x))
+
+
 def halved(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     small = surgeon.shrink(make().eval(), 0.5, example_inputs=X, round_to=1)
@@ -102,13 +113,15 @@ def test_both_modes_stay(make: Callable[[], nn.Module], passed_on: Callable[[nn.
     assert torch.equal(small(X), small(X))
 
 
-def test_training_does_what_the_original_does() -> None:
+@pytest.mark.parametrize("make", [Branched, Outside])
+@pytest.mark.parametrize("training", [False, True])
+def test_each_mode_does_what_the_original_does(make: Callable[[], nn.Module], training: bool) -> None:
     """Draw by draw, with the channels that left at zero in the original."""
     torch.manual_seed(0)
-    model = Branched().eval()
+    model = make().eval()
     plan = surgeon.inspect(model, X).plan(0.5, round_to=1)
-    small = plan.apply(model).train()
-    model.train()
+    small = copy.deepcopy(plan.apply(model)).train(training)
+    model.train(training)
     gone = sorted({*range(8)} - {*plan.kept["a.weight"][0]})
     with torch.no_grad():
         model.b.weight[:, gone] = 0
