@@ -307,19 +307,28 @@ class Pointwise(nn.Module):
 
 
 def test_kfac_against_every_subset_in_turn() -> None:
-    """Units leave one by one, the least first; a score is what its leaving adds to the loss after the best refit of the rest."""
+    """Units leave one by one, the least first; a score is what its leaving adds to the loss after the best refit of the rest, as
+    the factors have it, times what the unit alone costs over what the factors have it cost."""
     model, data = made(Pointwise), batches((9, 4))
     pairs = [(x, torch.zeros(())) for x in data]
     found = scored(criteria.KFAC(damping=0.02), surgeon.inspect(model, X), pairs, loss=lambda out, _: out.square().sum())
     felt = torch.zeros(5, dtype=torch.float64)
-    for x in data:
-        y = model.b(model.a(x).relu()).detach().requires_grad_()
+    x = per_channel(read(model, "b", data))
+    mean, exact = x.mean(0), torch.zeros(8, dtype=torch.float64)
+    for batch in data:
+        read_by_b = model.a(batch).relu().detach().requires_grad_()
+        y = model.b(read_by_b)
+        y.retain_grad()
         model.head(y.relu().mean((2, 3))).square().sum().backward()
         felt += y.grad.double().square().sum((0, 2, 3))
-    x = per_channel(read(model, "b", data))
-    hessian = x.T @ x / len(x)
-    hessian += 0.02 * hessian.diagonal().mean() * torch.eye(8)
+        change = (mean[:, None, None] - read_by_b.double()) * read_by_b.grad.double()
+        exact += change.sum((2, 3)).square().sum(0)
+    centred = x - mean
+    hessian = centred.T @ centred / len(x)
     w = model.b.weight.detach().double().flatten(1)  # [5, 8]
+    share = exact / (hessian.diagonal() * (w.square() * felt[:, None]).sum(0))
+    assert share.max() > 2 * share.min(), "else the factors would do"
+    hessian += 0.02 * hessian.diagonal().mean() * torch.eye(8)
 
     def lost(gone: list[int]) -> float:
         stays = [i for i in range(8) if i not in gone]
@@ -327,16 +336,72 @@ def test_kfac_against_every_subset_in_turn() -> None:
         best[:, stays] = torch.linalg.solve(hessian[stays][:, stays], hessian[stays] @ w.T).T
         return float(((best - w) @ hessian * (best - w)).sum(1) @ felt)
 
-    want, gone, before = np.zeros(8), [], 0.0
+    def adds(unit: int) -> float:
+        return (lost([*gone, unit]) - lost(gone)) * float(share[unit])
+
+    want, gone = np.zeros(8), []
     for _ in range(8):
-        unit = min((i for i in range(8) if i not in gone), key=lambda i: lost([*gone, i]))
+        unit = min((i for i in range(8) if i not in gone), key=adds)
+        want[unit] = max(adds(unit), want.max())
         gone.append(unit)
-        want[unit] = max(lost(gone) - before, want.max())
-        before = lost(gone)
     check(found["a.weight[0]"], torch.from_numpy(want), 1e-4)
     alone = scored(criteria.KFAC(damping=0.02, stepwise=0), surgeon.inspect(model, X), pairs, loss=lambda o, _: o.square().sum())
-    check(alone["a.weight[0]"], torch.tensor([lost([i]) for i in range(8)]), 1e-4)
+    gone = []
+    check(alone["a.weight[0]"], torch.tensor([adds(i) for i in range(8)]), 1e-4)
     assert not np.allclose(alone["a.weight[0]"], want), "one by one is something else than alone"
+
+
+class Pooled(nn.Module):
+    """Nothing but linear maps, to one output: what a cut costs is known exactly, whatever the signs of the probe."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.make = {
+            "1x1": lambda i, o: nn.Conv2d(i, o, 1),
+            "3x3": lambda i, o: nn.Conv2d(i, o, 3, padding=1),
+            "tokens": nn.Linear,
+        }
+        self.a, self.b, self.head = self.make[kind](6, 6), self.make[kind](6, 5), nn.Linear(5, 1)
+        self.channels = -1 if kind == "tokens" else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.a(x))
+
+    def rest(self, y: Tensor) -> Tensor:
+        return self.head(self.b(y).movedim(self.channels, 1).flatten(2).mean(2))
+
+
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "tokens"])
+@pytest.mark.parametrize("rare", [False, True])
+def test_kfac_says_what_the_outputs_lose(kind: str, rare: bool) -> None:
+    """A channel that is its mean everywhere changes the outputs by as much as its score says, though positions are pooled (their
+    changes add up, not the squares of these), and though a channel is on in a few samples only."""
+    torch.manual_seed(0)
+    model = Pooled(kind).eval()
+    data = []
+    for _ in range(12):
+        each = torch.randn(500, 6, 1) * (torch.rand(500, 6, 1) < (0.05 if rare else 1.0))  # the same at all positions of a sample
+        x = each + 0.1 * torch.randn(500, 6, 36)
+        data.append(x.transpose(1, 2) if kind == "tokens" else x.unflatten(2, (6, 6)))
+    with torch.no_grad():  # channels that tell nothing of each other: no refit helps
+        middle = int(kind == "3x3")
+        weight = model.a.weight.zero_() if kind == "tokens" else model.a.weight.zero_()[:, :, middle, middle]
+        weight += torch.diag(torch.tensor([1.0, 0.3, 2.0, 0.7, 1.5, 0.5]))
+    surgery = surgeon.inspect(model, data[0][:2])
+    (group,) = (g for g in surgery.groups if g.name == "a.weight[0]")
+    kfac = ready(criteria.KFAC(damping=1e-6, stepwise=0), surgery, data)
+    found = criteria.scores(kfac, group, surgery.graph.tensors).ravel()
+    want = torch.zeros(6, dtype=torch.float64)
+    with torch.no_grad():
+        for x in data:
+            hidden = model.a(x)
+            for unit in range(6):
+                everywhere = torch.cat([model.a(b).select(model.channels, unit).flatten() for b in data]).mean()
+                cut = hidden.index_fill(model.channels, torch.tensor(unit), everywhere)
+                want[unit] += (model.rest(cut) - model(x)).double().square().sum()
+    check(found, want, 0.1)
+    (factors,) = (r.statistics.curvature.estimated for r in kfac.evidence.of(group))
+    assert (want / factors.ravel() > 3).all(), "the factors alone are wrong by far"
 
 
 def test_kfac_of_a_result_that_nothing_reads() -> None:

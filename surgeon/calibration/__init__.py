@@ -180,7 +180,7 @@ def _run(
     """The model's output; the statistics see what their consumers read."""
     see: dict[Any, list[See]] = {}
     for item, consumer in seeing:
-        see.setdefault(consumer.node, []).append(partial(item.see, consumer))
+        see.setdefault(consumer.node, []).append(partial(item.see, consumer, samples_of((args, kwargs))))
     mode = Watch(model, graph, see, label) if seeing else None
     try:
         with contextlib.ExitStack() as stack:

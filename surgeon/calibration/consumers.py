@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from surgeon.labels import Axes, Track
 from surgeon.propagate import Propagation
 from surgeon.rules.registry import op_name
 
+NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index"))
 Reading = Callable[[Tensor], Tensor]
 Atoms = Callable[[Track], list[Track]]  # ids -> arrays of the atoms that take them along
 
@@ -70,6 +72,15 @@ class Consumer:
             return (1,)
         return (0, dims - 1) if name in ("bmm", "baddbmm") else (dims - 1,)
 
+    @property
+    def constant(self) -> bool:
+        """Whether its results can be moved by a constant each: they have a bias, or a batch norm alone reads them."""
+        place = {"addmm": 0, "baddbmm": 0, "addmv": 0, "linear": 2, "convolution": 2, "_convolution": 2}.get(op_name(self.node))
+        if place is not None and len(self.node.args) > place and isinstance(self.node.args[place], fx.Node):
+            return True
+        reader = only_reader(self.node)
+        return reader is not None and op_name(reader) in NORMS and reader.args[0] is self.node
+
 
 def find_consumers(graph: Graph, propagation: Propagation, atoms: Atoms) -> list[Consumer]:
     """All consumers of entries that some atom takes along, in order; `atoms` is `Solution.atoms`."""
@@ -96,6 +107,12 @@ def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: Tra
                 shape = (1, held.shape[1])
                 return Consumer(call.node, -1, -1, _pixels(1), _nothing, shape, found, (1,), planes=True)
     return None
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The only op that reads a node; of a norm, that reads its first result."""
+    readers = [u for u in node.users if not (u.target is getitem and u.args[1] != 0 and not u.users)]
+    return readers[0] if len(readers) == 1 and readers[0].op == "call_function" else None
 
 
 def moving(graph: Graph) -> set[fx.Node]:

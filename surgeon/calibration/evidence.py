@@ -96,8 +96,8 @@ class Statistics:
         self.edges: list[Any] = []
         self._wanting: list[Callable[[Tensor], None]] = []
 
-    def see(self, consumer: Consumer, args: Any, out: Any) -> Callable[[], None] | None:
-        """One run of the consumer, as it stands in the run that the batch is held against."""
+    def see(self, consumer: Consumer, samples: int, args: Any, out: Any) -> Callable[[], None] | None:
+        """One run of the consumer on so many samples, as it stands in the run that the batch is held against."""
         data = args[consumer.data] if consumer.data >= 0 else out[0] if isinstance(out, tuple | list) else out
         recorded = _spec_of(consumer)
         if data.dim() != len(recorded) or any(data.shape[d] != recorded[d] for d in consumer.channels):
@@ -121,10 +121,10 @@ class Statistics:
         if self.curvature is None:
             return None
         self.curvature.see(consumer, args)
-        return partial(self._later, self.curvature, consumer, args, out)
+        return partial(self._later, self.curvature, consumer, samples, args, out)
 
-    def _later(self, curvature: Curvature, consumer: Consumer, args: Any, out: Any) -> None:
-        for edge, wants in curvature.wanted(consumer, args, out):
+    def _later(self, curvature: Curvature, consumer: Consumer, samples: int, args: Any, out: Any) -> None:
+        for edge, wants in curvature.wanted(consumer, samples, args, out):
             self._want(edge, wants)
 
     def _want(self, edge: Any, wants: Callable[[Tensor], None]) -> None:

@@ -24,13 +24,16 @@ _ROUNDS = 64  # in which the units of a group leave, at most
 class KFAC(FromReadings):
     """How far the model's outputs move if a unit leaves and the weights that stay make up for it.
 
-    As OBS, with H = E x x^T over the patches that a consumer reads, and each of its outputs weighed by how much the model's
-    outputs hang on it, G = sum of g^2. The units of a group leave one after the other in this reckoning (of more than 64 some
-    at once), the least first; H^-1 and the weights are brought up to date each time, and a unit's score is what its own leaving
-    adds. Scores are squared
-    distances of the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare.
+    What is lost if a unit is its mean instead (zero, where no bias or batch norm makes up for a mean) is measured on the
+    samples, to first order: E (sum over positions of (x - mean) g)^2, g being the gradient of the outputs times random signs.
+    Of that stays what a refit leaves, by the ratio of two estimates with Kronecker factors: as OBS, with H the covariance of the
+    patches that a consumer reads, and each of its outputs weighed by how much the model's outputs hang on it, G = sum of g^2.
+    The units of a group leave one after the other in this reckoning (of more than 64 some at once), the least first; H^-1 and
+    the weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared distances
+    of the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare.
     (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al.,
-    EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon, 2024.)
+    EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon, 2024. Without factors: Molchanov et al., Importance Estimation for
+    Neural Network Pruning, 2019.)
 
     Where only products of data with data read a unit (queries with keys), its score is what zeros in its place do to first order.
 
@@ -64,9 +67,8 @@ class KFAC(FromReadings):
         assert curvature is not None
         if curvature.weight is None:
             return _Left(reading, units, curvature)
-        hessian = curvature.covariance / max(curvature.count, 1)
-        inverse = torch.stack([inverted(block, self.damping) for block in hessian])
-        return _Left(reading, units, curvature, inverse.numpy(), curvature.error().numpy())
+        inverse = torch.stack([inverted(block, self.damping) for block in curvature.hessian])
+        return _Left(reading, units, curvature, inverse.numpy(), curvature.error.numpy())
 
 
 def _in_turn(found: Sequence[_Left], units: int) -> Track:
@@ -91,13 +93,18 @@ class _Left:
         self, reading: Reading, units: int, curvature: Curvature, inverse: Track | None = None, product: Track | None = None
     ) -> None:
         self.units, self.inverse, self.product = units, inverse, product
-        self.constant = reading.sum(curvature.zeroed, units)
+        alone = reading.sum(curvature.alone, units)
+        self.constant = alone if inverse is None else np.zeros(units)
         self.entries = 0 if inverse is None else inverse.shape[1]
         group, place = np.divmod(reading.entry, curvature.consumer.shape[1])
         places = (place[:, None] * curvature.taps + np.arange(curvature.taps)).ravel()
         unit, group = np.repeat(reading.unit, curvature.taps), np.repeat(group, curvature.taps)
         order = np.lexsort((places, group, unit))
         keys = (unit * (group.max(initial=0) + 1) + group)[order]
+        self.share = np.zeros(units)  # of what a unit alone would lose, by what the factors say of it
+        if inverse is not None:
+            estimated = reading.sum(curvature.estimated, units)
+            np.divide(alone, estimated, out=self.share, where=estimated > 0)
         self.parts = []  # (unit, group, entries that leave with it there)
         for part in np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) and inverse is not None else ():
             self.parts.append((int(unit[part[0]]), int(group[part[0]]), places[part]))
@@ -115,7 +122,7 @@ class _Left:
             where = np.stack([p[2] for p in parts])
             at = group[:, None, None], where[:, :, None], where[:, None, :]
             lost = np.trace(np.linalg.solve(self.inverse[at], self.product[at]), axis1=1, axis2=2)
-            found += np.bincount(unit, weights=np.maximum(lost, 0.0), minlength=self.units)
+            found += np.bincount(unit, weights=np.maximum(lost, 0.0), minlength=self.units) * self.share
         return found
 
     def remove(self, units: Track) -> None:

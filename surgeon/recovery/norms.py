@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgeon.calibration.consumers import NORMS
 from surgeon.graph import Graph
 from surgeon.recovery.lockstep import Recording, distance, twin
 from surgeon.recovery.passes import Pass, Track
-from surgeon.recovery.sites import NORMS
 from surgeon.rules.registry import op_name
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._views import getitem
-from surgeon.calibration.consumers import moving
+from surgeon.calibration.consumers import NORMS, moving, only_reader
 from surgeon.graph import Graph, spec
 from surgeon.recovery.lockstep import Run, twin
 from surgeon.rules.registry import op_name
 
-NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index"))
 _CONVOLUTIONS = frozenset(("convolution", "_convolution"))
 _MATRICES = {"mm": (0, 1), "addmm": (1, 2), "linear": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}  # places of data and weight
 _TURNS = frozenset(("t", "transpose", "permute"))
@@ -155,7 +154,7 @@ class _Finder:
         path: list[fx.Node] = []
         here, there = node, other
         while True:
-            ours, theirs = _reader(here), _reader(there)
+            ours, theirs = only_reader(here), only_reader(there)
             if ours is None or theirs is None or op_name(ours) != op_name(theirs):
                 return plain
             rest = self._rest(ours, here)
@@ -199,7 +198,7 @@ class _Finder:
             return (
                 (str(given.target), False) if given.op == "get_attr" and whole and self._alone(str(given.target)) else ("", False)
             )
-        reader = _reader(node)
+        reader = only_reader(node)
         if reader is not None and op_name(reader) in NORMS and not _trains(reader) and reader.args[0] is node:
             mean = reader.args[3]
             if isinstance(mean, fx.Node) and mean.op == "get_attr" and self._alone(str(mean.target)):
@@ -212,19 +211,13 @@ class _Finder:
 
 def norm_behind(node: fx.Node, graph: Graph) -> tuple[Tensor, Tensor] | None:
     """(scale, shift) of the batch norm in eval mode that alone reads a product, in float64; None if there is none."""
-    reader = _reader(node)
+    reader = only_reader(node)
     if reader is None or op_name(reader) not in NORMS or _trains(reader) or reader.args[0] is not node:
         return None
     held: list[Any] = [
         graph.tensors[str(a.target)].double() if isinstance(a, fx.Node) and a is not node else a for a in reader.args
     ]
     return norm_affine(held)
-
-
-def _reader(node: fx.Node) -> fx.Node | None:
-    """The only reader of a node; of a norm, that of its first result."""
-    readers = [u for u in node.users if not (u.target is getitem and u.args[1] != 0 and not u.users)]
-    return readers[0] if len(readers) == 1 and readers[0].op == "call_function" else None
 
 
 def _trains(node: fx.Node) -> bool:
