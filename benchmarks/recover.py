@@ -6,8 +6,8 @@
 ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are trained here for some
 minutes. Without training, both tools see the same samples (torch-pruning also their labels), and surgeon's targets are the
 base's own outputs; fine-tuning is the same for both. Test data is looked at when a cell is done. Cells are kept in
-benchmarks/.cache/recover.json, so that a run that was stopped goes on (in the middle of an epoch, too), and the table is
-written from them: "-" is a cell that was not run.
+benchmarks/results/recover.json, so that a run that was stopped goes on (in the middle of an epoch, too), and the table is
+written from them: "-" is a cell that was not run. --fresh measures anew.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="of fine-tuning")
     parser.add_argument("--finetune-images", type=int, default=50_000)
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds of what is asked for")
-    parser.add_argument("--table", action="store_true", help="only write the table from the cache")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is asked for")
+    parser.add_argument("--table", action="store_true", help="only write the table from the cells")
     asked = parser.parse_args()
     missing = [name for name in FILES if not (asked.data / name).is_file()]
     if missing:

@@ -7,7 +7,7 @@ from functools import partial
 
 from cifar import MODELS
 from recover_tasks import TASKS
-from results import Rows, keep, kept
+from results import RESULTS, Rows, keep, kept
 
 REDUCTIONS = {name: (1.5, 2.1, 2.6) if name in MODELS else (1.5, 2.1) for name in TASKS}
 METHODS = {  # of each tool
@@ -45,5 +45,5 @@ class Job:
         return (place, self.seed, list(TASKS).index(self.model), list(METHODS).index(self.tool), self.epochs)
 
 
-load_cells = partial(kept, "recover")
-keep_cells = partial(keep, "recover")
+load_cells = partial(kept, "recover", folder=RESULTS)
+keep_cells = partial(keep, "recover", folder=RESULTS)

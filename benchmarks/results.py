@@ -1,6 +1,6 @@
 """write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run it again.
 
-`kept` and `keep`: rows of a long run, in benchmarks/.cache.
+`kept` and `keep`: rows of a long run, in benchmarks/.cache; in benchmarks/results, if they hold wherever they are measured.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str
 Rows = dict[str, dict[str, Any]]
 
 
-def kept(name: str) -> Rows:
-    """What benchmarks/.cache holds of an earlier run, so that a run that was stopped goes on."""
-    path = CACHE / f"{name}.json"
+def kept(name: str, folder: Path = CACHE) -> Rows:
+    """What a folder holds of an earlier run, so that a run that was stopped goes on."""
+    path = folder / f"{name}.json"
     found: Rows = json.loads(path.read_text()) if path.is_file() else {}
     return found
 
 
-def keep(name: str, found: Rows, without: Iterable[str] = ()) -> Rows:
+def keep(name: str, found: Rows, without: Iterable[str] = (), folder: Path = CACHE) -> Rows:
     """Add rows to what is kept, or take some away; what it then holds."""
     gone = set(without)
     CACHE.mkdir(exist_ok=True)
-    path = CACHE / f"{name}.json"
-    with open(path.with_suffix(".lock"), "w") as lock:  # runs may go side by side
+    path, new = folder / f"{name}.json", CACHE / f"{name}.new"
+    with open(CACHE / f"{name}.lock", "w") as lock:  # runs may go side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = {key: row for key, row in {**kept(name), **found}.items() if key not in gone}
-        path.with_suffix(".new").write_text(json.dumps(rows, indent=1))
-        os.replace(path.with_suffix(".new"), path)
+        rows = {key: row for key, row in sorted({**kept(name, folder), **found}.items()) if key not in gone}
+        new.write_text(json.dumps(rows, indent=1) + "\n")
+        os.replace(new, path)
     return rows
 
 
