@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgeon.bench import bench
-from surgeon.cost import Choice
-from surgeon.errors import BudgetError
+from surgeon.choose import Costs
+from surgeon.cost import Choice, Shapes, nothing
+from surgeon.errors import BudgetError, InputError
 from surgeon.export import export
-from surgeon.latency import Predictor
+from surgeon.latency import LatencyTable, Predictor
+from surgeon.request import Request
+
+Candidate = tuple[Choice, int]  # and the block that its widths are multiples of
 
 CLOSE = 0.03  # below a limit: close enough
 _CANDIDATES = 8  # measured for one latency
 _ROUNDS = 24  # interleaved runs of two whole models
 
 
+def timed(
+    model: nn.Module,
+    shapes: Shapes,
+    request: Request,
+    chosen: Callable[[Request, Costs], Candidate],
+    cut: Callable[[Choice], nn.Module],
+    *,
+    runtime: str,
+    threads: int,
+    block: int,
+) -> tuple[Candidate, dict[str, Any]]:
+    """What is chosen within the budgets and measured within the latency, and its figures (see `search`).
+
+    Args:
+        chosen: what to take within the budgets of a request, given what they are counted in.
+        cut: the small model of a choice.
+        block: of kernels, by which latencies are predicted.
+
+    Raises:
+        InputError: the weights have no values.
+        BudgetError: as `search`.
+    """
+    graph = shapes.graph
+    device = next((graph.tensors[name].device for name in shapes.parameters), torch.device("cpu"))
+    if device.type == "meta":
+        raise InputError("a model on the meta device has no latency", fix="pass macs=..., or load the weights")
+    table = LatencyTable(runtime, threads, device)
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch(model, graph.kwargs or graph.args, runtime, threads, folder)
+        predict = Predictor(shapes, table, watch.measure()[0], block)
+        limit = request.limit("latency", predict.total)
+        fixed = dataclasses.replace(request, latency=f"{limit}ms")  # a share is one of what was measured
+        costs: dict[str, Any] = {kind: getattr(shapes, kind) for kind in request.budgets if kind != "latency"}
+        limits = {kind: request.limit(kind, cost(nothing(shapes.solution))) for kind, cost in costs.items()}
+        return search(
+            lambda: chosen(fixed, {**costs, "latency": predict}),
+            predict,
+            lambda choice: watch.measure(cut(choice)),
+            lambda full: request.limit("latency", full),
+            lambda choice: any(cost(choice) > (1 - CLOSE) * limits[kind] for kind, cost in costs.items()),
+        )
+
+
 def search(
-    chosen: Callable[[], Choice],
+    chosen: Callable[[], Candidate],
     predict: Predictor,
     measure: Callable[[Choice], tuple[float, float, tuple[float, float]]],
     limit_of: Callable[[float], float],
     close: Callable[[Choice], bool] = lambda choice: False,
-) -> tuple[Choice, dict[str, Any]]:
+) -> tuple[Candidate, dict[str, Any]]:
     """Choose, measure, correct the prediction, and choose again, until what is measured is just below the limit.
 
     Args:
-        chosen: the choice within the budgets, by the prediction as it stands.
+        chosen: a candidate within the budgets, by the prediction as it stands.
         measure: (ms of the original, ms of the small model, 95 % interval of their quotient) of a choice.
         limit_of: the limit in ms, given the original's.
         close: whether another budget is met closely by a choice.
 
     Returns:
-        The choice that was measured closest below the limit, or the first below it that another budget holds back; and its
+        The candidate that was measured closest below the limit, or the first below it that another budget holds back; and its
         figures.
 
     Raises:
         BudgetError: every candidate was measured above the limit, down to the smallest one.
     """
-    best: tuple[float, Choice, dict[str, Any]] | None = None
+    best: tuple[float, Candidate, dict[str, Any]] | None = None
     nearest = math.inf
     for tried in range(1, _CANDIDATES + 1):
         try:
-            choice = chosen()
+            candidate = chosen()
         except BudgetError:
             if best is not None:
                 break
@@ -58,16 +108,17 @@ def search(
                 why="parts that must stay take longer than the budget allows",
                 fix="ask for more time, or see which layers are frozen: print(surgeon.inspect(model))",
             ) from None
+        choice, _ = candidate
         before, after, interval = measure(choice)
         share = after / limit_of(before)
         nearest = min(nearest, share)
         said = {"original_ms": before, "ms": after, "interval": interval, "limit_ms": limit_of(before), "candidates": tried}
         if share <= 1 and (best is None or share > best[0]):
-            best = share, choice, said
+            best = share, candidate, said
         if 1 - CLOSE <= share <= 1:
             break
         if share <= 1 and close(choice):
-            return choice, said
+            return candidate, said
         aim = 1 - CLOSE / 2  # the middle of what is close enough
         predict.correction *= share / aim / (predict(choice) / limit_of(predict.total))
     if best is None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
-import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon import criteria
@@ -29,7 +26,6 @@ from surgeon.graph import Graph, check_values
 from surgeon.groups import FrozenGroup, Group, find_frozen, find_groups, find_links, reachable
 from surgeon.held import Held
 from surgeon.labels import Track
-from surgeon.latency import LatencyTable, Predictor
 from surgeon.mend import find_edits
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
@@ -37,7 +33,7 @@ from surgeon.request import Budget, Ratio, Request
 from surgeon.rewrite import Kept, shrink_module
 from surgeon.sensitivity import Sensitivity, sensitivity
 from surgeon.solve import Solution, solve
-from surgeon.stopwatch import CLOSE, Stopwatch, search
+from surgeon.stopwatch import timed
 
 
 class Surgery:
@@ -226,13 +222,6 @@ class Surgery:
         )  # fmt: skip
         block = request.block(next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu"))
         said = {k: v for k, v in vars(request).items() if v is not None}
-
-        def chosen(request: Request, costs: Costs | None = None) -> Choice:
-            found, used = choose(groups, scores, self.shapes, request, links, block, costs, getattr(which, "additive", False))
-            if isinstance(round_to, str):
-                said["block"] = used
-            return found
-
         known: dict[str, Track] = {}
 
         def scores(group: Group) -> Track:
@@ -240,10 +229,21 @@ class Surgery:
                 known[group.name] = criteria.scores(which, group, self.graph.tensors)
             return known[group.name]
 
+        def chosen(request: Request, costs: Costs | None = None) -> tuple[Choice, int]:
+            return choose(groups, scores, self.shapes, request, links, block, costs, getattr(which, "additive", False))
+
         if latency is None:
-            choice = chosen(request)
+            choice, used = chosen(request)
         else:
-            choice, said["measured"] = self._timed(request, chosen, runtime, threads, block)
+
+            def cut(choice: Choice) -> nn.Module:
+                return self._cut(self.model, self.shapes.kept(choice), choice)[0]
+
+            (choice, used), said["measured"] = timed(
+                self.model, self.shapes, request, chosen, cut, runtime=runtime, threads=threads, block=block
+            )
+        if isinstance(round_to, str):
+            said["block"] = used
         said["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
         if config_expressible:
             said["config_expressible"] = True
@@ -261,30 +261,6 @@ class Surgery:
         """
         choice = composed(self.model, self.shapes, plans)
         return self._as_plan(choice, {"composed": [dict(plan.request) for plan in plans]})
-
-    def _timed(
-        self, request: Request, chosen: Callable[[Request, Costs], Choice], runtime: str, threads: int, block: int
-    ) -> tuple[Choice, dict[str, Any]]:
-        """A choice whose measured latency meets the budget."""
-        if self.without_values:
-            raise InputError("a model on the meta device has no latency", fix="pass macs=..., or load the weights")
-        device = next((self.graph.tensors[name].device for name in self.shapes.parameters), torch.device("cpu"))
-        table = LatencyTable(runtime, threads, device)
-        inputs = self.graph.kwargs or self.graph.args
-        with tempfile.TemporaryDirectory() as folder:
-            watch = Stopwatch(self.model, inputs, runtime, threads, folder)
-            predict = Predictor(self.shapes, table, watch.measure()[0], block)
-            limit = request.limit("latency", predict.total)
-            fixed = dataclasses.replace(request, latency=f"{limit}ms")  # a share is one of what was measured
-            costs: dict[str, Any] = {kind: getattr(self.shapes, kind) for kind in request.budgets if kind != "latency"}
-            limits = {kind: request.limit(kind, cost(nothing(self.solution))) for kind, cost in costs.items()}
-            return search(
-                lambda: chosen(fixed, {**costs, "latency": predict}),
-                predict,
-                lambda choice: watch.measure(self._cut(self.model, self.shapes.kept(choice), choice)[0]),
-                lambda full: request.limit("latency", full),
-                lambda choice: any(cost(choice) > (1 - CLOSE) * limits[kind] for kind, cost in costs.items()),
-            )
 
     def _expressible(self, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:
         """The groups whose sizes the config says, tied where one number says several."""

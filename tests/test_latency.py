@@ -222,7 +222,7 @@ class Simulated:
 
     def __init__(self, surgery: surgeon.Surgery, path: Path, wrong: float, floor: float = 0.0) -> None:
         self.surgery, self.predict = surgery, Predictor(surgery.shapes, table(path), 10.0, 1)
-        self.wrong, self.floor, self.measured = wrong, floor, list[float]()
+        self.wrong, self.floor, self.measured, self.made = wrong, floor, list[float](), list[Any]()
 
     def measure(self, choice: Any) -> tuple[float, float, tuple[float, float]]:
         now = self.predict(choice) / self.predict.correction
@@ -239,9 +239,13 @@ class Simulated:
 
         request = Request(latency=f"{limit}ms", round_to=1, **others)
         costs = {"latency": self.predict, **{kind: getattr(self.surgery.shapes, kind) for kind in others}}
+
+        def chosen() -> Any:
+            self.made.append(choose(self.surgery.groups, scores, self.surgery.shapes, request, self.surgery.links, 1, costs)[0])
+            return self.made[-1], len(self.made)  # each has a block of its own
+
         return search(
-            lambda: choose(self.surgery.groups, scores, self.surgery.shapes, request, self.surgery.links, 1, costs)[0],
-            self.predict, self.measure, lambda full: limit,
+            chosen, self.predict, self.measure, lambda full: limit,
             lambda choice: any(self.surgery.shapes.macs(choice) > 0.97 * share * self.surgery.macs for share in others.values()),
         )  # fmt: skip
 
@@ -249,7 +253,8 @@ class Simulated:
 @pytest.mark.parametrize("wrong", [1.0, 1.3, 0.8])
 def test_a_wrong_prediction_is_corrected(surgery: surgeon.Surgery, tmp_path: Path, wrong: float) -> None:
     machine = Simulated(surgery, tmp_path, wrong)
-    choice, said = machine.search(7.0)
+    (choice, block), said = machine.search(7.0)
+    assert choice is machine.made[block - 1]
     assert 0.97 * 7.0 <= said["ms"] <= 7.0
     assert said["ms"] == machine.measure(choice)[1]
     assert said["candidates"] <= 4
@@ -257,7 +262,7 @@ def test_a_wrong_prediction_is_corrected(surgery: surgeon.Surgery, tmp_path: Pat
 
 def test_another_budget_that_is_tighter_ends_the_search(surgery: surgeon.Surgery, tmp_path: Path) -> None:
     machine = Simulated(surgery, tmp_path, 0.9)
-    choice, said = machine.search(9.0, macs=0.5)
+    (choice, _), said = machine.search(9.0, macs=0.5)
     assert len(machine.measured) == 1 and said["ms"] < 0.97 * 9.0
     assert 0.45 * surgery.macs < surgery.shapes.macs(choice) <= 0.5 * surgery.macs
 
