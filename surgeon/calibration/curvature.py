@@ -38,7 +38,7 @@ class Curvature:
         weight: [groups, width * taps, outputs]; None for products of data with data.
         felt: [groups, outputs], sum over samples and positions of the squared gradient of each result.
         moments: [3, groups, width], sums over samples of u^2, u v and v^2, where u and v are the sums over a sample's positions
-            of x * gradient and of the gradient of each entry, by this consumer alone.
+            of x * gradient and of the gradient of each entry, by this consumer alone (of products of data with data: by all).
         mean: [groups, width], of x over samples and positions.
     """
 
