@@ -4,7 +4,7 @@ No fine-tuning and no new batch-norm statistics, so the criterion is all that di
 training images; top-1 is of a part of the test images. torch-pruning's ratio is searched until the MACs fit the budget.
 
     pip install torch-pruning==1.6.1 matplotlib
-    python benchmarks/criteria.py [--data DIR] [--criteria l1 taylor] [--scopes global] [--budgets 0.7] [--no-rival]
+    python benchmarks/criteria.py [--data DIR] [--criteria l1 taylor] [--scopes global] [--budgets 0.7] [--rivals]
 """
 
 from __future__ import annotations
