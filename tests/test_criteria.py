@@ -404,6 +404,36 @@ def test_kfac_says_what_the_outputs_lose(kind: str, rare: bool) -> None:
     assert (want / factors.ravel() > 3).all(), "the factors alone are wrong by far"
 
 
+def test_kfac_of_queries() -> None:
+    """No weight reads them: what zeros do to first order, a sample's tokens together."""
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.q(x), x)
+
+        def rest(self, q: Tensor, x: Tensor) -> Tensor:
+            return (q @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x)
+
+    torch.manual_seed(0)
+    model = Attend()
+    data = [torch.randn(7, 5, 6) for _ in range(2)]
+    surgery = surgeon.inspect(model, data[0])
+    group = next(g for g in surgery.groups if any(m.tensor == "q.weight" for m in g.members))
+    found = criteria.scores(ready("kfac", surgery, data), group, surgery.graph.tensors).ravel()
+    want = torch.zeros(4, dtype=torch.float64)
+    for number, x in enumerate(data, 1):
+        q = model.q(x).detach().requires_grad_()
+        out = model.rest(q, x)
+        signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        (gradient,) = torch.autograd.grad((out * signs).sum(), q)
+        want += (q.detach() * gradient).double().sum(1).square().sum(0)
+    check(found, want, 1e-4)
+
+
 def test_kfac_of_a_result_that_nothing_reads() -> None:
     """As the last residual of a WaveNet: the layer that makes it weighs nothing, the others count as ever."""
 
