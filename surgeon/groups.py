@@ -95,14 +95,15 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     atoms, slot_of, index_of = touches
     loose = ~solution.frozen[atoms]
     atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
-    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution))
+    cells = _cells(propagation, solution)
+    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution, cells))
     groups_of = np.full(len(solution.root), -1, dtype=np.int64)
     unit_of = np.full(len(solution.root), -1, dtype=np.int64)
     for number, lanes in enumerate(families):
         groups_of[lanes.ravel()] = number
         unit_of[lanes.ravel()] = np.arange(lanes.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
-    kinds, grids = _kinds(solution, groups_of, families)
+    kinds, grids = _kinds(solution, cells, groups_of, families)
     found = []
     for number, lanes in enumerate(families):
         if members[number]:
@@ -151,11 +152,21 @@ def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) ->
     return atom[order], number[order], index[order]
 
 
-def _is_row(solution: Solution) -> Track:
+def _cells(propagation: Propagation, solution: Solution) -> Track:
+    """The classes of cells of grids that some slot's entries lie in; others are only met on the way, as a reshape merges dims."""
+    found = np.zeros(len(solution.root), dtype=bool)
+    here = np.unique(solution.root[np.concatenate([*propagation.slots.values(), np.zeros(0, dtype=np.int64)])])
+    while here.size:
+        here = here[(solution.row[here] >= 0) & ~found[here]]
+        found[here] = True
+        here = np.unique(np.concatenate([solution.row[here], solution.column[here]]))
+    return np.flatnonzero(found & ~solution.outer)
+
+
+def _is_row(solution: Solution, cells: Track) -> Track:
     """Which atoms are rows of a grid: they may touch the same slots as its columns, and are another group."""
     found = np.zeros(len(solution.root), dtype=bool)
-    composite = np.flatnonzero((solution.row >= 0) & ~solution.outer)
-    for atoms in solution.atoms(solution.row[composite]):
+    for atoms in solution.atoms(solution.row[cells]):
         found[atoms[atoms >= 0]] = True
     return found
 
@@ -210,16 +221,15 @@ def _members(
     return members
 
 
-def _kinds(solution: Solution, groups_of: Track, families: list[Track]) -> tuple[list[str], list[int]]:
+def _kinds(solution: Solution, cells: Track, groups_of: Track, families: list[Track]) -> tuple[list[str], list[int]]:
     """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
     count = len(families)
     kinds, grids = ["channels"] * count, list(range(count))
     batched = [bool(solution.batched[lanes].any()) for lanes in families]
     steps = [lanes.shape[1] for lanes in families]
-    composite = np.flatnonzero((solution.row >= 0) & ~solution.outer)
     pairs: set[tuple[int, int]] = set()
-    for rows in solution.atoms(solution.row[composite]):
-        for columns in solution.atoms(solution.column[composite]):
+    for rows in solution.atoms(solution.row[cells]):
+        for columns in solution.atoms(solution.column[cells]):
             valid = (rows >= 0) & (columns >= 0)
             r, c = groups_of[rows[valid]], groups_of[columns[valid]]
             both = (r >= 0) & (c >= 0) & (r != c)

@@ -140,7 +140,8 @@ class Ledger:
 
     def compose(self, outer: Track, inner: Track) -> Track:
         """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
-        outer, inner = (a.ravel() for a in np.broadcast_arrays(outer, inner))
+        shape = np.broadcast_shapes(outer.shape, inner.shape)
+        outer, inner = self._spread(outer, shape), self._spread(inner, shape)
         key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
         known = self._cells.get(key)
         if known is None:
@@ -199,23 +200,38 @@ class Ledger:
         self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
         return axes
 
+    def _spread(self, ids: Track, shape: tuple[int, ...]) -> Track:
+        """Ids that are broadcast, in a row; of which factors they are made stays known."""
+        wide = np.broadcast_to(ids, shape).ravel()
+        factors = self._factors.get(ids.tobytes())
+        if factors is not None and wide.size > ids.size:
+            outer, inner = (self._spread(f.reshape(ids.shape), shape) for f in factors)
+            self._factors[wide.tobytes()] = outer, inner
+        return wide
+
     def _unmerged(self, track: Track, dims: Sequence[int]) -> Axes | None:
-        """The tracks that a merged dim was made of, if it is cut where it was merged."""
+        """The tracks that a merged dim was made of, if each of them varies along one of the dims that it is cut into."""
         if track.size != np.prod([track.shape[d] for d in dims]):
             return None
-        *front, last = dims
-        if not front:
-            return {last: track}
-        factors = self._factors.get(track.tobytes())
+        factors = self._factors_along(track, dims)
         if factors is None:
             return None
-        outer, inner = (f.reshape(track.shape) for f in factors)
-        if _varies(outer, last) or any(_varies(inner, d) for d in front):
-            return None
-        for d in front:
-            inner = np.take(inner, [0], axis=d)
-        axes = self._unmerged(np.take(outer, [0], axis=last), front)
-        return None if axes is None else {**axes, last: inner}
+        axes: Axes = {}
+        for dim, ids in factors:
+            axes[dim] = self.compose(axes[dim], ids).reshape(ids.shape) if dim in axes else ids
+        return axes
+
+    def _factors_along(self, ids: Track, dims: Sequence[int]) -> list[tuple[int, Track]] | None:
+        """The factors, from outer to inner, each with the dim that it varies along."""
+        along = [d for d in dims if _varies(ids, d)]
+        if len(along) > 1:
+            known = self._factors.get(ids.tobytes())
+            parts = [self._factors_along(f.reshape(ids.shape), dims) for f in known or ()]
+            return None if not parts or None in parts else [pair for part in parts for pair in part or ()]
+        dim = along[0] if along else dims[0]
+        for other in dims:
+            ids = ids if other == dim else np.take(ids, [0], axis=other)
+        return [(dim, ids)]
 
     def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
         """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them are fixed.
@@ -234,7 +250,7 @@ class Ledger:
                 merged = track
             else:
                 full = np.broadcast_shapes(merged.shape, track.shape)
-                merged = self.compose(np.broadcast_to(merged, full), np.broadcast_to(track, full)).reshape(full)
+                merged = self.compose(merged, track).reshape(full)
         if merged is None:
             return None
         full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))

@@ -8,6 +8,8 @@ Conclusions, repeated until nothing changes:
 - one class, two grids: a cell with two (row, column) pairs means that the rows are one and the columns are one
   (cutting a dim in two ways ties the coarser rows' parts together: sound, though it gives up some freedom);
 - a frozen column makes a cell the same as its row, a frozen row the same as its column;
+- a cell that is its own row leaves with every column, one that is its own column with every row: but a column or row of free
+  ids alone, which met nothing of a tensor's, never leaves;
 - a frozen cell freezes its row and its column.
 """
 
@@ -105,9 +107,10 @@ def solve(ledger: Ledger) -> Solution:
     split = np.concatenate([np.full(p.cell.size, p.split) for p in ledger.parts]) if ledger.parts else cell.astype(bool)
     balances = [(b.matrix, b.node) for b in ledger.balances]
     row, column = _orient(root, frozen, ledger)
+    owned = np.flatnonzero(~ledger.is_free(np.arange(n)))
     while True:
-        root, frozen, changed = _close_parts(root, frozen, cell, row, column)
-        changed |= _freeze_unbalanced(root, frozen, balances)
+        root, frozen, changed = _close_parts(root, frozen, cell, row, column, owned)
+        changed |= _freeze_unbalanced(root, frozen, balances) or _freeze_idle(root, frozen, cell, row, column, owned)
         if not changed:
             break
     return _assemble(ledger, root, frozen, (cell, row, column, split), balances)
@@ -179,11 +182,12 @@ def _classes_left(left: Track, right: Track) -> int:
     return len(np.unique(united))
 
 
-def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Track) -> tuple[Track, Track, bool]:
+def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Track, owned: Track) -> tuple[Track, Track, bool]:
     """Apply the three conclusions about grids until they hold."""
     changed = False
     while cell.size:
         c, r, k = root[cell], root[row], root[column]
+        idle = _idle(root, owned)
         left, right = [], []
         fr, fk = frozen[r], frozen[k]
         real = np.flatnonzero(~fr & ~fk & (c != r) & (c != k))
@@ -195,7 +199,7 @@ def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Tr
         left += [c[fk], c[fr]]
         right += [r[fk], k[fr]]
         # a cell that is its own row (column) leaves with every column (row), unless that one is frozen and never does
-        own_row, own_column = (c == r) & ~fk, (c == k) & ~fr
+        own_row, own_column = (c == r) & ~fk & ~idle[k], (c == k) & ~fr & ~idle[r]
         left += [c[own_row], c[own_column]]
         right += [k[own_row], r[own_column]]
         united = unite(root, np.concatenate(left), np.concatenate(right))
@@ -213,6 +217,22 @@ def _close_parts(root: Track, frozen: Track, cell: Track, row: Track, column: Tr
     marked = np.zeros_like(frozen)
     marked[root[np.flatnonzero(frozen)]] = True
     return root, marked, changed
+
+
+def _idle(root: Track, owned: Track) -> Track:
+    """Which classes hold free ids only: so far they met nothing that could take them along."""
+    found = np.ones(len(root), dtype=bool)
+    found[root[owned]] = False
+    return found
+
+
+def _freeze_idle(root: Track, frozen: Track, cell: Track, row: Track, column: Track, owned: Track) -> bool:
+    """Rows that met nothing, of cells that are their own columns, never leave: a batch that learned queries are repeated for."""
+    c, r, k = root[cell], root[row], root[column]
+    idle = _idle(root, owned) & ~frozen
+    found = np.concatenate([k[(c == r) & (c != k) & idle[k]], r[(c == k) & (c != r) & idle[r]]])
+    frozen[found] = True
+    return bool(found.size)
 
 
 def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, fx.Node | None]]) -> bool:

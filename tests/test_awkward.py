@@ -153,6 +153,23 @@ class Queries(nn.Module):
         return self.b(self.transformer(self.a(x).transpose(0, 1), asked)).transpose(0, 1)
 
 
+class Pooling(nn.Module):
+    """Learned queries ask the tokens, and what they get goes side by side into a layer."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.first = batch_first
+        self.a, self.queries = nn.Linear(5, 16), nn.Parameter(torch.randn(4, 16))
+        self.m, self.b = nn.MultiheadAttention(16, 4, batch_first=batch_first), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.first:
+            return self.b(self.m(self.queries.expand(x.shape[0], -1, -1), x, x)[0].flatten(1))
+        queries, x = self.queries[:, None].expand(-1, x.shape[0], -1), x.transpose(0, 1)
+        return self.b(self.m(queries, x, x, need_weights=False)[0].transpose(0, 1).reshape(-1, 64))
+
+
 def remember(s: Any, x: Tensor) -> Tensor:
     if not hasattr(s, "table"):  # made at the first run and kept
         s.table = torch.arange(6)[:, None] - torch.arange(6)[None]
@@ -212,6 +229,8 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("boxes above a threshold", Threshold, ROWS),
     ("complex rotary positions", Rotated, ROWS),
     ("learned queries", Queries, ROWS),
+    ("attention pooling", lambda: Pooling(True), ROWS),
+    ("attention pooling, sequence first", lambda: Pooling(False), ROWS),
     ("Fourier mixing", net(lambda s, x: s.b(s.a(x) + torch.fft.fft(s.a(x), dim=1).real), **LINEAR), ROWS),
     ("the greatest channel", net(lambda s, x: s.b((s.a(x) * s.a(x).max(1, True)[0].sigmoid()).mean((2, 3))), **CONV), IMAGE),
     ("bilinear", net(lambda s, x: s.b(s.c(s.a(x), s.d(x))), a=LINEAR["a"], d=lambda: nn.Linear(5, 6),
