@@ -69,7 +69,8 @@ JOBS = {
     for recipe, plan, (images, epochs) in [
         *((recipe, "", SHORT) for recipe in COMPARED),
         *((FROZEN, plan, SHORT) for plan in PLANS if plan),
-        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
+        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, rate=0.004))),
+        *((recipe, "", LONG) for recipe in (dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
         *((FROZEN, plan, LONG) for plan in PLANS if "most" in plan),
         (TURNED, "", LONGER),
     ]
