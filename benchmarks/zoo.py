@@ -112,6 +112,15 @@ def _by_torch_pruning(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
     return {}, model
 
 
+def _pictures(item: Any) -> bool:
+    """Whether an input is a list of pictures of any size, as torchvision's detectors take."""
+    return isinstance(item, list) and all(picture.dim() == 3 for picture in item)
+
+
+# LoFTR wants matches to train on, Flux's positions are those of one batch, and a graph is one sample
+_EVAL_ONLY = ("kornia/LoFTR", "diffusers/FluxTransformer2DModel", "torch_geometric/")
+
+
 def _alive(small: Any, inputs: Any, name: str) -> None:
     """Another batch size; training mode and a backward pass.
 
@@ -120,8 +129,10 @@ def _alive(small: Any, inputs: Any, name: str) -> None:
     """
     import torch
 
-    detector = isinstance(inputs, tuple) and isinstance(inputs[0], list)
+    detector = isinstance(inputs, tuple) and _pictures(inputs[0])
     args, kwargs = _more(inputs)
+    if name.startswith(_EVAL_ONLY):
+        return
     with torch.no_grad():
         small.eval()(*args, **kwargs)
     small.train()
@@ -143,7 +154,9 @@ def _more(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def longer(item: Any) -> Any:
         if isinstance(item, torch.Tensor) and item.dim():
             return torch.cat([item, item[:1], item[:1]])
-        return [*item, item[0], item[0]] if isinstance(item, list) else item
+        if isinstance(item, list):
+            return [*item, item[0], item[0]] if _pictures(item) else [*map(longer, item)]
+        return item
 
     if isinstance(inputs, dict):
         return (), {key: longer(value) for key, value in inputs.items()}

@@ -1,6 +1,6 @@
 """build(name) -> (a model in eval mode with seeded random weights, example inputs); nothing is downloaded.
 
-Names are `torchvision/NAME`, `timm/NAME` and `transformers/NAME`; a bare name is torchvision's.
+Names are `torchvision/NAME`, `timm/NAME` and `transformers/NAME`, and those of zoo_libraries.py; a bare name is torchvision's.
 
 torchvision binds fake kernels to its own C++ operators when it is imported; beside a build of torch that it was not made for,
 those operators are missing and the import fails. Their schemas are declared here then, and non-maximum suppression, the only one
@@ -85,6 +85,10 @@ def build(name: str, **options: Any) -> tuple[nn.Module, Any]:
         from zoo_transformers import build as build_transformers
 
         return build_transformers(name)
+    if library not in ("", "torchvision", "timm"):
+        from zoo_libraries import build as build_other
+
+        return build_other(f"{library}/{name}")
     model, inputs = _timm(name) if library == "timm" else _torchvision(name, options)
     fill_zero_weights(model)
     return model.eval(), inputs
