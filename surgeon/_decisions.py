@@ -3,6 +3,9 @@
 A last-bit difference of the input may change such a result altogether, and with it the shapes and the path of all that
 follows. So the recorder keeps what they gave, and later runs of the small model and of the reference take the same decisions:
 what they compute is then comparable, number by number.
+
+For the same reason all that is drawn at random (noise, a dropout that never ends) is one number while a cut is proved: draws of
+other sizes are other draws.
 """
 
 from __future__ import annotations
@@ -19,6 +22,15 @@ _ORDERS = frozenset(("sort", "topk"))
 _CHOICES = frozenset(
     "argsort argmax argmin bucketize searchsorted multinomial nonzero _local_scalar_dense _to_copy gt ge lt le eq ne".split()
 )
+
+
+_DRAWS = frozenset("bernoulli exponential normal normal_functional rand rand_like randn randn_like uniform".split())
+DRAWN = 0.5
+
+
+def draws(name: str) -> bool:
+    """Whether an ATen op, by name, draws numbers at random."""
+    return name.rstrip("_") in _DRAWS
 
 
 _CONVERT = torch.ops.aten._to_copy.default

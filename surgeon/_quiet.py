@@ -16,6 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
+def output_of(model: Any, args: Any, kwargs: Any) -> Any:
+    """The model's output. Lists and dicts among its inputs are copies: a model may write into them (SlowFast does)."""
+    args, kwargs = torch.utils._pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+    return model(*args, **kwargs)
+
+
 class PlainMode(TorchDispatchMode):
     """A dispatch mode that torch.compile never meets, so its handler is not wrapped against it (10 us an op)."""
 

@@ -4,6 +4,9 @@ During capture `tensor.shape` and `tensor.size()` give whole numbers that know t
 and keep knowing it through exact multiplication and division. When such a number comes back as a size of `view`, `reshape` or
 `unflatten`, the new dim *follows* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width
 keeps the same share as C. These are ordinary ints in every other respect, and gone after the capture.
+
+While the small model is compared, sizes remember what they were (`CheckedInt`): code that checks a size shows the number
+that must change with it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torch's own asserts decide nothing
+_OWN_DIR = os.path.dirname(__file__) + os.sep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,8 @@ class TracedInt(int):
         return int(self) % other
 
     def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("einops."):
+            raise TypeError("einops keeps what it computed of sizes: the next tensor of this shape would get numbers of this one")
         return hash(int(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,7 +105,65 @@ class TracedInt(int):
         return int(self)
 
 
-class SizeMode(TorchFunctionMode):
+class CheckedInt(int):
+    """A size of the small model that remembers what it was: where code compares it with that, it is told that it is still so.
+
+    Args:
+        old: the size of the original.
+        stale: told of such a comparison: "eq" or "ne", the old size, the new one.
+    """
+
+    old: int
+    stale: Callable[[str, int, int], None]
+
+    def __new__(cls, value: int, old: int, stale: Callable[[str, int, int], None]) -> CheckedInt:
+        made = super().__new__(cls, value)
+        made.old, made.stale = old, stale
+        return made
+
+    def _is_stale(self, op: str, other: object) -> bool:
+        if type(other) is not int or other != self.old or self.old == int(self):
+            return False
+        if sys._getframe(2).f_code.co_filename.startswith((_TORCH_DIR, _OWN_DIR)):
+            return False
+        self.stale(op, self.old, int(self))
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self._is_stale("eq", other) or int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self._is_stale("ne", other) and int(self) != other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+class Sizes(TorchFunctionMode):
+    """Hands out sizes of tensors as other ints."""
+
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        """What the code gets for one size."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "size" and isinstance(result, int):
+            dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
+            return self.one(args[0], dim % args[0].dim(), result)
+        if name == "size" or (name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.shape):
+            return torch.Size([self.one(args[0], dim, n) for dim, n in enumerate(result)])
+        return result
+
+
+class SizeMode(Sizes):
     """Hands out traced sizes and reports which dims of reshaped tensors follow which.
 
     Args:
@@ -110,18 +174,14 @@ class SizeMode(TorchFunctionMode):
         super().__init__()
         self.node_of = node_of
 
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        node = self.node_of(tensor) if size > 1 else None
+        return size if node is None else TracedInt(size, Follows(node, dim))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.shape:
-            return self._traced(args[0], result)
-        if name == "size":
-            if isinstance(result, torch.Size):
-                return self._traced(args[0], result)
-            if isinstance(result, int):
-                dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
-                return self._traced(args[0], torch.Size([result]), [dim % args[0].dim()])[0]
-        elif name == "flatten" and isinstance(result, Tensor):
+        if name == "flatten" and isinstance(result, Tensor):
             node = self.node_of(result)
             if node is not None:
                 node.meta["derived"] = True  # torch computes the size from the shape
@@ -130,13 +190,6 @@ class SizeMode(TorchFunctionMode):
         elif name in ("expand", "repeat") and isinstance(result, Tensor):
             self._repeat(args, kwargs or {}, result)
         return result
-
-    def _traced(self, tensor: Tensor, size: torch.Size, dims: Any = None) -> torch.Size:
-        node = self.node_of(tensor)
-        if node is None:
-            return size
-        dims = range(len(size)) if dims is None else dims
-        return torch.Size([TracedInt(n, Follows(node, d)) if n > 1 else n for d, n in zip(dims, size, strict=True)])
 
     def _repeat(self, args: Any, kwargs: Any, result: Tensor) -> None:
         """Note where the sizes come from to which dims of size 1 grew."""

@@ -62,13 +62,30 @@ _RENAMED = {
 
 @cache
 def functional(func: Any) -> Any:
-    """The op that returns what an in-place op writes: `add_.Tensor` -> `add.Tensor`; None if there is none."""
+    """The op that returns what an in-place op writes: `add_.Tensor` -> `add.Tensor`, `pow_.Scalar` -> `pow.Tensor_Scalar`.
+
+    None if there is none.
+    """
     name = func._schema.name.split("::")[1]
     namespace = getattr(torch.ops, func._schema.name.split("::")[0])
     if name in _RENAMED:
         return _RENAMED[name]
     packet = getattr(namespace, name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(packet, func._overloadname, None) if packet is not None else None
+    if packet is None:
+        return None
+    overloads = [getattr(packet, name) for name in sorted(packet.overloads(), key=lambda n: n != func._overloadname)]
+    return next((op for op in overloads if _takes(op)[: len(_takes(func))] == _takes(func)), None)
+
+
+def _takes(op: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+
+
+def left_out(func: Any, pure: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that the call left out because `func` has a default, where `pure` has none (`bernoulli_` has p = 0.5)."""
+    needed = {a.name for a in pure._schema.arguments if not a.has_default_value()}
+    rest = func._schema.arguments[len(args) :]
+    return {a.name: a.default_value for a in rest if a.name in needed and a.name not in kwargs and a.has_default_value()}
 
 
 def keeps_layout(func: Any, args: tuple[Any, ...]) -> bool:

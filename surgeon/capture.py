@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon._quiet import quiet_run, real_indices
+from surgeon._quiet import output_of, quiet_run, real_indices
 from surgeon._sizes import SizeMode, looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph import Graph, tensor_leaves
@@ -58,7 +58,7 @@ def capture(
                 for path, tensor in tensor_leaves((args, kwargs)):
                     recorder.placeholder(path, tensor)
                 with looking_inside_functional(), recorder, SizeMode(recorder.node_of):
-                    output = model(*args, **kwargs)
+                    output = output_of(model, args, kwargs)
             return dataclasses.replace(recorder.finish(output, args, kwargs, assumed, outputs), training=training)
         except SurgeonError:
             raise

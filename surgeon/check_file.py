@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from surgeon import agree
+from surgeon._quiet import output_of
 from surgeon.agree import Inputs, batch_size_of
 from surgeon.errors import ExportError
 from surgeon.graph import tensor_leaves
@@ -61,7 +62,7 @@ def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> float:
     args, kwargs = agree.fresh(inputs, seed)
     batch = batch_size_of(inputs)
     try:
-        expected = [(path, tensor.detach().cpu()) for path, tensor in tensor_leaves(model(*args, **kwargs))]
+        expected = [(path, tensor.detach().cpu()) for path, tensor in tensor_leaves(output_of(model, args, kwargs))]
     except Exception as error:  # the model's own code: anything may come out of it, and all of it is reported
         why = f"{type(error).__name__}: {head(str(error))}"
         raise ExportError(f"the model itself does not run on a batch of {batch}", why=why, fix=ANY_BATCH) from error

@@ -1,34 +1,41 @@
 """compare(small, runs, shapes, choice) -> notes: where a small model's code passes other sizes than the cut asks for.
 
 The small model is run under a mode that holds each op against the recorded run. A size that should have changed and did not is
-noted, and the right one is put in its place, so that one run finds all of them.
+noted, and the right one is put in its place, so that one run finds all of them. So is a number that the code compares a size with
+and found equal to it before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from surgeon._alike import Beside, alike, same
 from surgeon._decisions import replay
-from surgeon._quiet import quiet_run
-from surgeon._sizes import looking_inside_functional
+from surgeon._quiet import output_of, quiet_run
+from surgeon._running import user_line
+from surgeon._sizes import CheckedInt, Sizes, looking_inside_functional
 from surgeon._views import getitem
 from surgeon.cost import Choice, Shapes
 from surgeon.errors import MendError
-from surgeon.graph import Call, Graph, source_line, spec
+from surgeon.graph import Call, Graph, Spec, named_tensors, source_line, spec
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
+
+COMPARISONS = ("eq", "ne")
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """One number that the small model's code got wrong: the op at `call` has `got` where the cut asks for `want`."""
+    """One number that the small model's code got wrong: the op at `call` has `got` where the cut asks for `want`.
+
+    An op of `COMPARISONS` is no op: before `call` the code compared a size, which is `want` now, with `got`.
+    """
 
     call: int
     module: str
@@ -42,24 +49,28 @@ class Note:
 
     def __str__(self) -> str:
         line = source_line(self.source)
-        return f"{self.op} in module '{self.module}'" + (f" at {line}" if line else "") + f": {self.got} should be {self.want}"
+        op = f"comparison ({self.op})" if self.op in COMPARISONS else self.op
+        return f"{op} in module '{self.module}'" + (f" at {line}" if line else "") + f": {self.got} should be {self.want}"
 
 
-def compare(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> list[Note]:
+def compare(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice, comparisons: bool = True) -> list[Note]:
     """Run the small model as the original was run and note every size that differs from what the cut asks for.
+
+    Args:
+        comparisons: where the code compares a new size with the old one, note it and let it find them equal as before.
 
     Raises:
         MendError: the small model takes another path through its code, or an op gives a shape that was not predicted.
     """
-    return [note for graph in runs for note in _compare_one(small, graph, shapes, choice)]
+    return [note for graph in runs for note in _compare_one(small, graph, shapes, choice, comparisons)]
 
 
-def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> list[Note]:
+def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice, comparisons: bool) -> list[Note]:
     mode = _Comparer(small, graph, shapes, choice)
     with quiet_run(small, seed=0, training=graph.training), mode.stack:
         try:
-            with looking_inside_functional(), mode, _Reshapes(mode):
-                small(*graph.args, **graph.kwargs)
+            with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
+                output_of(small, graph.args, graph.kwargs)
         except MendError:
             if not mode.notes:  # else: mend what is known, then look again
                 raise
@@ -75,16 +86,22 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice)
     return mode.notes
 
 
-class _Reshapes(TorchFunctionMode):
-    """Catches reshapes whose sizes do not fit: they fail before they become an ATen op."""
+class _SmallSizes(Sizes):
+    """Hands out sizes that know what they were; catches reshapes that do not fit, which fail before they become an ATen op."""
 
-    def __init__(self, comparer: _Comparer) -> None:
+    def __init__(self, comparer: _Comparer, comparisons: bool) -> None:
         super().__init__()
-        self.comparer = comparer
+        self.comparer, self.comparisons = comparer, comparisons
+
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        old = self.comparer.old_shape(tensor) if self.comparisons else None
+        if old is None or len(old) != tensor.dim() or old[dim] == size:
+            return size
+        return CheckedInt(size, old[dim], self.comparer.compared)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in ("reshape", "view"):
-            return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
         try:
             return func(*args, **(kwargs or {}))
         except RuntimeError:
@@ -97,6 +114,30 @@ class _Comparer(Beside):
         super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
         self.notes: list[Note] = []
+        self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
+        for name, tensor in named_tensors(small):
+            if name in graph.tensors:
+                self._know(tensor, tuple(graph.tensors[name].shape))
+
+    def _know(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        self.known[id(tensor)] = weakref.ref(tensor), shape
+
+    def old_shape(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The shape that a tensor had in the recorded run."""
+        ref, shape = self.known.get(id(tensor), (None, None))
+        return shape if ref is not None and ref() is tensor else None
+
+    def compared(self, op: str, old: int, new: int) -> None:
+        """Note that the code compares a size, which is `new`, with the number that it was."""
+        self.notes.append(Note(self.at, self.stack.current, user_line(), op, old, new, old))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(out, Tensor) and self.old_shape(out) is None and args and isinstance(args[0], Tensor):
+            before = self.old_shape(args[0])  # such as a copy, which is not held against the record
+            if before is not None and out.shape == args[0].shape:
+                self._know(out, before)
+        return out
 
     def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         call = self._match(func, args)
@@ -107,6 +148,11 @@ class _Comparer(Beside):
         if out is None:
             out = func(*args, **kwargs)
         self._check(call, out)
+        specs = call.node.meta["spec"]
+        several = isinstance(out, list | tuple)
+        for tensor, was in zip(out, specs, strict=True) if several and isinstance(specs, tuple) else [(out, specs)]:
+            if isinstance(tensor, Tensor) and isinstance(was, Spec):
+                self._know(tensor, was.shape)
         self.at += 1
         return out
 

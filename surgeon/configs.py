@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from surgeon._quiet import quiet_run
+from surgeon._quiet import output_of, quiet_run
 from surgeon.blueprint import Blueprint, Sizes, Values, numbers_of, sizes_of
 from surgeon.compare import compare
 from surgeon.cost import Choice, Shapes
@@ -156,7 +156,7 @@ def unsaid(reason: str) -> PlanError:
 
 def _run(model: nn.Module, graph: Graph) -> list[Tensor]:
     with quiet_run(model, seed=0):
-        return [tensor for _, tensor in tensor_leaves(model(*graph.args, **graph.kwargs))]
+        return [tensor for _, tensor in tensor_leaves(output_of(model, graph.args, graph.kwargs))]
 
 
 def _name(slot: Slot) -> str:

@@ -130,9 +130,19 @@ def apply_edit(model: nn.Module, edit: Edit) -> None:
         if found != edit.old and found != edit.new:
             raise _misfit(edit, f"it holds {found!r}")
         set_path(module, edit.name, edit.new)
+        _derive(module)
         refresh(module, edit.module)
     else:
         rewrite_forward(module, edit)
+
+
+def _derive(module: nn.Module) -> None:
+    """Where a module's class says what its state is and how it comes back from it (einops), compute anew what it derives."""
+    for kind in type(module).__mro__:
+        if {"__getstate__", "__setstate__"} <= vars(kind).keys() and not kind.__module__.startswith("torch."):
+            held: Any = kind
+            held.__setstate__(module, held.__getstate__(module))
+            return
 
 
 def _misfit(edit: Edit, why: str) -> MendError:

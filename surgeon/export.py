@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon import agree
-from surgeon._quiet import quiet_run
+from surgeon._quiet import output_of, quiet_run
 from surgeon.agree import Inputs, batch_size_of, with_batch
 from surgeon.capture import capture
 from surgeon.check_file import ANY_BATCH, compare, larger
@@ -210,7 +210,7 @@ def _without_writes(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
     with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
-        for _, tensor in tensor_leaves(model(*args, **kwargs)):
+        for _, tensor in tensor_leaves(output_of(model, args, kwargs)):
             yield tensor.nan_to_num() if tensor.is_floating_point() else tensor
 
 
@@ -247,7 +247,7 @@ def _output_names(model: nn.Module, inputs: Inputs) -> list[str] | None:
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
     taken = {path for part in inputs for path, _ in tensor_leaves(part)}
     with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
-        names = [path if not path[0].isdigit() else f"output.{path}" for path, _ in tensor_leaves(model(*args, **kwargs))]
+        names = [path if not path[0].isdigit() else f"output.{path}" for path, _ in tensor_leaves(output_of(model, args, kwargs))]
         if len(set(names)) == len(names) and not taken & set(names):
             return names
     return None

@@ -11,11 +11,13 @@ import contextlib
 import difflib
 import itertools
 import linecache
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -55,15 +57,39 @@ def constants(traced: fx.GraphModule) -> dict[str, Tensor]:
 def _traced(module: nn.Module, buffers: bool, training: Mode, known: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     own = {**module.__dict__, **(known or {})}
     shallow = type(module).__new__(type(module))  # what forward keeps on its module lands here
-    try:
-        shallow.__dict__.update(own)
-        graph = _OneModule(buffers, training, calls_factories=True).trace(shallow)
-    except Exception:  # noqa: BLE001  # the code looks into such a tensor (or anything else is wrong: it is raised again)
+    ways = list(itertools.product(((), _called(module)), (True, False)))
+    for wrapped, calls_factories in ways:
         shallow.__dict__.clear()
         shallow.__dict__.update(own)
-        graph = _OneModule(buffers, training, calls_factories=False).trace(shallow)
+        try:
+            graph = _OneModule(buffers, training, calls_factories, wrapped).trace(shallow)
+            break
+        except Exception:
+            if (wrapped, calls_factories) == ways[-1]:
+                raise
     shallow.__dict__["training"] = module.training
     return fx.GraphModule(shallow, graph, type(module).__name__)
+
+
+def _called(module: nn.Module) -> tuple[tuple[dict[str, Any], str], ...]:
+    """Where the module's code finds functions of Python's: (namespace, name); those of modules that are no part of torch, too."""
+    kinds = [kind for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+    methods = [f for kind in kinds for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    names = sorted({name for f in methods for name in f.__code__.co_names})
+    spaces = {id(f.__globals__): f.__globals__ for f in methods}
+    for name, space in itertools.product(names, tuple(spaces.values())):
+        held = space.get(name)
+        if isinstance(held, types.ModuleType) and not _of_torch(held.__name__):
+            spaces[id(vars(held))] = vars(held)
+    return tuple((space, name) for space in spaces.values() for name in names if _is_foreign(space.get(name)))
+
+
+def _is_foreign(found: Any) -> bool:
+    return isinstance(found, types.FunctionType) and not _of_torch(found.__module__ or "")
+
+
+def _of_torch(name: str) -> bool:
+    return name.partition(".")[0] in ("torch", "builtins", "math", "_operator")
 
 
 class _OneModule(fx.Tracer):
@@ -72,10 +98,14 @@ class _OneModule(fx.Tracer):
     Args:
         training: the mode; None: it is read when the graph runs, and what decides by it cannot be traced.
         calls_factories: tensors that the forward makes are made when it runs, on the device that it runs on; else they are kept.
+        wrapped: where functions are that are not looked into, as (namespace, name).
     """
 
-    def __init__(self, buffers: bool, training: Mode, calls_factories: bool) -> None:
+    def __init__(
+        self, buffers: bool, training: Mode, calls_factories: bool, wrapped: Sequence[tuple[dict[str, Any], str]] = ()
+    ) -> None:
         super().__init__()
+        self.wrapped = wrapped
         self.proxy_buffer_attributes, self.training, self.calls_factories = buffers, training, calls_factories
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -88,7 +118,7 @@ class _OneModule(fx.Tracer):
         return made
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _Factories(self) if self.calls_factories else contextlib.nullcontext():
+        with _Factories(self) if self.calls_factories else contextlib.nullcontext(), self._calling():
             graph = super().trace(root, concrete_args)
         for node in graph.find_nodes(op="get_attr", target="training"):
             if not node.users:
@@ -97,6 +127,28 @@ class _OneModule(fx.Tracer):
             if isinstance(node.type, str):  # of a file with postponed annotations; TorchScript wants the class
                 node.type = _hints(type(root)).get("return" if node.op == "output" else node.target)
         return graph
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Put calls of the wrapped functions on traced values into the graph."""
+        before = [(space, name, space[name]) for space, name in self.wrapped]
+
+        def put(function: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*args: Any, **kwargs: Any) -> Any:
+                leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+                if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+                    return self.create_proxy("call_function", function, args, kwargs)
+                return function(*args, **kwargs)
+
+            return called
+
+        try:
+            for space, name, function in before:
+                space[name] = put(function)
+            yield
+        finally:
+            for space, name, function in before:
+                space[name] = function
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -119,6 +171,12 @@ class _Factories(TorchFunctionMode):
         if func in self.functions:
             return self.tracer.create_proxy("call_function", func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def foreign(traced: fx.GraphModule) -> set[str]:
+    """Names of the functions that the forward calls and that are neither torch's nor Python's own."""
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    return {str(f.__name__) for f in called if _is_foreign(f)}
 
 
 # -- what is in it --------------------------------------------------------------------------------------------------

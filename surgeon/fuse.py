@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._quiet import quiet_run
+from surgeon._quiet import output_of, quiet_run
 from surgeon.capture import capture
 from surgeon.errors import CaptureError, FuseError
 from surgeon.folding import Fold, Site, constants, products
@@ -217,7 +217,7 @@ def _check_same(model: nn.Module, fused: nn.Module, graph: Graph) -> None:
     outputs = []
     for module in (model, fused):
         with quiet_run(module, seed=0):
-            outputs.append(list(tensor_leaves(module(*graph.args, **graph.kwargs))))
+            outputs.append(list(tensor_leaves(output_of(module, graph.args, graph.kwargs))))
     for (path, expected), (_, found) in zip(*outputs, strict=True):
         if not expected.is_floating_point():
             continue

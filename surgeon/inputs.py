@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon._quiet import quiet_run, real_indices
+from surgeon._quiet import output_of, quiet_run, real_indices
 from surgeon.errors import CaptureError, InputError
 from surgeon.graph import tensor_leaves
 
@@ -111,7 +111,7 @@ def _runs(model: nn.Module, inputs: Any) -> str | None:
     args, kwargs = real_indices(normalize(inputs))
     try:
         with quiet_run(model, seed=0):
-            model(*args, **kwargs)
+            output_of(model, args, kwargs)
     except Exception as error:  # noqa: BLE001  # the model's own code: anything may come out of it, and all of it is reported
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
     return None

@@ -14,6 +14,8 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
 - reduced:  entries that are summed or normalised over: free ones among them stay, because it matters how many there are.
 - batched:  ids of rows that an op computes one by one (heads, groups).
+- read:     ids that an op computes with; others of a tensor were only cut off (a table that is longer than the input).
+- dims:     the tracks of values: something must stay of each.
 - heads, head_dims: ids that batched products of activations compute one by one, or sum over and give (attention).
 """
 
@@ -72,7 +74,9 @@ class Ledger:
         self.batched: list[Track] = []
         self.heads: list[Track] = []
         self.head_dims: list[Track] = []
+        self.dims: dict[int, Track] = {}
         self._free = np.zeros(1 << 10, dtype=bool)
+        self._read = np.zeros(1 << 10, dtype=bool)
         self.node: fx.Node | None = None
         self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
         self._cells: dict[bytes, Track] = {}
@@ -84,7 +88,7 @@ class Ledger:
         ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
         if self.count > len(self._free):
-            self._free = np.concatenate([self._free, np.zeros(self.count, dtype=bool)])
+            self._free, self._read = (np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._free, self._read))
         return ids
 
     def mark_free(self, ids: Track) -> None:
@@ -94,6 +98,20 @@ class Ledger:
     def is_free(self, ids: Track) -> Track:
         found: Track = self._free[ids]
         return found
+
+    def value(self, axes: Axes) -> None:
+        """An op gives a value with these tracks."""
+        self.dims |= {id(track): track for track in axes.values() if track.size}
+
+    def read(self, axes: Axes) -> None:
+        """An op computes with these entries and with the model's inputs."""
+        for track in axes.values():
+            self._read[track] = True
+
+    @property
+    def is_read(self) -> Track:
+        """id -> whether an op computes with it."""
+        return self._read[: self.count]
 
     def reduced(self, ids: Track) -> None:
         """These entries are summed or normalised over."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +20,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon._alike import ALIKE
-from surgeon.compare import Note, compare
+from surgeon.compare import COMPARISONS, Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit
 from surgeon.errors import MendError
-from surgeon.forwards import literals, trace_one
+from surgeon.forwards import foreign, literals, trace_one
 from surgeon.graph import Graph, Spec, named_tensors, spec
 from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
 _TRIALS = 8  # of attributes that may have to change together
+_PAIRS = 4  # second attributes that are tried with a first one
+_END = sys.maxsize
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
@@ -56,10 +59,16 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
             break
         kept, notes = _tried(small, trial, notes, refused, lambda: compare(small, runs, shapes, choice))
         edits += kept
+    where = "; ".join(str(n) for n in notes[:3])
+    if notes and all(note.op in COMPARISONS for note in notes):  # perhaps the code does the same whatever it finds
+        try:
+            notes = compare(small, runs, shapes, choice, comparisons=False)
+        except MendError as error:
+            raise MendError(error.what, where=f"{where}; {error.where}", why=error.why, fix=error.fix) from error
     if notes:
         raise MendError(
             f"the model's code holds {len(notes)} sizes that could not be changed",
-            where="; ".join(str(n) for n in notes[:3]),
+            where=where,
             why="no integer attribute of the module and no literal in its traced forward explains them"
             + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
             fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
@@ -71,18 +80,18 @@ def _tried(
     small: nn.Module, trial: list[Edit], notes: list[Note], refused: set[tuple[str, str, str]], look: Callable[[], list[Note]]
 ) -> tuple[list[Edit], list[Note]]:
     """Make the edits of a trial that help, and tell what is left to change; the others are undone and refused."""
-    before = {edit: type(small.get_submodule(edit.module)) for edit in trial}
-    made = [edit for edit in trial if _applied(small, edit, refused)]
+    made, undo = _make(small, trial, refused)
+    after: list[Note] = []
     try:
         after = look()
         worse = _worse(notes, after, made)
     except MendError:  # one of them leads the code astray
         worse = made
-    for edit in reversed(worse):
-        if edit.kind == "literal":  # it changed the module's class
-            small.get_submodule(edit.module).__class__ = before[edit]
-        else:
-            apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+    if worse and len(made) == 1:
+        together = _with_others(small, made[0], notes, after, look)
+        if together is not None:
+            return together
+    undo(worse)
     if len(worse) == len(made) > 1:  # find out which
         kept: list[Edit] = []
         for edit in made:
@@ -91,6 +100,46 @@ def _tried(
         return kept, notes
     refused |= {(edit.module, edit.kind, edit.name) for edit in worse}
     return [edit for edit in made if edit not in worse], look() if worse else after
+
+
+def _with_others(
+    small: nn.Module, edit: Edit, before: list[Note], after: list[Note], look: Callable[[], list[Note]]
+) -> tuple[list[Edit], list[Note]] | None:
+    """Change numbers for the sizes that an edit made wrong: code that divides a width by a number of heads needs both changed."""
+    inside = f"{edit.module}." if edit.module else ""
+    new = [note for note in after if note not in before and f"{note.module}.".startswith(inside)]
+    refused = {(edit.module, edit.kind, edit.name)}  # what was refused alone may be right together
+    for _ in range(_PAIRS):
+        trial = [found for found in _propose(small, new, refused) if (found.module, found.kind) == (edit.module, "attribute")]
+        if not trial:
+            return None
+        made, undo = _make(small, trial, refused)
+        try:
+            notes = look()
+            if not _worse(before, notes, [edit, *made]):
+                return [edit, *made], notes
+        except MendError:  # it leads the code astray
+            pass
+        undo(made)
+        refused |= {(found.module, found.kind, found.name) for found in made}
+    return None
+
+
+def _make(
+    small: nn.Module, trial: list[Edit], refused: set[tuple[str, str, str]]
+) -> tuple[list[Edit], Callable[[list[Edit]], None]]:
+    """Make the edits that can be made; which they are, and what undoes some of them."""
+    before = {edit: type(small.get_submodule(edit.module)) for edit in trial}
+    made = [edit for edit in trial if _applied(small, edit, refused)]
+
+    def undo(edits: list[Edit]) -> None:
+        for edit in reversed(edits):
+            if edit.kind == "literal":  # it changed the module's class
+                small.get_submodule(edit.module).__class__ = before[edit]
+            else:
+                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+
+    return made, undo
 
 
 def _applied(small: nn.Module, edit: Edit, refused: set[tuple[str, str, str]]) -> bool:
@@ -199,26 +248,37 @@ def _propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, s
 
 
 def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """An attribute of the module or of one that holds it: the one that explains most notes, exact matches first."""
+    """An attribute of the module or of one that holds it: the one that explains most notes, exact matches first.
+
+    Of those that are divided somewhere, those that become a width of the module's parameters come first.
+    """
+    widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
     for owner in _owners(path):
-        best: tuple[tuple[int, int], Edit] | None = None
+        best: tuple[tuple[bool, bool, int, int], Edit] | None = None
         for name, value in integers(small.get_submodule(owner)):
             if (owner, "attribute", name) in refused or value <= 0:
                 continue
             for note in notes:
-                if note.old % value or note.got % value or note.got < value:
+                found = _solved(note, value)
+                if found is None or found[0] == value:
                     continue
-                times = note.got // value
-                if note.want % times or note.want // times == value:
-                    continue
-                new = note.want // times
+                new, times = found
                 fits = sum(_explains(n, value, new) for n in notes)
-                rank = (fits, -times)
+                rank = (note.got >= value, note.got < value and new in widths, fits, -times)
                 if best is None or rank > best[0]:
                     best = (rank, Edit(owner, "attribute", name, value, new))
         if best is not None:
             return best[1]
     return _below_it(small, path, notes, refused)
+
+
+def _solved(note: Note, value: int) -> tuple[int, int] | None:
+    """(what a number must become, how many times) where the code passes a multiple of it, or a fraction (width // heads)."""
+    times, rest = divmod(note.got, value)
+    if times and not rest and note.old % value == 0:
+        return None if note.want % times else (note.want // times, times)
+    times, rest = divmod(value, note.got) if note.got > 0 else (0, 1)
+    return (note.want * times, times) if times and not rest else None
 
 
 def _owners(path: str) -> list[str]:
@@ -261,7 +321,7 @@ def _below_it(small: nn.Module, path: str, notes: list[Note], refused: set[tuple
 
 
 def _explains(note: Note, value: int, new: int) -> bool:
-    return note.got % value == 0 and note.got // value * new == note.want
+    return note.got * new == note.want * value and (note.got % value == 0 or value % note.got == 0)
 
 
 def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
@@ -270,14 +330,17 @@ def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[
         traced = trace_one(small.get_submodule(path))
     except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises; no trace means no literal
         return None
+    others = foreign(traced)
     for note in notes:
         found = [
             name
             for name, value in literals(traced)
-            if value == note.got and (path, "literal", name) not in refused and _same_call(name, note.op)
+            if value == note.got
+            and (path, "literal", name) not in refused
+            and (name.partition(":")[0] in others or _same_call(name, note.op))
         ]
         if found:  # the number at the same place of a list, else the first that fits
-            name = min(found, key=lambda n: {note.place: 0, note.place + 1: 1}.get(int(n.rpartition(".")[2]), 2))
+            name = min(found, key=lambda n: {str(note.place): 0, str(note.place + 1): 1}.get(n.rpartition(".")[2], 2))
             return Edit(path, "literal", name, note.got, note.want)
     return None
 
@@ -324,7 +387,13 @@ def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
 
 
 def _worse(before: list[Note], after: list[Note], trial: list[Edit]) -> list[Edit]:
-    """Edits after which the modules below them have no fewer notes; all notes count for parts that had none of their own."""
+    """Edits after which the modules below them have no fewer notes; all notes count for parts that had none of their own.
+
+    All of them if the code stops now that ran to its end before, or stops earlier: it was noted less far.
+    """
+    reached = [max((note.call for note in notes if note.stopped), default=_END) for notes in (before, after)]
+    if reached[1] < reached[0]:
+        return trial
 
     def scope(edit: Edit) -> str:
         return edit.module if _below(before, edit.module) else ""

@@ -16,7 +16,8 @@ from torch import fx
 
 from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Ledger, Track
-from surgeon.rules import Site, rule_of
+from surgeon.rules import Family, Site, family, rule_of
+from surgeon.rules.registry import op_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
     made: dict[str, Axes] = {}
     follows: list[tuple[Track, Track]] = []
     for run in (graph, *further):
+        fed = {node for _, node in run.inputs}
         for node in run.fx.nodes:
             ledger.node = node
             if node.op == "get_attr":
@@ -62,6 +64,11 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
                 axes[node] = {}
             elif node.op == "call_function":
                 axes[node] = rule_of(node)(Site(node, axes, ledger))
+                for part in _parts(axes[node]):
+                    ledger.value(part)
+                if not fed.isdisjoint(node.all_input_nodes):
+                    fed.add(node)
+                _read(node, axes, node in fed, ledger)
             if "follows" in node.meta and isinstance(axes[node], dict):
                 follows += _follow(node, axes)
         for path, node in run.outputs:
@@ -69,6 +76,28 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
             ledger.freeze_all(axes[node], f"is the model's output '{path}'")
     ledger.node = None
     return Propagation(ledger, slots, axes, tuple(follows))
+
+
+def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, ledger: Ledger) -> None:
+    """What an op computes with: everything, of values that come from the model's inputs; else what it sums or normalises over.
+
+    Others may be cut off later on: the rest of a table that was only converted, scaled or added to another one.
+    """
+    kind = family(op_name(node))
+    given = [part for source in node.all_input_nodes for part in _parts(axes[source])]
+    if fed and kind not in (Family.MOVEMENT, Family.FACTORY):
+        for part in given:
+            ledger.read(part)
+    elif kind in (Family.CONTRACTION, Family.REDUCTION, Family.OPAQUE):
+        passed = [track.ravel() for part in _parts(axes[node]) for track in part.values()]
+        gone = np.concatenate(passed) if passed else np.zeros(0, dtype=np.int64)
+        for part in given:
+            ledger.read({dim: np.setdiff1d(track, gone) for dim, track in part.items()})
+
+
+def _parts(axes: Any) -> tuple[Axes, ...]:
+    """The tracks of each output of an op."""
+    return axes if isinstance(axes, tuple) else (axes,)
 
 
 def _follow(node: fx.Node, axes: dict[fx.Node, Any]) -> list[tuple[Track, Track]]:

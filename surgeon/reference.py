@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon import masks
-from surgeon._decisions import replay
+from surgeon._decisions import DRAWN, draws, replay
 from surgeon._views import getitem
 from surgeon.absence import Op, nest, wide
 from surgeon.errors import ProofError
@@ -103,7 +103,8 @@ class Reference:
             taken = replay(node, [nest(a, call.data) for a in args], node.kwargs)
             if taken is not None:
                 return call.outputs(taken, ())
-        return SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
+        result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
+        return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 
 
 def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:

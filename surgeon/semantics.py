@@ -236,6 +236,14 @@ def _unfolded(call: Op) -> Any:
     return result, masks.tidy(found)
 
 
+def _sampled(call: Op) -> Any:
+    """grid_sample: samples and channels are present or not."""
+    x, grid = call.args[:2]
+    if masks.varies(call.mask(x), range(2, call.data(x).dim())) or masks.varies(call.mask(grid), range(1, call.data(grid).dim())):
+        raise refusal(call, "presence varies over places")
+    return call.run(call.zeroed), masks.tidy([*call.mask(x), *call.mask(grid)])
+
+
 def _index_put(call: Op) -> Any:
     x, indices, values = call.args[:3]
     result = call.run(call.data)
@@ -251,10 +259,11 @@ def _index_put(call: Op) -> Any:
 
 
 def _index_add(call: Op) -> Any:
-    x, dim, _, source = call.args[:4]
-    if masks.varies(call.mask(x), [dim]) or masks.varies(call.mask(source), [dim]):
+    x, dim, index, source = call.args[:4]
+    operands = [x, source] if call.name.startswith("index") else [x, index, source]  # scatter: an index for each entry
+    if any(masks.varies(call.mask(operand), [dim % call.data(x).dim()]) for operand in operands):
         raise refusal(call, "entries that are written by index were removed")
-    return call.run(call.data), masks.tidy([*call.mask(x), *call.mask(source)])
+    return call.run(call.data), masks.tidy([factor for operand in operands for factor in call.mask(operand)])
 
 
 def _grouped_product(call: Op) -> Any:
@@ -325,9 +334,14 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     "glu": _gated,
     "im2col": _unfolded,
     "col2im": _unfolded,
+    "grid_sampler_2d": _sampled,
+    "grid_sampler_3d": _sampled,
     "index_put": _index_put,
     "index_add": _index_add,
     "index_copy": _index_add,
+    "scatter": _index_add,
+    "scatter_add": _index_add,
+    "scatter_reduce": _index_add,
     "_unsafe_index_put": _index_put,
     "_grouped_mm": _grouped_product,
     "_weight_norm_interface": normalise.weight_norm,

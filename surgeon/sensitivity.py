@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from surgeon._quiet import quiet_run
+from surgeon._quiet import output_of, quiet_run
 from surgeon.bands import producers
 from surgeon.errors import BudgetError, InputError, MissingExtraError
 from surgeon.graph import tensor_leaves
@@ -149,7 +149,7 @@ def _answers(model: nn.Module, batches: list[Any], loss: Any) -> list[Any]:
     for inputs, targets in batches:
         args, kwargs = normalize(inputs)
         with torch.no_grad(), quiet_run(model, seed=0):
-            output = model(*args, **kwargs)
+            output = output_of(model, args, kwargs)
             if loss is not None:
                 found.append(float(loss(output, targets)))
             else:

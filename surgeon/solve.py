@@ -10,7 +10,9 @@ Conclusions, repeated until nothing changes:
 - a frozen column makes a cell the same as its row, a frozen row the same as its column;
 - a cell that is its own row leaves with every column, one that is its own column with every row: but a column or row of free
   ids alone, which met nothing of a tensor's, never leaves;
-- a frozen cell freezes its row and its column.
+- a frozen cell freezes its row and its column;
+- a class that is all of some value's dim is frozen: it would leave nothing of it;
+- what no op of the run computed with is frozen: the rest of a table of positions, which longer inputs need.
 """
 
 from __future__ import annotations
@@ -108,12 +110,19 @@ def solve(ledger: Ledger) -> Solution:
     balances = [(b.matrix, b.node) for b in ledger.balances]
     row, column = _orient(root, frozen, ledger)
     owned = np.flatnonzero(~ledger.is_free(np.arange(n)))
+    freezes = list(ledger.freezes)
     while True:
         root, frozen, changed = _close_parts(root, frozen, cell, row, column, owned)
         changed |= _freeze_unbalanced(root, frozen, balances) or _freeze_idle(root, frozen, cell, row, column, owned)
         if not changed:
-            break
-    return _assemble(ledger, root, frozen, (cell, row, column, split), balances)
+            unread = _unread(root, frozen, cell, row, column, ledger.is_read)
+            alone = _alone(root, frozen, ledger)
+            if not unread.size and not alone.size:
+                break
+            freezes.append(Freeze(unread, "is not read for this input, but may be for others", None))
+            freezes.append(Freeze(alone, "would leave nothing of a tensor that the model computes with", None))
+            frozen[unread] = frozen[alone] = True
+    return _assemble(ledger, freezes, root, frozen, (cell, row, column, split), balances)
 
 
 def unite(root: Track, left: Track, right: Track) -> Track:
@@ -235,6 +244,28 @@ def _freeze_idle(root: Track, frozen: Track, cell: Track, row: Track, column: Tr
     return bool(found.size)
 
 
+def _unread(root: Track, frozen: Track, cell: Track, row: Track, column: Track, is_read: Track) -> Track:
+    """Classes that may leave so far, but that no op computed with, nor with a cell, row or column of them."""
+    found = np.zeros(len(root), dtype=bool)
+    found[root[is_read]] = True
+    c, r, k = root[cell], root[row], root[column]
+    while cell.size:
+        before = np.count_nonzero(found)
+        for a, b in ((c, r), (c, k), (r, c), (k, c)):
+            found[b[found[a]]] = True
+        if np.count_nonzero(found) == before:
+            break
+    return np.unique(root[~found[root] & ~frozen[root]])
+
+
+def _alone(root: Track, frozen: Track, ledger: Ledger) -> Track:
+    """Classes that may leave so far and are the only one along a dim of a value."""
+    firsts = np.array([track.flat[0] for track in ledger.dims.values()], dtype=np.int64)
+    loose = ~frozen[root[firsts]]
+    found = [root[i] for i, t, may in zip(firsts, ledger.dims.values(), loose, strict=True) if may and (root[t] == root[i]).all()]
+    return np.unique(np.array(found, dtype=np.int64))
+
+
 def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, fx.Node | None]]) -> bool:
     """A row that cannot lose anything freezes the rows that must keep as many as it does."""
     changed = False
@@ -248,7 +279,12 @@ def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, f
 
 
 def _assemble(
-    ledger: Ledger, root: Track, frozen: Track, parts: tuple[Track, ...], balances: list[tuple[Track, fx.Node | None]]
+    ledger: Ledger,
+    freezes: list[Freeze],
+    root: Track,
+    frozen: Track,
+    parts: tuple[Track, ...],
+    balances: list[tuple[Track, fx.Node | None]],
 ) -> Solution:
     cell, row, column, split = parts
     of_row, of_column = np.full(len(root), -1, dtype=np.int64), np.full(len(root), -1, dtype=np.int64)
@@ -268,7 +304,7 @@ def _assemble(
     batched, heads, head_dims = marks
     while (parts_of := _unmarked_parts(heads, of_row, of_column)).size:  # heads that share keys lie in a grid of their own
         heads[parts_of] = batched[parts_of] = True
-    return Solution(root, frozen, of_row, of_column, outer, batched, heads, head_dims, tuple(ledger.freezes), tuple(balances))
+    return Solution(root, frozen, of_row, of_column, outer, batched, heads, head_dims, tuple(freezes), tuple(balances))
 
 
 def _unmarked_parts(mark: Track, of_row: Track, of_column: Track) -> Track:

@@ -17,8 +17,8 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
-from surgeon._decisions import decides, replay
-from surgeon._quiet import PlainMode, quiet_run
+from surgeon._decisions import DRAWN, decides, draws, replay
+from surgeon._quiet import PlainMode, output_of, quiet_run
 from surgeon.absence import in_float64, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
@@ -70,6 +70,8 @@ class _Upgrade(PlainMode):
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
+        if draws(name):
+            result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
             result = wide(result)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
@@ -126,7 +128,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> Trace:
     mode = _Upgrade(graph)
     with float64(), quiet_run(twin, seed=0), mode:
         try:
-            output = twin(*args, **kwargs)
+            output = output_of(twin, args, kwargs)
         except Exception as error:
             raise ProofError(
                 f"the small model does not run: {type(error).__name__}: {error}",

@@ -154,6 +154,16 @@ CASES = [
     Case("avg_pool2d", lambda a: F.avg_pool2d(a, 2), ((2, 3, 4, 4),), "a0 a1"),
     Case("adaptive_avg_pool2d", lambda a: F.adaptive_avg_pool2d(a, 2), ((2, 3, 4, 4),), "a0 a1"),
     Case("interpolate", lambda a: F.interpolate(a, scale_factor=2.0), ((2, 3, 4, 4),), "a0 a1"),
+    Case("scatter_add", lambda a, b: a.scatter_add(0, torch.tensor([[1], [3], [1]]).expand_as(b), b), (S, (3, 6)), "a1=b1"),
+    Case(
+        "scatter_reduce",
+        lambda a, b: a.scatter_reduce(0, torch.tensor([[1], [3], [1]]).expand_as(b), b, "amax"),
+        (S, (3, 6)),
+        "a1=b1",
+    ),
+    Case("scatter by column", lambda a, b: a.scatter(0, torch.arange(6)[None] % 4, b), (S, (1, 6)), ""),
+    Case("grid_sample", lambda a, b: F.grid_sample(a, b, align_corners=False), ((2, 3, 4, 4), (2, 5, 5, 2)), "a0=b0 a1"),
+    Case("grid_sample 3d", lambda a, b: F.grid_sample(a, b, align_corners=True), ((2, 3, 4, 4, 4), (2, 2, 5, 5, 3)), "a0=b0 a1"),
     # no rule: nothing that it touches may leave
     Case("opaque", lambda a: torch.linalg.inv(a), ((4, 4),), ""),
     Case("sort", lambda a: a.sort(1).values, (S,), "a0"),

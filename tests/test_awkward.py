@@ -183,6 +183,15 @@ def counted(s: Any, x: Tensor) -> Tensor:
     return s.b(s.a(x) * number)
 
 
+def neighbours(x: Tensor) -> Tensor:
+    """A graph layer: each edge brings its source's features to its target."""
+    source, target = torch.tensor([[0, 1, 2, 3, 3], [1, 2, 3, 0, 1]])
+    message = x.index_select(0, source)
+    summed = x.new_zeros(x.shape).scatter_add_(0, target[:, None].expand_as(message), message)
+    degree = x.new_zeros(len(x)).scatter_add_(0, target, x.new_ones(len(target))).pow_(-0.5)
+    return summed * degree[:, None]
+
+
 LINEAR = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(8, 3)}
 HALF = {"a": lambda: nn.Linear(5, 8), "b": lambda: nn.Linear(4, 3)}
 CONV = {"a": lambda: nn.Conv2d(3, 8, 3, padding=1), "b": lambda: nn.Linear(8, 3)}
@@ -231,6 +240,9 @@ AWKWARD: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("learned queries", Queries, ROWS),
     ("attention pooling", lambda: Pooling(True), ROWS),
     ("attention pooling, sequence first", lambda: Pooling(False), ROWS),
+    ("in-place ops of other names", net(lambda s, x: s.b(s.a(x).exp().pow_(-0.5).ldexp_(torch.ones(8)).floor_divide_(0.01)),
+                                        **LINEAR), FLAT),
+    ("sums over neighbours", net(lambda s, x: s.b(neighbours(s.a(x))), **LINEAR), FLAT),
     ("Fourier mixing", net(lambda s, x: s.b(s.a(x) + torch.fft.fft(s.a(x), dim=1).real), **LINEAR), ROWS),
     ("the greatest channel", net(lambda s, x: s.b((s.a(x) * s.a(x).max(1, True)[0].sigmoid()).mean((2, 3))), **CONV), IMAGE),
     ("bilinear", net(lambda s, x: s.b(s.c(s.a(x), s.d(x))), a=LINEAR["a"], d=lambda: nn.Linear(5, 6),

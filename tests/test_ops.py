@@ -34,7 +34,7 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
 
 
 class Op(nn.Module):
-    """One op on parameters, so that every dim of every operand is a slot."""
+    """One op on parameters times the input, so that every dim of every operand is a slot."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Op(nn.Module):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)))
 
     def forward(self, x: Tensor) -> Any:
-        return self.run(*[getattr(self, name) for name in "abc" if hasattr(self, name)])
+        return self.run(*[getattr(self, name) * x for name in "abc" if hasattr(self, name)])  # what meets no input stays
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Found:
 
 def analyse(case: Case) -> Found:
     model = Op(case)
-    graph = capture(model, torch.zeros(1))
+    graph = capture(model, torch.ones(()))
     propagation = propagate(dataclasses.replace(graph, outputs=()))  # outputs stay free: the op alone is looked at
     solution = solve(propagation.ledger)
     return Found(model, graph, propagation, solution, find_groups(propagation, solution)[0])
@@ -89,7 +89,7 @@ def run_small(found: Found, kept: dict[str, dict[int, list[int]]], choice: Any) 
     values: dict[Any, Any] = {}
     for node in found.graph.fx.nodes:
         if node.op == "placeholder":
-            values[node] = torch.zeros(1)
+            values[node] = torch.ones(())
         elif node.op == "get_attr":
             tensor = found.graph.tensors[str(node.target)].detach()
             for dim, index in kept.get(str(node.target), {}).items():
@@ -126,7 +126,7 @@ def guard(name: str, tensors: list[Tensor], args: list[Any]) -> None:
 
 def reference(found: Found, kept: dict[str, dict[int, list[int]]]) -> Tensor:
     plan = Plan(kept, found.graph.hash, 0, 0, 0, 0, ())
-    ((_, (data, mask)),) = Reference(found.model, found.graph, plan, {}, {}).run((torch.zeros(1),), {})
+    ((_, (data, mask)),) = Reference(found.model, found.graph, plan, {}, {}).run((torch.ones(()),), {})
     return data[masks.full(mask, data.shape)] if mask else data.flatten()
 
 

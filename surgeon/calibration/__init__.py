@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from surgeon._quiet import quiet_run
+from surgeon._quiet import output_of, quiet_run
 from surgeon._sizes import looking_inside_functional
 from surgeon.batches import check_iterable, does_not_run, no_batch, normal, one_number, samples_of
 from surgeon.calibration.consumers import Atoms, Consumer, find_consumers, find_planes
@@ -187,7 +187,7 @@ def _run(
             if mode is not None:
                 for entered in (mode.stack, looking_inside_functional(), mode, OneOp(mode)):
                     stack.enter_context(entered)
-            output = model(*args, **kwargs)
+            output = output_of(model, args, kwargs)
         if mode is not None:
             mode.finish()
     except SurgeonError:

@@ -239,6 +239,22 @@ def index_add(site: Site) -> Axes:
     return broadcast(site, operands, tuple(1 if d == dim else n for d, n in enumerate(site.out)))
 
 
+@rule(Family.ELEMENTWISE, "scatter", "scatter_add", "scatter_reduce")
+def scatter(site: Site) -> Axes:
+    """Entries of source written to x, or summed there, at an index for each (graph layers): that dim stays, the others meet."""
+    x, dim, index, source = site.args[:4]
+    dim = int(dim) % max(1, len(site.out))
+    shapes = [[n for d, n in enumerate(site.shape(node)) if d != dim] for node in (x, index, source)]
+    operands = []
+    for node in (x, index, source):
+        axes = site.freeze(
+            site.axes(node), [dim] if shapes[0] == shapes[1] == shapes[2] else range(len(site.out)), "is written by index"
+        )
+        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.out))))
+    return broadcast(site, operands, operands[0][1])
+
+
 @rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
 def index_put(site: Site) -> Axes:
     """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the values'."""

@@ -163,7 +163,7 @@ _POOLS = {
     "upsample_nearest2d": 2, "upsample_nearest3d": 3, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1,
     "upsample_trilinear3d": 3, "_upsample_nearest_exact2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
     "reflection_pad1d": 1, "reflection_pad2d": 2, "replication_pad1d": 1, "replication_pad2d": 2, "replication_pad3d": 3,
-    "mkldnn_max_pool2d": 2, "grid_sampler_2d": 2,
+    "mkldnn_max_pool2d": 2,
 }  # fmt: skip
 
 
@@ -178,3 +178,19 @@ def pooling(site: Site) -> Any:
         axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
     spec = site.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
+
+
+@rule(Family.REDUCTION, "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(site: Site) -> Any:
+    """x is [N, C, spatial], the grid [N, spatial, 2 or 3]: each sample reads its own places; channels pass."""
+    x, grid = site.args[:2]
+    places = "is a place or a coordinate of grid_sample"
+    axes = site.freeze(site.axes(x), range(2, len(site.shape(x))), "is a spatial dim of grid_sample")
+    for dim in range(2, len(site.shape(x))):
+        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+    own = site.freeze(site.axes(grid), range(1, len(site.shape(grid))), places)
+    one = (1,) * (len(site.out) - 1)
+    samples = broadcast(
+        site, [({d: t for d, t in a.items() if d == 0}, (site.out[0], *one)) for a in (axes, own)], (site.out[0], *one)
+    )
+    return {d: t for d, t in axes.items() if d != 0} | samples
