@@ -136,6 +136,7 @@ def _alive(small: Any, inputs: Any, name: str) -> None:
     with torch.no_grad():
         small.eval()(*args, **kwargs)
     small.train()
+    args, kwargs = _more(inputs)  # the model may have written into the first ones
     if detector:
         boxes = {"boxes": torch.tensor([[20.0, 20.0, 120.0, 150.0]]), "labels": torch.tensor([1])}
         boxes["masks"] = torch.zeros(1, *inputs[0][0].shape[-2:], dtype=torch.uint8)

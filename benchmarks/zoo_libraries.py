@@ -141,7 +141,7 @@ _YOLO = (
 ).split()
 _TASKS = {"seg": "Segmentation", "pose": "Pose", "obb": "OBB", "cls": "Classification", "world": "World"}
 _CLIPS: dict[str, tuple[int, ...]] = {
-    "slow_r50": (1, 3, 8, 224, 224), "x3d_xs": (1, 3, 4, 160, 160), "csn_r101": (1, 3, 8, 224, 224),
+    "slow_r50": (1, 3, 8, 224, 224), "x3d_xs": (1, 3, 4, 160, 160), "csn_r101": (1, 3, 32, 224, 224),
     "r2plus1d_r50": (1, 3, 16, 224, 224), "c2d_r50": (1, 3, 8, 224, 224), "mvit_base_16x4": (1, 3, 16, 224, 224),
 }  # fmt: skip
 
