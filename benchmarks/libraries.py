@@ -12,11 +12,10 @@ The sweep of zoo.py with other names; it writes benchmarks/results/libraries.md 
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 
-from results import markdown, write_result
-from zoo import HEADER, TOOLS, cells, summary, sweep
+from results import write_result
+from zoo import TOOLS, options, summary, sweep, table_of
 from zoo_libraries import NAMES
 
 NOTES = [
@@ -29,30 +28,14 @@ NOTES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="store_true", help="torch-pruning as well")
-    parser.add_argument("--filter", default="", metavar="PATTERN", help="only names that match; writes no document")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    chosen = parser.parse_args()
+    chosen = options(__doc__).parse_args()
     tools = list(TOOLS if chosen.peer else TOOLS[:1])
     found = [name for name in NAMES if not chosen.filter or fnmatch.fnmatch(name, chosen.filter)]
     rows = sweep(found, tools, chosen.jobs, lambda row: chosen.fresh or not row or (chosen.retry and "failed" in row))
     said = [line for tool in tools for line in summary(found, rows, tool)]
     print("\n".join(said))
-    if chosen.filter:
-        return
-    header, table = list(HEADER), []
-    for name in found:
-        row = cells(name, rows[f"surgeon {name}"])
-        if chosen.peer:
-            peer = rows[f"torch-pruning {name}"]
-            row.append(peer["failed"][:80] if "failed" in peer else f"{peer['left']:.1%} left, {peer['seconds']:.1f} s")
-        table.append(row)
-    if chosen.peer:
-        header.append("torch-pruning")
-    print(write_result("libraries", "Models of other libraries", markdown(header, table), [*said, *NOTES]))
+    if not chosen.filter:
+        print(write_result("libraries", "Models of other libraries", table_of(found, rows, tools), [*said, *NOTES]))
 
 
 if __name__ == "__main__":

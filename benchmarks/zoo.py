@@ -261,11 +261,10 @@ def _median(rows: list[Mapping[str, Any]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: list[str]) -> str:
-    """docs/zoo.md."""
-    from results import conditions, markdown
+def table_of(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: list[str]) -> str:
+    """A row for each model, torch-pruning's result at its end if that ran."""
+    from results import markdown
 
-    said = [line for tool in tools for line in summary(names, rows, tool)]
     header, table = list(HEADER), []
     for name in names:
         row = cells(name, rows[f"surgeon {name}"])
@@ -275,6 +274,15 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
         table.append(row)
     if len(tools) > 1:
         header.append("torch-pruning")
+    return markdown(header, table)
+
+
+def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: list[str]) -> str:
+    """docs/zoo.md."""
+    from results import conditions
+
+    said = [line for tool in tools for line in summary(names, rows, tool)]
+    table = table_of(names, rows, tools)
     intro = (
         "Every model is cut at channel ratio 0.5 by l1 magnitude, with random weights and no hints. It works if the proof passes "
         "(1e-9 in float64), and if the small model runs on another batch size, in training mode and through a backward pass. "
@@ -288,23 +296,29 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
         "",
         *[f"- {line}" for line in said],
         "",
-        markdown(header, table),
+        table,
         "",
         conditions(),
     ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every sweep can be asked for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="torch-pruning as well")
     parser.add_argument(
         "--filter", default="", metavar="PATTERN", help="only names that match, as timm/*vit*; writes no document"
     )
-    parser.add_argument("--all", action="store_true", help="all of torchvision's models, not the smallest of each family")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--all", action="store_true", help="all of torchvision's models, not the smallest of each family")
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "NAME"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:

@@ -35,7 +35,27 @@ class Follows:
     dim: int
 
 
-class TracedInt(int):
+class _Size(int):
+    """A size that knows more than its value; what is kept of it or copied is the value.
+
+    Raises:
+        TypeError: for einops, which remembers what it computed of sizes (and does without where they have no hash): the next
+            tensor of the same shape would get numbers of this one.
+    """
+
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("einops."):
+            raise TypeError("a size that is traced has no hash here")
+        return hash(int(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+class TracedInt(_Size):
     """A whole number with the dim that it was read from."""
 
     source: Follows
@@ -93,19 +113,10 @@ class TracedInt(int):
         self._compared(other)
         return int(self) % other
 
-    def __hash__(self) -> int:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("einops."):
-            raise TypeError("einops keeps what it computed of sizes: the next tensor of this shape would get numbers of this one")
-        return hash(int(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, (int(self),)
-
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+    __hash__ = _Size.__hash__
 
 
-class CheckedInt(int):
+class CheckedInt(_Size):
     """A size of the small model that remembers what it was: where code compares it with that, it is told that it is still so.
 
     Args:
@@ -135,14 +146,7 @@ class CheckedInt(int):
     def __ne__(self, other: object) -> bool:
         return not self._is_stale("ne", other) and int(self) != other
 
-    def __hash__(self) -> int:
-        return hash(int(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, (int(self),)
-
-    def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+    __hash__ = _Size.__hash__
 
 
 class Sizes(TorchFunctionMode):

@@ -53,7 +53,6 @@ def is_view(func: Any) -> bool:
 _RENAMED = {
     "_index_put_impl_": aten.index_put.default,
     "transpose_": aten.transpose.int,
-    "bernoulli_": aten.bernoulli.p,
     "normal_": aten.normal_functional.default,
     "uniform_": aten.uniform.default,
     "exponential_": aten.exponential.default,
@@ -81,7 +80,7 @@ def _takes(op: Any) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
 
 
-def left_out(func: Any, pure: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def left_out(func: Any, pure: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments that the call left out because `func` has a default, where `pure` has none (`bernoulli_` has p = 0.5)."""
     needed = {a.name for a in pure._schema.arguments if not a.has_default_value()}
     rest = func._schema.arguments[len(args) :]

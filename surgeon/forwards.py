@@ -57,15 +57,16 @@ def constants(traced: fx.GraphModule) -> dict[str, Tensor]:
 def _traced(module: nn.Module, buffers: bool, training: Mode, known: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     own = {**module.__dict__, **(known or {})}
     shallow = type(module).__new__(type(module))  # what forward keeps on its module lands here
-    ways = list(itertools.product(((), _called(module)), (True, False)))
-    for wrapped, calls_factories in ways:
+    functions = _called(module)
+    ways = [(wrapped, factories) for wrapped in ([(), functions] if functions else [()]) for factories in (True, False)]
+    for attempt, (wrapped, calls_factories) in enumerate(ways, 1):
         shallow.__dict__.clear()
         shallow.__dict__.update(own)
         try:
             graph = _OneModule(buffers, training, calls_factories, wrapped).trace(shallow)
             break
-        except Exception:
-            if (wrapped, calls_factories) == ways[-1]:
+        except Exception:  # the code looks into such a tensor, or decides by what a function is handed: the next way is tried
+            if attempt == len(ways):
                 raise
     shallow.__dict__["training"] = module.training
     return fx.GraphModule(shallow, graph, type(module).__name__)

@@ -104,7 +104,7 @@ class Ledger:
         self.dims |= {id(track): track for track in axes.values() if track.size}
 
     def read(self, axes: Axes) -> None:
-        """An op computes with these entries and with the model's inputs."""
+        """An op computes with these entries."""
         for track in axes.values():
             self._read[track] = True
 

@@ -174,7 +174,7 @@ class Recorder(PlainMode):
         if torch.Tag.inplace_view in func.tags:
             node = self._turn(func, args, graph_args, graph_kwargs)
         elif written:
-            node = self._write(func, (args, kwargs), graph_args, graph_kwargs, written, out)
+            node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
         if decides(func, args, kwargs):
@@ -223,8 +223,7 @@ class Recorder(PlainMode):
         self._bind(args[0], value)
         return node
 
-    def _write(self, func: Any, given: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any) -> fx.Node:
-        args, kwargs = given
+    def _write(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any) -> fx.Node:
         pure = _views.functional(func)
         if pure is None or len(written) != 1 or not args or written[0] is not args[0]:
             raise CaptureError(
@@ -233,7 +232,9 @@ class Recorder(PlainMode):
                 why="it has no functional form that surgeon knows",
                 fix="replace the in-place op in the model's forward by one that returns a new tensor",
             )
-        node = self._emit(pure, graph_args, {**graph_kwargs, **_views.left_out(func, pure, args, kwargs)}, _spec(args[0]))
+        node = self._emit(
+            pure, graph_args, {**graph_kwargs, **_views.left_out(func, pure, graph_args, graph_kwargs)}, _spec(args[0])
+        )
         value = self._value(args[0])
         value.node = node
         while value.base is not None:

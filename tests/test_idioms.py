@@ -59,10 +59,10 @@ def test_einops(split: str) -> None:
 
 
 def test_einops_keeps_layers_apart() -> None:
-    """It remembers what it computed of sizes: two layers of one width must not be tied by that."""
+    """It remembers what it computed of sizes: two layers of one width must not be tied by that (11 tokens: met nowhere else)."""
     model = nn.Sequential(nn.Linear(5, 6), Attention("attribute"), Attention("attribute"), nn.Linear(6, 3))
     for _ in range(2):
-        surgery = surgeon.inspect(model, torch.randn(2, 7, 5))
+        surgery = surgeon.inspect(model, torch.randn(2, 11, 5))
         plan = surgery.plan(0.5, heads="dims", round_to=1, ignore=["1.qkv"])
         assert plan.apply(model)[2].qkv.out_features == 36
 
