@@ -1,0 +1,178 @@
+"""propose(small, notes, refused) -> edits: which numbers may explain the sizes that a small model's code got wrong.
+
+For each module with notes an integer attribute of it, or of one that holds it, that explains most of them; else several
+attributes at once, because code computes with them; else a number in its traced forward. Whether that was right shows when the model is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon._alike import ALIKE
+from surgeon.compare import Note
+from surgeon.edits import Edit
+from surgeon.forwards import foreign, literals, trace_one
+
+_TRIALS = 8  # of attributes that may have to change together
+
+
+def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+    """For each module with notes an attribute of it or of one that holds it, else several, else a literal of its forward."""
+    by_module: dict[str, list[Note]] = defaultdict(list)
+    for note in notes:
+        by_module[note.module].append(note)
+    edits: dict[tuple[str, str, str], Edit] = {}
+    for path, own in by_module.items():
+        one = _attribute(small, path, own, refused)
+        if one is None:
+            several = _together(small, path, own, refused)
+            one = None if several else _literal(small, path, own, refused)
+        for found in several if one is None else [one]:
+            edits.setdefault((found.module, found.kind, found.name), found)
+    return list(edits.values())
+
+
+def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """An attribute of the module or of one that holds it: the one that explains most notes, exact matches first.
+
+    Of those that are divided somewhere, those that become a width of the module's parameters come first.
+    """
+    widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
+    for owner in _owners(path):
+        best: tuple[tuple[bool, bool, int, int], Edit] | None = None
+        for name, value in integers(small.get_submodule(owner)):
+            if (owner, "attribute", name) in refused or value <= 0:
+                continue
+            for note in notes:
+                found = _solved(note, value)
+                if found is None or found[0] == value:
+                    continue
+                new, times = found
+                fits = sum(_explains(n, value, new) for n in notes)
+                rank = (note.got >= value, note.got < value and new in widths, fits, -times)
+                if best is None or rank > best[0]:
+                    best = (rank, Edit(owner, "attribute", name, value, new))
+        if best is not None:
+            return best[1]
+    return _below_it(small, path, notes, refused)
+
+
+def _solved(note: Note, value: int) -> tuple[int, int] | None:
+    """(what a number must become, how many times) where the code passes a multiple of it, or a fraction (width // heads)."""
+    times, rest = divmod(note.got, value)
+    if times and not rest and note.old % value == 0:
+        return None if note.want % times else (note.want // times, times)
+    times, rest = divmod(value, note.got) if note.got > 0 else (0, 1)
+    return (note.want * times, times) if times and not rest else None
+
+
+def _owners(path: str) -> list[str]:
+    """A module and those that hold it, the model last."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _together(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+    """Attributes that hold the old numbers, all changed at once: where each alone was refused, code may compute with several."""
+    changes = sorted({(note.got, note.want) for note in notes})
+    if len(changes) < 2:
+        return []
+    held = [(owner, name, value) for owner in _owners(path) for name, value in integers(small.get_submodule(owner))]
+    candidates = [
+        [Edit(owner, "attribute", name, got, want) for owner, name, value in held if value == got] for got, want in changes
+    ]
+    for edits in itertools.islice(itertools.product(*candidates), _TRIALS):
+        key = (path, "attributes", " ".join(f"{edit.module}.{edit.name}" for edit in edits))
+        if key not in refused:
+            refused.add(key)  # tried once
+            return list(edits)
+    return []
+
+
+def _below_it(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """An attribute of a module inside this one that holds the very number, if this one's code names it."""
+    outer = small.get_submodule(path)
+    methods = [f for kind in type(outer).__mro__ for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    named = {name for method in methods for name in method.__code__.co_names}
+    for inner, module in outer.named_modules():
+        owner = f"{path}.{inner}".strip(".")
+        for name, value in integers(module):
+            if owner == path or name.partition(".")[0] not in named or (owner, "attribute", name) in refused:
+                continue
+            for note in notes:
+                if note.old == note.got == value:
+                    return Edit(owner, "attribute", name, value, note.want)
+    return None
+
+
+def _explains(note: Note, value: int, new: int) -> bool:
+    return note.got * new == note.want * value and (note.got % value == 0 or value % note.got == 0)
+
+
+def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """A number in the module's own traced forward that is the old size."""
+    try:
+        traced = trace_one(small.get_submodule(path))
+    except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises; no trace means no literal
+        return None
+    others = foreign(traced)
+    for note in notes:
+        found = [
+            name
+            for name, value in literals(traced)
+            if value == note.got
+            and (path, "literal", name) not in refused
+            and (name.partition(":")[0] in others or _same_call(name, note.op))
+        ]
+        if found:  # the number at the same place of a list, else the first that fits
+            name = min(found, key=lambda n: {str(note.place): 0, str(note.place + 1): 1}.get(n.rpartition(".")[2], 2))
+            return Edit(path, "literal", name, note.got, note.want)
+    return None
+
+
+_CALLS = {
+    "view": ("view", "reshape", "unflatten", "flatten"),
+    "expand": ("expand", "expand_as", "broadcast_to"),
+    "constant_pad_nd": ("pad", "_pad"),
+    "slice": ("getitem", "narrow"),
+    "split": ("split", "chunk"),
+    "split_with_sizes": ("split",),
+}
+
+
+def _same_call(name: str, op: str) -> bool:
+    called = name.split(":")[0]
+    return called in _CALLS.get(ALIKE.get(op, op), (op, op.removeprefix("native_"), op.removeprefix("new_")))
+
+
+def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Every whole number that a module keeps: attributes, numbers in its tuples and lists, and in plain objects it holds."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training":
+            yield from _integers(name, value, depth=2)
+
+
+def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | type | torch.Size):
+        return
+    if isinstance(value, int):
+        yield path, value
+    elif depth == 0:
+        return
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _integers(f"{path}.{i}", item, depth - 1)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and "." not in key:
+                yield from _integers(f"{path}.{key}", item, depth - 1)
+    elif hasattr(value, "__dict__"):
+        for key, item in vars(value).items():
+            yield from _integers(f"{path}.{key}", item, depth - 1)
