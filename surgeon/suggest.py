@@ -1,7 +1,8 @@
 """propose(small, notes, refused) -> edits: which numbers may explain the sizes that a small model's code got wrong.
 
 For each module with notes an integer attribute of it, or of one that holds it, that explains most of them; else several
-attributes at once, because code computes with them; else a number in its traced forward. Whether that was right shows when the model is run.
+attributes at once, because code computes with them; else a number in its traced forward. Whether that was right shows when the
+model is run.
 """
 
 from __future__ import annotations
