@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import InputError, PlanError
-from surgeon.recovery import recover
+from surgeon.recovery import STRONGER, recover
+from surgeon.recovery.draw import Draw
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.lockstep import Recording
+from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
+from surgeon.recovery.passes import RIDGES
 
 TINY = (1e-13,)  # a ridge that only breaks ties
 
@@ -64,8 +67,9 @@ def batches(shape: tuple[int, ...], count: int = 6, size: int = 40, seed: int = 
     return [torch.randn(size, *shape, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def brute_force(layer: nn.Module, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The best weight and bias by a design matrix of which every column is the layer with one weight set to 1."""
+def brute_force(layer: nn.Module, x: Tensor, wanted: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The best weight and bias by a design matrix of which every column is the layer with one weight set to 1; `weights` of the
+    squared errors, as `wanted` is shaped."""
     shape = layer.weight.shape
     bias = layer.bias is not None
     columns = []
@@ -78,7 +82,9 @@ def brute_force(layer: nn.Module, x: Tensor, wanted: Tensor) -> tuple[Tensor, Te
         one = {name: value.clone() for name, value in blank.items()}
         one["bias"][index] = 1
         columns.append(torch.func.functional_call(layer, one, x).flatten())
-    found = torch.linalg.lstsq(torch.stack(columns, 1), wanted.flatten()[:, None], driver="gelsd").solution[:, 0]
+    root = (torch.ones_like(wanted) if weights is None else weights.expand_as(wanted)).flatten().sqrt()[:, None]
+    design, right = torch.stack(columns, 1) * root, wanted.flatten()[:, None] * root
+    found = torch.linalg.lstsq(design, right, driver="gelsd").solution[:, 0]
     count = layer.weight.numel()
     return found[:count].reshape(shape), found[count:] if bias else None
 
@@ -172,6 +178,17 @@ def trained_like(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.double().eval()
 
 
+def weights_of(name: str, model: nn.Module, small: nn.Module, plan: surgeon.Plan, data: list[Tensor]) -> Tensor:
+    """What the rows of a convolution weigh, [batches, samples, 1, height, width], if all of them are drawn."""
+    recording = Recording(model, small, [((x,), {}) for x in data], [False] * len(data))
+    draw = Draw(recording, Narrow(recording.big, plan))
+    site = next(site for site in draw.sites if site.name == name)
+    found = [
+        torch.empty(len(w), dtype=w.dtype).scatter(0, at, w) for at, w in zip(draw.picked[site], draw.weights[site], strict=True)
+    ]
+    return torch.stack(found).reshape(len(data), len(data[0]), 1, *data[0].shape[2:])
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_block_makes_up_for_what_came_before_it(late: bool) -> None:
     """The last layer before a sum aims at the original's sum less the small model's other summand, through its batch norm."""
@@ -198,7 +215,9 @@ def test_a_block_makes_up_for_what_came_before_it(late: bool) -> None:
         shift = norm.bias - old.running_mean * scale
         target = (wanted - other - shift[:, None, None]) / scale[:, None, None]
         probe = nn.Conv2d(site.in_channels, 8, site.kernel_size, padding=site.padding).double()
-        weight, bias = brute_force(probe, given, target)
+        weight, bias = brute_force(
+            probe, given, target, weights_of("short" if late else "b2", model, small, plan, data)[:-1].flatten(0, 1)
+        )
     torch.testing.assert_close(site.weight, weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(norm.running_mean, old.running_mean - bias, rtol=1e-7, atol=1e-7)
 
@@ -284,13 +303,116 @@ def test_variance_of_the_original() -> None:
     w, b = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     sums = Normal(2, 4, 5, x.device)
     for part in range(0, 300, 100):
-        sums.add(x[:, part : part + 100], y[:, part : part + 100])
+        sums.add(x[:, part : part + 100], y[:, part : part + 100], torch.ones(100))
     new_w, new_b = sums.scaled(w, b)
     given = x @ new_w + new_b[:, None]
     torch.testing.assert_close(given.mean(1), y.mean(1), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(given.var(1), y.var(1), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(new_w / w, (new_w / w)[:, :1].expand(w.shape), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(sums.error(w, b), (x @ w + b[:, None] - y).square().mean(1), rtol=1e-10, atol=1e-10)
+
+
+def test_weighted_rows_are_repeated_rows() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 30, 4, dtype=torch.float64), torch.randn(1, 30, 5, dtype=torch.float64)
+    w, b = torch.randn(1, 4, 5, dtype=torch.float64), torch.randn(1, 5, dtype=torch.float64)
+    times = torch.arange(30) % 3
+    weighted, repeated = Normal(1, 4, 5, x.device), Normal(1, 4, 5, x.device)
+    weighted.add(x, y, times.float())
+    repeated.add(*(v.repeat_interleave(times, 1) for v in (x, y)), torch.ones(int(times.sum())))
+    for name in ("gram", "cross", "square", "count"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name))
+    torch.testing.assert_close(weighted.error(w, b), repeated.error(w, b))
+    torch.testing.assert_close(weighted.solve(w, b, 1e-2, True), repeated.solve(w, b, 1e-2, True))
+
+
+class Gained(nn.Module):
+    """Every position's result counts as often as its gain says; not at all behind a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.consumer = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.register_buffer("gain", torch.tensor([0.0, 1.0, 1.0, 4.0])[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.consumer(torch.tanh(self.first(x))) * self.gain).sum(1)
+
+
+def test_rows_weigh_as_the_outputs_feel_them() -> None:
+    """Positions of other kinds: what is masked must not bend the fit, what counts four times weighs four times as much."""
+    torch.manual_seed(0)
+    model = Gained().double().eval()
+    data = [x * torch.tensor([5.0, 1.0, 0.5, 2.0])[:, None] for x in batches((4, 6))]
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("refit",), ridges=TINY)
+    gain = model.gain / model.gain.mean()
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        given, wanted = torch.tanh(small.first(x)), model.consumer(torch.tanh(model.first(x)))
+        weight, bias = brute_force(small.consumer, given, wanted, gain + 0.05)
+        alike, _ = brute_force(small.consumer, given, wanted)
+    torch.testing.assert_close(found.model.consumer.weight, weight, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.model.consumer.bias, bias, rtol=1e-8, atol=1e-8)
+    assert (alike - weight).abs().max() > 0.05, "the weights must matter here"
+    assert not found.remarks
+
+
+def test_without_gradients_all_rows_weigh_alike() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.consumer = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.consumer(torch.tanh(self.first(x)))
+            return y + (y - y).abs().sqrt()  # of 0: infinite times 0
+
+    torch.manual_seed(0)
+    model = Root().double().eval()
+    data = batches((6,))
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    with torch.inference_mode():  # whatever the caller is in
+        found = recover(small, plan, model, data, steps=("refit",), ridges=TINY)
+    assert found.remarks == ("all rows of a layer weigh alike, as no gradient can be computed: one is NaN or infinite",)
+    x = torch.cat(data[:-1])
+    with torch.no_grad():
+        weight, _ = brute_force(small.consumer, torch.tanh(small.first(x)), model.consumer(torch.tanh(model.first(x))))
+    torch.testing.assert_close(found.model.consumer.weight, weight, rtol=1e-8, atol=1e-8)
+
+
+class Words(nn.Module):
+    """Few texts of many words, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(400, 32)
+        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        return self.head(y + self.down(F.relu(self.up(y)))).mean(1)
+
+
+def test_one_ridge_for_all_where_the_outputs_gain() -> None:
+    torch.manual_seed(1)
+    model = Words().eval()
+    data, fresh = list(torch.randint(0, 400, (6, 4, 12))), torch.randint(0, 400, (500, 12))
+    plan = surgeon.inspect(model, data[0]).plan({"*": 0.0, "up": 0.3}, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=("refit",))
+    ridge = found.steps[0].ridge
+    assert ridge in STRONGER and f"all with ridge {ridge:g}" in str(found)
+    each = recover(small, plan, model, data, steps=("refit",), ridges=RIDGES)
+    alone = recover(small, plan, model, data, steps=("refit",), ridges=(ridge,))
+    assert each.steps[0].ridge is None
+    assert found.after == alone.after < each.after < found.before
+    for (name, a), b in zip(found.model.state_dict().items(), alone.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with torch.no_grad():
+        off = [float((m(fresh) - model(fresh)).norm()) for m in (found.model, each.model)]
+    assert off[0] < off[1], "on texts that were not seen, too"
 
 
 class Attention(nn.Module):

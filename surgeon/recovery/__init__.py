@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ from surgeon.capture import capture
 from surgeon.errors import InputError
 from surgeon.graph import named_tensors
 from surgeon.plan import Plan, check_fit
+from surgeon.recovery.draw import Draw
 from surgeon.recovery.fold import fold
 from surgeon.recovery.lockstep import Recording
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
-from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Track
+from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Pass, Track
 from surgeon.recovery.sites import find_sites
 
 STEPS = ("refit", "means", "variance", "batch_norm")
+STRONGER = (0.1, 1.0, 10.0)  # ridges of all layers at once
 _LIMIT = 50_000  # samples that are read at most
 
 
@@ -37,6 +40,7 @@ class Step:
 
     Attributes:
         taken: whether it was kept: only what lowers the distance is.
+        ridge: of all layers, where one for all did better than each layer's own choice; None where it did not.
         fits: what became of each layer.
         peak: bytes of the activations that were held at once, at most.
     """
@@ -46,6 +50,7 @@ class Step:
     after: float
     fits: tuple[Fit, ...] = ()
     peak: int = 0
+    ridge: float | None = None
 
     @property
     def taken(self) -> bool:
@@ -80,8 +85,9 @@ class Recovery:
             what = f"{step.before:.2%} -> {step.after:.2%}" + ("" if step.taken else ": not taken")
             fitted = sum(fit.taken for fit in step.fits)
             layers = f", {fitted} of {len(step.fits)} layers" if step.fits else ""
+            ridge = f", all with ridge {step.ridge:g}" if step.ridge is not None else ""
             peak = f", {step.peak / 2**20:.0f} MiB of activations" if step.peak else ""
-            lines.append(f"  {step.name}: {what}{layers}{peak}")
+            lines.append(f"  {step.name}: {what}{layers}{ridge}{peak}")
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
 
@@ -94,7 +100,7 @@ def recover(
     example_inputs: Any = None,
     steps: Sequence[str] = ("refit", "batch_norm"),
     held_out: float = 0.15,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] | None = None,
     widest: int = WIDEST,
     seed: int = 0,
 ) -> Recovery:
@@ -119,7 +125,8 @@ def recover(
             "batch_norm": mean and variance of every batch norm's input anew, each with those before it set.
         held_out: share of the samples that is not learned from, in whole batches. It judges: each layer's new weights, each
             ridge, and each whole step; what does not lower the distance to the original is not taken.
-        ridges: candidates, relative to the mean square of a layer's inputs.
+        ridges: candidates of each layer, relative to the mean square of its inputs. None: three weak ones; then stronger ones for
+            all layers at once, in passes of their own, as long as the outputs gain.
         widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for all taps; other
             layers with more, and those with more channels, are left as cut.
         seed: of the sampled places.
@@ -137,7 +144,7 @@ def recover(
             raise InputError(f"unknown step {name!r}", fix=f"use some of {', '.join(STEPS)}")
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
-    if not ridges or min(ridges) <= 0:
+    if ridges is not None and min(ridges, default=0) <= 0:
         raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
     if batches is not None and example_inputs is not None:
         raise InputError("got batches and example_inputs", fix="leave example_inputs out: the first batch is what is recorded")
@@ -152,19 +159,23 @@ def recover(
     narrow = Narrow(recording.big, plan)
     now = first = recording.distance()
     done = []
+    draw: Draw | None = None
     with _progress() as track:
         for name in steps:
-            before = _state(recovered)
+            before, ridge = _state(recovered), None
             if name == "batch_norm":
                 found = reestimate(recording, track)
             else:
-                found = Fitting(recording, narrow, name, ridges=ridges, widest=widest, seed=seed).run(track)
-            step = Step(name, now, found.distance, tuple(found.fits), found.peak)
+                draw = draw or Draw(recording, narrow, seed)
+                fit = partial(_fit, recording, narrow, draw, name, widest, track)
+                found, ridge = _refitted(fit, recovered) if name == "refit" and ridges is None else (fit(ridges or RIDGES), None)
+            step = Step(name, now, found.distance, tuple(found.fits), found.peak, ridge)
             done.append(step)
             if step.taken:
                 now = step.after
             else:
                 _restore(recovered, before)
+    remarks += [draw.remark] if draw is not None and draw.remark else []
     thin = sorted({fit.name for step in done for fit in step.fits if 0 < fit.rows < fit.unknowns})
     if thin:
         remarks.append(
@@ -174,6 +185,29 @@ def recover(
     counts = [samples_of(batch) for batch in parts]
     judged = sum(itertools.compress(counts, held))
     return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
+
+
+def _fit(recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int, track: Track, ridges: Sequence[float]) -> Pass:
+    return Fitting(recording, narrow, draw, how, ridges=ridges, widest=widest).run(track)
+
+
+def _refitted(fit: Callable[[Sequence[float]], Pass], recovered: nn.Module) -> tuple[Pass, float | None]:
+    """A pass in which each layer chooses its ridge; or, where the outputs say that it is better, one with the same for all.
+
+    A layer's rows do not show by how few samples its weights were found: those of one sample have much in common, what they
+    share is a small part of a layer's error, and it is what pooled outputs see.
+    """
+    before = _state(recovered)
+    best, chosen = fit(RIDGES), None
+    for ridge in STRONGER:
+        kept = _state(recovered)
+        _restore(recovered, before)
+        found = fit((ridge,))
+        if found.distance >= best.distance:
+            _restore(recovered, kept)
+            break
+        best, chosen = found, ridge
+    return best, chosen
 
 
 def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: Any) -> Recovery:

@@ -9,7 +9,7 @@ _CHUNK = 1 << 24  # entries that are widened to float64 at a time
 
 
 class Normal:
-    """Sums over rows of [x, 1]^T [x, 1], [x, 1]^T y and y^2, in float64.
+    """Weighted sums over rows of [x, 1]^T [x, 1], [x, 1]^T y and y^2, in float64.
 
     Args:
         groups, unknowns, outputs: the shape of the map, [groups, unknowns, outputs].
@@ -20,28 +20,30 @@ class Normal:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.gram, self.cross = zeros(groups, unknowns + 1, unknowns + 1), zeros(groups, unknowns + 1, outputs)
-        self.square, self.count = zeros(groups, outputs), 0
+        self.square, self.count = zeros(groups, outputs), 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x [groups, rows, unknowns] with what they should give, y [groups, rows, outputs]."""
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Rows x [groups, rows, unknowns] with what they should give, y [groups, rows, outputs], and their weights [rows]."""
         rows = max(1, _CHUNK // (x.shape[0] * (x.shape[2] + 1)))
         for first in range(0, x.shape[1], rows):
             wide, want = x[:, first : first + rows].double(), y[:, first : first + rows].double()
-            wide = torch.cat([wide, wide.new_ones(*wide.shape[:2], 1)], 2)
+            weight = weights[first : first + rows, None].to(wide)
+            wide = torch.cat([wide, wide.new_ones(*wide.shape[:2], 1)], 2) * weight.sqrt()
+            want = want * weight.sqrt()
             self.gram += wide.transpose(1, 2) @ wide
             self.cross += wide.transpose(1, 2) @ want
             self.square += want.square().sum(1)
-            self.count += wide.shape[1]
+            self.count += float(weight.sum())
 
     def error(self, w: Tensor, b: Tensor) -> Tensor:
         """Mean squared error of x @ w + b, [groups, outputs]."""
         full = torch.cat([w, b[:, None]], 1)
         found = (full * (self.gram @ full - 2 * self.cross)).sum(1) + self.square
-        return found.clamp(min=0) / max(self.count, 1)
+        return found.clamp(min=0) / (self.count or 1)
 
     def solve(self, w: Tensor, b: Tensor, ridge: float, free: bool) -> tuple[Tensor, Tensor]:
         """The map of least mean squared error plus ridge * mean(x^2) * |w' - w|^2; with `free` b is solved for too."""
-        count, size = max(self.count, 1), w.shape[1]
+        count, size = (self.count or 1), w.shape[1]
         gram, cross = self.gram / count, self.cross / count
         mean = gram.diagonal(dim1=1, dim2=2)[:, :size].mean(1).clamp(min=1e-30)
         weight = (ridge * mean)[:, None, None]
@@ -71,7 +73,7 @@ class Normal:
         return w * scale[:, None], wanted - (mean - b) * scale
 
     def _wanted_mean(self) -> Tensor:
-        return self.cross[:, -1] / max(self.count, 1)
+        return self.cross[:, -1] / (self.count or 1)
 
     def _given_mean(self, w: Tensor, b: Tensor) -> Tensor:
-        return (self.gram[:, -1:, :-1] @ w)[:, 0] / max(self.count, 1) + b
+        return (self.gram[:, -1:, :-1] @ w)[:, 0] / (self.count or 1) + b

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.graph import spec
+from surgeon.recovery.draw import Draw
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.lockstep import Pair, Recording, distance, twin
 from surgeon.recovery.logits import Aim, find_meetings
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.rows import Equations
-from surgeon.recovery.sites import Site, find_sites, pulled
+from surgeon.recovery.sites import Site, pulled
 
 RIDGES = (1e-6, 1e-4, 1e-2)  # of which the one that does best on held-out batches is taken
 WIDEST = 2400  # unknowns of one output that are solved for exactly
 _EXACT = 1e-13  # of the mean square of what a layer should give: below, rounding is all that is left
-_PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are sampled for a site
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps what is walked through, to show progress
 
@@ -61,6 +61,7 @@ class Fitting:
     """Sets the weights of every site so that it gives what the original gives.
 
     Args:
+        draw: the rows to look at.
         how: "refit" (affine least squares), "means" (the constant alone) or "variance" (constant and scale).
     """
 
@@ -68,17 +69,16 @@ class Fitting:
         self,
         recording: Recording,
         narrow: Narrow,
+        draw: Draw,
         how: str,
         *,
         ridges: Sequence[float] = RIDGES,
         widest: int = WIDEST,
-        seed: int = 0,
     ) -> None:
-        self.recording, self.narrow, self.how, self.ridges, self.widest = recording, narrow, how, ridges, widest
-        self.sites, self.left = find_sites(recording.small, recording.big)
+        self.recording, self.narrow, self.draw, self.how, self.ridges, self.widest = recording, narrow, draw, how, ridges, widest
+        self.sites = draw.sites
         self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
         self.aims: dict[Site, Aim] = {}
-        self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def run(self, track: Track) -> Pass:
@@ -87,7 +87,7 @@ class Fitting:
             for site in self.sites:
                 for node in self._aims(site, pairs[0], pair):
                     pair.big.pin(node)
-        fits = [Fit(name.removesuffix(".weight"), skipped=reason) for name, reason in self.left.items()]
+        fits = [Fit(name.removesuffix(".weight"), skipped=reason) for name, reason in self.draw.left.items()]
         peak = 0
         for site in track(self.sites, self.how):
             for pair in pairs:
@@ -170,8 +170,8 @@ class Fitting:
                 x, y = (value.movedim(1, -1).flatten(0, -2) for value in (
                     pair.small.value(given), pair.big.value(twin(node, pairs[0].big, pair.big)),
                 ))  # fmt: skip
-                picked = torch.randperm(len(x), generator=self.generator)[: math.ceil(_LEAST_ROWS / len(pairs))].to(x.device)
-                sums.add(x[picked][None], y[picked][None])
+                picked = self.draw.some(len(x), len(pairs)).to(x.device)
+                sums.add(x[picked][None], y[picked][None], torch.ones(len(picked)))
         nothing = torch.zeros(1, equations.channels, whole.shape[1], dtype=torch.float64, device=whole.device)
         for ridge in self.ridges:
             guess, _ = sums.solve(nothing, nothing[:, 0], ridge, True)
@@ -216,7 +216,7 @@ class Fitting:
 
 
 class _Rows:
-    """The equations of one site, batch by batch, at places that are drawn once.
+    """The equations of one site, batch by batch.
 
     Attributes:
         scale: [groups, outputs], how much an error of each output weighs where it is compared (the square of what is between);
@@ -225,12 +225,7 @@ class _Rows:
 
     def __init__(self, fitting: Fitting, site: Site, equations: Equations, pairs: list[Pair]) -> None:
         self.fitting, self.site, self.equations, self.pairs = fitting, site, equations, pairs
-        goal = max(_PER_UNKNOWN * equations.unknowns(), _LEAST_ROWS)
-        places = [equations.places(torch.empty(spec(self._node(pair)).shape, device="meta")) for pair in pairs]
-        self.picked = []
-        for count in places:
-            some = min(count, math.ceil(count * goal / sum(places)))
-            self.picked.append(torch.randperm(count, generator=fitting.generator)[:some])
+        self.picked, self.weights = fitting.draw.picked[site], fitting.draw.weights[site]
         self.scale = self._scale()
 
     def _scale(self) -> Tensor:
@@ -255,12 +250,12 @@ class _Rows:
         value = pair.small.value(self._data(pair))
         return self.equations.rows(value, wanted, self.picked[number].to(value.device))
 
-    def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """x [groups, rows, unknowns] and y [groups, rows, outputs] of the batches to judge by, or of those to learn from."""
+    def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x [groups, rows, unknowns], y [groups, rows, outputs] weights [rows] of the batches to judge by, or to learn from."""
         for number, pair in enumerate(self.pairs):
             if pair.held == held:
                 x, y = self._of(number)
-                yield x, y.masked_fill((self.scale == 0)[:, None], 0)
+                yield x, y.masked_fill((self.scale == 0)[:, None], 0), self.weights[number].to(x.device)
 
     def count(self, held: bool) -> int:
         return sum(len(picked) for picked, pair in zip(self.picked, self.pairs, strict=True) if pair.held == held)
@@ -268,8 +263,8 @@ class _Rows:
     def normal(self, held: bool) -> Normal:
         groups, unknowns, outputs = self._shape
         sums = Normal(groups, unknowns, outputs, self.scale.device)
-        for x, y in self.of(held):
-            sums.add(x, y)
+        for x, y, weights in self.of(held):
+            sums.add(x, y, weights)
         return sums
 
     @property
@@ -278,10 +273,16 @@ class _Rows:
 
     def error(self, w: Tensor, b: Tensor) -> Tensor:
         """Mean squared error on the batches to judge by, [groups, outputs], without normal equations."""
-        off = sum((x.double() @ w + b[:, None] - y.double()).square().sum(1) for x, y in self.of(True))
-        return torch.as_tensor(off) / max(self.count(True), 1)
+        return self._mean(True, lambda x, y: (x.double() @ w + b[:, None] - y.double()).square())
 
     def offset(self, w: Tensor, b: Tensor) -> Tensor:
         """What x @ w + b lacks in the mean, on the batches to learn from."""
-        lack = sum((y.double() - x.double() @ w - b[:, None]).sum(1) for x, y in self.of(False))
-        return torch.as_tensor(lack) / max(self.count(False), 1)
+        return self._mean(False, lambda x, y: y.double() - x.double() @ w - b[:, None])
+
+    def _mean(self, held: bool, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Over weighted rows, [groups, outputs]."""
+        total, weight = torch.zeros_like(self.scale), 0.0
+        for x, y, weights in self.of(held):
+            total += (what(x, y) * weights[:, None]).sum(1)
+            weight += float(weights.sum())
+        return total / (weight or 1)

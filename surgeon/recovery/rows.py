@@ -73,17 +73,23 @@ class Equations:
     def rows(self, x: Tensor, y: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
         """x [groups, rows, unknowns] and y [groups, rows, outputs] of an input and a result, at the picked places."""
         if self.layout is None:
-            if self.batched:
-                return x[:, picked], y[:, picked]
-            return x.flatten(0, -2)[picked][None], y.flatten(0, -2)[picked][None]
-        sample, rest = picked // math.prod(y.shape[2:]), picked % math.prod(y.shape[2:])
-        place = torch.unravel_index(rest, tuple(y.shape[2:]))
+            return x[:, picked] if self.batched else x.flatten(0, -2)[picked][None], self.given(y, picked)
         seen = self.layout.windows(x)
         dims = len(self.layout.kernel)
-        seen = seen.movedim(1, dims + 1)[(sample, *place)]  # [rows, C, *kernel]
-        given = y.movedim(1, -1)[(sample, *place)]  # [rows, O]
-        groups = self.layout.groups
-        return (
-            seen.reshape(len(picked), groups, -1).transpose(0, 1),
-            given.reshape(len(picked), groups, -1).transpose(0, 1),
-        )
+        seen = seen.movedim(1, dims + 1)[self._place(y, picked)]  # [rows, C, *kernel]
+        return seen.reshape(len(picked), self.layout.groups, -1).transpose(0, 1), self.given(y, picked)
+
+    def given(self, y: Tensor, picked: Tensor) -> Tensor:
+        """[groups, rows, outputs] of a result at the picked places."""
+        if self.layout is None:
+            return y[:, picked] if self.batched else y.flatten(0, -2)[picked][None]
+        return y.movedim(1, -1)[self._place(y, picked)].reshape(len(picked), self.layout.groups, -1).transpose(0, 1)
+
+    def _place(self, y: Tensor, picked: Tensor) -> tuple[Tensor, ...]:
+        """Sample and place in it, of the picked places of a convolution's result."""
+        assert self.layout is not None
+        return torch.unravel_index(picked, (len(y), *y.shape[2:]))
+
+    def felt(self, squares: Tensor, picked: Tensor) -> Tensor:
+        """[rows]: how much the outputs feel the picked places, from the squared gradients of a result."""
+        return self.given(squares, picked).sum((0, 2))

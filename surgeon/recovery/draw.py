@@ -1,0 +1,108 @@
+"""Draw: which rows of each layer a refit looks at, and what each weighs.
+
+A row weighs as the model's outputs feel it: by the norm of the gradient of the outputs, times random signs (no labels), with
+respect to what the original's layer gives there. Padding that a mask hides hardly weighs anything.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.graph import spec
+from surgeon.recovery.lockstep import Pair, Recording, Run, twin
+from surgeon.recovery.narrow import Narrow
+from surgeon.recovery.rows import Equations
+from surgeon.recovery.sites import Site, find_sites
+
+_PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are drawn for a site
+_PROBES = 2
+_LEAST = 0.05  # of the mean weight: a ReLU that is off feels nothing, yet it has to stay off
+
+
+class Draw:
+    """The rows, the same for every pass.
+
+    Attributes:
+        sites, left: see `find_sites`.
+        picked: of each site, the numbers of its rows in each batch. weights: theirs, 1 in the mean over all batches.
+        remark: why all rows weigh alike; "" if they do not.
+    """
+
+    def __init__(self, recording: Recording, narrow: Narrow, seed: int = 0) -> None:
+        self.sites, self.left = find_sites(recording.small, recording.big)
+        self.remark, self.seed = "", seed
+        pairs = recording.pairs()
+        generator = torch.Generator().manual_seed(seed)
+        equations = {site: Equations(site, recording.small.tensors[site.weight.name]) for site in self.sites}
+        self.picked = {site: _pick(site, equations[site], pairs, generator) for site in self.sites}
+        felt: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        try:
+            for number, pair in enumerate(pairs):
+                squares = _felt(pair.big, [twin(site.twin, pairs[0].big, pair.big) for site in self.sites], number)
+                for site, square in zip(self.sites, squares, strict=True):
+                    felt[site].append(equations[site].felt(narrow(site.twin, square), self.picked[site][number]))
+        except RuntimeError as error:
+            self.remark = f"all rows of a layer weigh alike, as no gradient can be computed: {str(error).splitlines()[0]}"
+            felt = {site: [] for site in self.sites}
+        self.weights = {site: _scaled(felt[site], self.picked[site]) for site in self.sites}
+
+    def some(self, count: int, batches: int) -> Tensor:
+        """Numbers of some of a batch's `count` rows, for what is no site's result."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: math.ceil(_LEAST_ROWS / batches)]
+
+
+def _pick(site: Site, equations: Equations, pairs: list[Pair], generator: torch.Generator) -> list[Tensor]:
+    goal = max(_PER_UNKNOWN * equations.unknowns(), _LEAST_ROWS)
+    places = [
+        equations.places(torch.empty(spec(twin(site.node, pairs[0].small, pair.small)).shape, device="meta")) for pair in pairs
+    ]
+    return [torch.randperm(count, generator=generator)[: math.ceil(count * goal / sum(places))] for count in places]
+
+
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
+    """How much a run's float outputs change with each node's value: the squared gradient of them times random signs (Hutchinson's
+    estimate of the diagonal of J^T J), summed over some draws of the signs.
+
+    Raises:
+        RuntimeError: an op has no derivative, or a gradient is NaN or infinite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[fx.Node, Tensor] = {}
+    for node in nodes:
+        run.pin(node)
+    for node in run.nodes[:-1]:
+        run.through(node)
+        value = run.values.get(node)
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.is_inference():
+            run.values[node] = value.clone()
+        if node in nodes:
+            values[node] = run.value(node) if run.value(node).requires_grad else run.value(node).detach().requires_grad_()
+            run.values[node] = values[node]
+    outputs = [value for value in run.finish() if value.requires_grad]
+    found = [torch.zeros_like(values[node]) for node in nodes]
+    for probe in range(_PROBES if outputs else 0):
+        signs = [torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1 for value in outputs]
+        gradients = torch.autograd.grad(
+            outputs, [values[node] for node in nodes], signs, retain_graph=probe + 1 < _PROBES, allow_unused=True
+        )
+        for total, gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                total += gradient.square()
+    if not all(bool(torch.isfinite(total.sum())) for total in found):
+        raise RuntimeError("one is NaN or infinite")
+    return found
+
+
+def _scaled(felt: list[Tensor], picked: list[Tensor]) -> list[Tensor]:
+    """Weights of the rows, from the squared norms of their gradients."""
+    rows = sum(map(len, picked))
+    norms = [square.sqrt() for square in felt]
+    mean = sum(float(norm.double().sum()) for norm in norms) / max(rows, 1)
+    if not mean or list(map(len, norms)) != list(map(len, picked)):  # nothing is felt here, or the original has other rows
+        return [torch.ones(len(numbers)) for numbers in picked]
+    return [(norm / mean + _LEAST) / (1 + _LEAST) for norm in norms]
