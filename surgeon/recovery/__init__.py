@@ -118,7 +118,8 @@ def recover(
         example_inputs: without batches, for the run that is recorded; found from the model if left out, as in `inspect`.
         steps: in this order, of
             "refit": the affine map of least squares for every convolution and linear layer (normal equations in float64 over
-            sampled places; He et al., Channel Pruning, 2017; Luo et al., ThiNet, 2017), ridged towards the weights as cut;
+            sampled rows that weigh as the outputs feel them; He et al., Channel Pruning, 2017; Luo et al., ThiNet, 2017), ridged
+            towards the weights as cut;
             "means": only the constants (An et al., FLAP, 2024);
             "variance": constant and scale of every output, so that mean and variance are the original's (Jordan et al., REPAIR,
             2023);
@@ -129,7 +130,7 @@ def recover(
             all layers at once, in passes of their own, as long as the outputs gain.
         widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for all taps; other
             layers with more, and those with more channels, are left as cut.
-        seed: of the sampled places.
+        seed: of the sampled rows.
 
     Returns:
         A `Recovery`, with the new model in `.model`.

@@ -37,13 +37,16 @@ class Draw:
         pairs = recording.pairs()
         generator = torch.Generator().manual_seed(seed)
         equations = {site: Equations(site, recording.small.tensors[site.weight.name]) for site in self.sites}
-        self.picked = {site: _pick(site, equations[site], pairs, generator) for site in self.sites}
+        places = {site: [_places(site, equations[site], pairs[0], pair) for pair in pairs] for site in self.sites}
+        self.picked = {site: _pick(places[site], equations[site].unknowns(), generator) for site in self.sites}
         felt: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         try:
             for number, pair in enumerate(pairs):
                 squares = _felt(pair.big, [twin(site.twin, pairs[0].big, pair.big) for site in self.sites], number)
                 for site, square in zip(self.sites, squares, strict=True):
-                    felt[site].append(equations[site].felt(narrow(site.twin, square), self.picked[site][number]))
+                    kept = narrow(site.twin, square)
+                    if equations[site].places(kept) == places[site][number]:  # a run that takes decisions may give other rows
+                        felt[site].append(equations[site].felt(kept, self.picked[site][number]))
         except RuntimeError as error:
             self.remark = f"all rows of a layer weigh alike, as no gradient can be computed: {str(error).splitlines()[0]}"
             felt = {site: [] for site in self.sites}
@@ -54,12 +57,14 @@ class Draw:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: math.ceil(_LEAST_ROWS / batches)]
 
 
-def _pick(site: Site, equations: Equations, pairs: list[Pair], generator: torch.Generator) -> list[Tensor]:
-    goal = max(_PER_UNKNOWN * equations.unknowns(), _LEAST_ROWS)
-    places = [
-        equations.places(torch.empty(spec(twin(site.node, pairs[0].small, pair.small)).shape, device="meta")) for pair in pairs
-    ]
-    return [torch.randperm(count, generator=generator)[: math.ceil(count * goal / sum(places))] for count in places]
+def _places(site: Site, equations: Equations, first: Pair, pair: Pair) -> int:
+    """Rows of a site in a batch."""
+    return equations.places(torch.empty(spec(twin(site.node, first.small, pair.small)).shape, device="meta"))
+
+
+def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[Tensor]:
+    share = max(_PER_UNKNOWN * unknowns, _LEAST_ROWS) / max(sum(places), 1)
+    return [torch.randperm(count, generator=generator)[: math.ceil(count * share)] for count in places]
 
 
 @torch.inference_mode(mode=False)
@@ -72,24 +77,21 @@ def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
         RuntimeError: an op has no derivative, or a gradient is NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
-    values: dict[fx.Node, Tensor] = {}
+    wanted = set(nodes)
     for node in nodes:
         run.pin(node)
     for node in run.nodes[:-1]:
         run.through(node)
-        value = run.values.get(node)
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.is_inference():
-            run.values[node] = value.clone()
-        if node in nodes:
-            values[node] = run.value(node) if run.value(node).requires_grad else run.value(node).detach().requires_grad_()
-            run.values[node] = values[node]
+        if node.op == "placeholder" and run.values[node].is_inference():
+            run.values[node] = run.values[node].clone()
+        if node in wanted and not run.values[node].requires_grad:
+            run.values[node] = run.values[node].detach().requires_grad_()
+    values = [run.values[node] for node in nodes]
     outputs = [value for value in run.finish() if value.requires_grad]
-    found = [torch.zeros_like(values[node]) for node in nodes]
+    found = [torch.zeros_like(value) for value in values]
     for probe in range(_PROBES if outputs else 0):
         signs = [torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1 for value in outputs]
-        gradients = torch.autograd.grad(
-            outputs, [values[node] for node in nodes], signs, retain_graph=probe + 1 < _PROBES, allow_unused=True
-        )
+        gradients = torch.autograd.grad(outputs, values, signs, retain_graph=probe + 1 < _PROBES, allow_unused=True)
         for total, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
                 total += gradient.square()
@@ -99,10 +101,9 @@ def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
 
 
 def _scaled(felt: list[Tensor], picked: list[Tensor]) -> list[Tensor]:
-    """Weights of the rows, from the squared norms of their gradients."""
-    rows = sum(map(len, picked))
+    """Weights of the rows, from the squared norms of their gradients; all alike if some are unknown, or none is felt."""
     norms = [square.sqrt() for square in felt]
-    mean = sum(float(norm.double().sum()) for norm in norms) / max(rows, 1)
-    if not mean or list(map(len, norms)) != list(map(len, picked)):  # nothing is felt here, or the original has other rows
+    mean = sum(float(norm.double().sum()) for norm in norms) / max(sum(map(len, picked)), 1)
+    if not mean or len(felt) < len(picked):
         return [torch.ones(len(numbers)) for numbers in picked]
     return [(norm / mean + _LEAST) / (1 + _LEAST) for norm in norms]
