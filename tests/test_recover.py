@@ -181,7 +181,7 @@ def trained_like(model: nn.Module, seed: int = 0) -> nn.Module:
 def weights_of(name: str, model: nn.Module, small: nn.Module, plan: surgeon.Plan, data: list[Tensor]) -> Tensor:
     """What the rows of a convolution weigh, [batches, samples, 1, height, width], if all of them are drawn."""
     recording = Recording(model, small, [((x,), {}) for x in data], [False] * len(data))
-    draw = Draw(recording, Narrow(recording.big, plan))
+    draw = Draw(recording, Narrow(recording.big, plan), lambda items, _: items)
     site = next(site for site in draw.sites if site.name == name)
     found = [
         torch.empty(len(w), dtype=w.dtype).scatter(0, at, w) for at, w in zip(draw.picked[site], draw.weights[site], strict=True)

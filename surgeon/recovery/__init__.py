@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from surgeon.graph import named_tensors
 from surgeon.plan import Plan, check_fit
 from surgeon.recovery.draw import Draw
 from surgeon.recovery.fold import fold
-from surgeon.recovery.lockstep import Recording
+from surgeon.recovery.lockstep import Recording, Track
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
-from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Pass, Track
+from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Pass
 from surgeon.recovery.sites import find_sites
 
 STEPS = ("refit", "means", "variance", "batch_norm")
@@ -167,9 +166,12 @@ def recover(
             if name == "batch_norm":
                 found = reestimate(recording, track)
             else:
-                draw = draw or Draw(recording, narrow, seed)
-                fit = partial(_fit, recording, narrow, draw, name, widest, track)
-                found, ridge = _refitted(fit, recovered) if name == "refit" and ridges is None else (fit(ridges or RIDGES), None)
+                draw = draw or Draw(recording, narrow, track, seed)
+                fitting = Fitting(recording, narrow, draw, name, widest)
+                if name == "refit" and ridges is None:
+                    found, ridge = _refitted(fitting, recovered, track)
+                else:
+                    found = fitting.run(track, ridges or RIDGES)
             step = Step(name, now, found.distance, tuple(found.fits), found.peak, ridge)
             done.append(step)
             if step.taken:
@@ -188,22 +190,18 @@ def recover(
     return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
 
 
-def _fit(recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int, track: Track, ridges: Sequence[float]) -> Pass:
-    return Fitting(recording, narrow, draw, how, ridges=ridges, widest=widest).run(track)
-
-
-def _refitted(fit: Callable[[Sequence[float]], Pass], recovered: nn.Module) -> tuple[Pass, float | None]:
+def _refitted(fitting: Fitting, recovered: nn.Module, track: Track) -> tuple[Pass, float | None]:
     """A pass in which each layer chooses its ridge; or, where the outputs say that it is better, one with the same for all.
 
     A layer's rows do not show by how few samples its weights were found: those of one sample have much in common, what they
     share is a small part of a layer's error, and it is what pooled outputs see.
     """
     before = _state(recovered)
-    best, chosen = fit(RIDGES), None
+    best, chosen = fitting.run(track, RIDGES), None
     for ridge in STRONGER:
         kept = _state(recovered)
         _restore(recovered, before)
-        found = fit((ridge,))
+        found = fitting.run(track, (ridge,))
         if found.distance >= best.distance:
             _restore(recovered, kept)
             break

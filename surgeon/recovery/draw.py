@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.graph import spec
-from surgeon.recovery.lockstep import Pair, Recording, Run, twin
+from surgeon.recovery.lockstep import Pair, Recording, Run, Track, twin
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.rows import Equations
 from surgeon.recovery.sites import Site, find_sites
@@ -31,7 +31,7 @@ class Draw:
         remark: why all rows weigh alike; "" if they do not.
     """
 
-    def __init__(self, recording: Recording, narrow: Narrow, seed: int = 0) -> None:
+    def __init__(self, recording: Recording, narrow: Narrow, track: Track, seed: int = 0) -> None:
         self.sites, self.left = find_sites(recording.small, recording.big)
         self.remark, self.seed = "", seed
         pairs = recording.pairs()
@@ -41,7 +41,7 @@ class Draw:
         self.picked = {site: _pick(places[site], equations[site].unknowns(), generator) for site in self.sites}
         felt: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         try:
-            for number, pair in enumerate(pairs):
+            for number, pair in track(list(enumerate(pairs)), "gradients"):
                 squares = _felt(pair.big, [twin(site.twin, pairs[0].big, pair.big) for site in self.sites], number)
                 for site, square in zip(self.sites, squares, strict=True):
                     kept = narrow(site.twin, square)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from surgeon.graph import Graph, tensor_leaves, where
 from surgeon.rules.registry import Family, family, op_name
 
 _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2"))  # shapes and paths that values decide
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps what is walked through, to show progress
 
 
 class Run:

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from surgeon.calibration.consumers import NORMS
 from surgeon.graph import Graph
-from surgeon.recovery.lockstep import Recording, distance, twin
-from surgeon.recovery.passes import Pass, Track
+from surgeon.recovery.lockstep import Recording, Track, distance, twin
+from surgeon.recovery.passes import Pass
 from surgeon.rules.registry import op_name
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from surgeon.graph import spec
 from surgeon.recovery.draw import Draw
 from surgeon.recovery.least_squares import Normal
-from surgeon.recovery.lockstep import Pair, Recording, distance, twin
+from surgeon.recovery.lockstep import Pair, Recording, Track, distance, twin
 from surgeon.recovery.logits import Aim, find_meetings
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.rows import Equations
@@ -22,8 +22,6 @@ from surgeon.recovery.sites import Site, pulled
 RIDGES = (1e-6, 1e-4, 1e-2)  # of which the one that does best on held-out batches is taken
 WIDEST = 2400  # unknowns of one output that are solved for exactly
 _EXACT = 1e-13  # of the mean square of what a layer should give: below, rounding is all that is left
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps what is walked through, to show progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +63,17 @@ class Fitting:
         how: "refit" (affine least squares), "means" (the constant alone) or "variance" (constant and scale).
     """
 
-    def __init__(
-        self,
-        recording: Recording,
-        narrow: Narrow,
-        draw: Draw,
-        how: str,
-        *,
-        ridges: Sequence[float] = RIDGES,
-        widest: int = WIDEST,
-    ) -> None:
-        self.recording, self.narrow, self.draw, self.how, self.ridges, self.widest = recording, narrow, draw, how, ridges, widest
+    def __init__(self, recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int = WIDEST) -> None:
+        self.recording, self.narrow, self.draw, self.how, self.widest = recording, narrow, draw, how, widest
+        self.ridges: Sequence[float] = RIDGES
         self.sites = draw.sites
         self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
         self.aims: dict[Site, Aim] = {}
 
     @torch.no_grad()
-    def run(self, track: Track) -> Pass:
+    def run(self, track: Track, ridges: Sequence[float]) -> Pass:
+        """One pass; each layer takes the ridge that does best on its own held-out rows."""
+        self.ridges = ridges
         pairs = self.recording.pairs()
         for pair in pairs:
             for site in self.sites:
