@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgeon._quiet import output_of
 from surgeon.agree import Inputs, feeds, silence
 from surgeon.bench_table import Row
 from surgeon.errors import BenchError, FileError, SurgeonError
@@ -97,12 +98,17 @@ def _module(name: str, module: nn.Module, backend: str, inputs: Inputs) -> Runne
     params = sum(parameter.numel() for parameter in module.parameters())
     where = "" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}"
     row, load, kind = Row(name, f"torch eager{where}", params, size), None, device.type
-    run: Callable[[], Any] = lambda: module(*args, **kwargs)  # noqa: E731  # replaced below
+    written = any(isinstance(value, list | dict) for value in (*args, *kwargs.values()))  # perhaps: then each run gets copies
+
+    def call(what: Callable[..., Any]) -> Callable[[], Any]:
+        return (lambda: output_of(what, args, kwargs)) if written else lambda: what(*args, **kwargs)
+
+    run = call(module)
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if backend == "compile":
         compiled, start = torch.compile(module), time.perf_counter()
-        run = lambda: compiled(*args, **kwargs)  # noqa: E731  # as above
+        run = call(compiled)
         try:
             with silence():
                 run()

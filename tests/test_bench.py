@@ -168,6 +168,18 @@ def test_dict_inputs_are_matched_by_name(tmp_path: Path) -> None:
     assert len(bench({"torch": Two(), "onnx": tmp_path / "two.onnx"}, inputs, repeats=1, warmup=0).rows) == 2
 
 
+def test_a_model_may_write_into_the_lists_it_is_given() -> None:
+    class Pathways(nn.Module):
+        def forward(self, x: list[Tensor]) -> Tensor:
+            first = x.pop()
+            x[0] = x[0] + first
+            return x[0]
+
+    inputs = ([torch.zeros(2, 3), torch.ones(2, 3)],)
+    assert bench({"it": Pathways()}, inputs, repeats=3, warmup=2).rounds == 3
+    assert len(inputs[0]) == 2 and not inputs[0][0].any()
+
+
 def test_inputs_are_found_from_the_first_module(onnx_file: Path) -> None:
     assert bench({"file": onnx_file, "torch": nn.Linear(3, 4)}, repeats=1, warmup=0).batch_size == 1
 
