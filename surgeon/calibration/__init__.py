@@ -105,7 +105,8 @@ def gather(
             with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
                 if needs & _BACKWARD:
-                    stand_in = partial(output_probe, seed=batches) if "curvature" in needs else output_energy
+                    signs = torch.Generator().manual_seed(batches)  # each batch has signs of its own
+                    stand_in = partial(output_probe, generator=signs) if "curvature" in needs else output_energy
                     value = _loss_of(output, targets, loss, stand_in, graph, label)
                     _backward(value, gradients, statistics, label)
             for item in statistics:
@@ -122,11 +123,10 @@ def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
     return sum((t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(()))
 
 
-def output_probe(output: Any, names: Sequence[str] | None = None, seed: int = 0) -> Tensor:
+def output_probe(output: Any, names: Sequence[str] | None = None, *, generator: torch.Generator) -> Tensor:
     """All float outputs times random signs: the squared gradient of this is, in the mean, how much the squared outputs change
     (Hutchinson's estimate of the diagonal of J^T J), for which no labels are needed."""
     floats = _floats(output, names)
-    generator = torch.Generator().manual_seed(seed)  # each batch has signs of its own
     signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in floats]
     return sum(((t * sign).sum() for t, sign in zip(floats, signs, strict=True)), start=floats[0].new_zeros(()))
 
@@ -259,4 +259,4 @@ def _progress(data: Iterable[Any]) -> Iterator[Iterable[Any]]:
         yield bar.track(data, total=total, description="calibrating")
 
 
-__all__ = ["NEEDS", "WIDEST", "Evidence", "Loss", "gather", "output_energy"]
+__all__ = ["NEEDS", "WIDEST", "Evidence", "Loss", "gather", "output_energy", "output_probe"]

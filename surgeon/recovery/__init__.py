@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,19 +160,16 @@ def recover(
     narrow = Narrow(recording.big, plan)
     now = first = recording.distance()
     done = []
-    draw: Draw | None = None
     with _progress() as track:
+        draw = Draw(recording, narrow, track, seed) if set(steps) - {"batch_norm"} else None
         for name in steps:
             before, ridge = _state(recovered), None
-            if name == "batch_norm":
+            if draw is None or name == "batch_norm":
                 found = reestimate(recording, track)
+            elif name == "refit" and ridges is None:
+                found, ridge = _refitted(partial(Fitting, recording, narrow, draw, name, widest), recovered, track)
             else:
-                draw = draw or Draw(recording, narrow, track, seed)
-                fitting = Fitting(recording, narrow, draw, name, widest)
-                if name == "refit" and ridges is None:
-                    found, ridge = _refitted(fitting, recovered, track)
-                else:
-                    found = fitting.run(track, ridges or RIDGES)
+                found = Fitting(recording, narrow, draw, name, widest, ridges or RIDGES).run(track)
             step = Step(name, now, found.distance, tuple(found.fits), found.peak, ridge)
             done.append(step)
             if step.taken:
@@ -190,18 +188,18 @@ def recover(
     return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
 
 
-def _refitted(fitting: Fitting, recovered: nn.Module, track: Track) -> tuple[Pass, float | None]:
+def _refitted(fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Track) -> tuple[Pass, float | None]:
     """A pass in which each layer chooses its ridge; or, where the outputs say that it is better, one with the same for all.
 
     A layer's rows do not show by how few samples its weights were found: those of one sample have much in common, what they
     share is a small part of a layer's error, and it is what pooled outputs see.
     """
     before = _state(recovered)
-    best, chosen = fitting.run(track, RIDGES), None
+    best, chosen = fitting(RIDGES).run(track), None
     for ridge in STRONGER:
         kept = _state(recovered)
         _restore(recovered, before)
-        found = fitting.run(track, (ridge,))
+        found = fitting((ridge,)).run(track)
         if found.distance >= best.distance:
             _restore(recovered, kept)
             break

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from surgeon.calibration import output_probe
 from surgeon.graph import spec
 from surgeon.recovery.lockstep import Pair, Recording, Run, Track, twin
 from surgeon.recovery.narrow import Narrow
@@ -70,8 +71,7 @@ def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
 def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
-    """How much a run's float outputs change with each node's value: the squared gradient of them times random signs (Hutchinson's
-    estimate of the diagonal of J^T J), summed over some draws of the signs.
+    """How much a run's outputs change with each node's value: its squared gradients (see `output_probe`), summed over probes.
 
     Raises:
         RuntimeError: an op has no derivative, or a gradient is NaN or infinite.
@@ -90,8 +90,8 @@ def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
     outputs = [value for value in run.finish() if value.requires_grad]
     found = [torch.zeros_like(value) for value in values]
     for probe in range(_PROBES if outputs else 0):
-        signs = [torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1 for value in outputs]
-        gradients = torch.autograd.grad(outputs, values, signs, retain_graph=probe + 1 < _PROBES, allow_unused=True)
+        more = probe + 1 < _PROBES
+        gradients = torch.autograd.grad(output_probe(outputs, generator=generator), values, retain_graph=more, allow_unused=True)
         for total, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
                 total += gradient.square()

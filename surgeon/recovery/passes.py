@@ -61,19 +61,18 @@ class Fitting:
     Args:
         draw: the rows to look at.
         how: "refit" (affine least squares), "means" (the constant alone) or "variance" (constant and scale).
+        ridges: of which each layer takes the one that does best on its own held-out rows.
     """
 
-    def __init__(self, recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int = WIDEST) -> None:
+    def __init__(self, recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int, ridges: Sequence[float]) -> None:
         self.recording, self.narrow, self.draw, self.how, self.widest = recording, narrow, draw, how, widest
-        self.ridges: Sequence[float] = RIDGES
+        self.ridges = ridges
         self.sites = draw.sites
         self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
         self.aims: dict[Site, Aim] = {}
 
     @torch.no_grad()
-    def run(self, track: Track, ridges: Sequence[float]) -> Pass:
-        """One pass; each layer takes the ridge that does best on its own held-out rows."""
-        self.ridges = ridges
+    def run(self, track: Track) -> Pass:
         pairs = self.recording.pairs()
         for pair in pairs:
             for site in self.sites:
@@ -243,7 +242,7 @@ class _Rows:
         return self.equations.rows(value, wanted, self.picked[number].to(value.device))
 
     def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x [groups, rows, unknowns], y [groups, rows, outputs] weights [rows] of the batches to judge by, or to learn from."""
+        """x [groups, rows, unknowns], y [groups, rows, outputs], weights [rows] of the batches to judge by, or to learn from."""
         for number, pair in enumerate(self.pairs):
             if pair.held == held:
                 x, y = self._of(number)
