@@ -130,8 +130,8 @@ NOTES = [
         "there it cuts inner channels."
     ),
     (
-        "Fine-tuned: surgeon's models start from recoveries in which all rows of a layer weighed alike; of the same seed these "
-        "are 0.25 points at most from those in the tables without training."
+        "Fine-tuned: surgeon's models start from recoveries in which all rows of a layer weighed alike, made before those in the "
+        "tables without training."
     ),
     "MACs: of products and convolutions, counted by torch's FlopCounterMode for both tools.",
 ]
