@@ -40,7 +40,8 @@ PLANS: dict[str, dict[str, Any]] = {  # by how they differ from that of recover.
     **{f"at most {share:.0%} of a group": {"max_ratio": share} for share in (0.55, 0.6, 0.7, 0.8)},
 }
 BLOCKS = Recipe()
-OUTPUTS, FROZEN, TURNED = (recover.RECIPES[name] for name in ("outputs", "blocks", "blocks, half turned"))
+OUTPUTS, FROZEN, MIXED = (recover.RECIPES[name] for name in ("outputs", "blocks", "blocks, mixed"))
+TURNED = dataclasses.replace(FROZEN, soft=0.5, turned=0.5)
 COMPARED = [
     OUTPUTS,
     *(dataclasses.replace(OUTPUTS, rate=rate) for rate in (0.01, 0.005)),
@@ -69,8 +70,7 @@ JOBS = {
     for recipe, plan, (images, epochs) in [
         *((recipe, "", SHORT) for recipe in COMPARED),
         *((FROZEN, plan, SHORT) for plan in PLANS if plan),
-        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, rate=0.004))),
-        *((recipe, "", LONG) for recipe in (dataclasses.replace(FROZEN, mixed=1.0), TURNED)),
+        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, rate=0.004), MIXED, TURNED)),
         *((FROZEN, plan, LONG) for plan in PLANS if "most" in plan),
         (TURNED, "", LONGER),
     ]

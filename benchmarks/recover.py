@@ -39,7 +39,7 @@ import surgeon
 RECIPES = {  # of the fine-tuning
     "outputs": Recipe(features=0),
     "blocks": Recipe("Muon", 0.002, batch=32, frozen=True),
-    "blocks, half turned": Recipe("Muon", 0.002, batch=32, soft=0.5, turned=0.5, frozen=True),
+    "blocks, mixed": Recipe("Muon", 0.002, batch=32, mixed=1.0, frozen=True),
 }
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 

@@ -43,9 +43,9 @@ class Beside(PlainMode):
             return func(*args, **kwargs)
         given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
         out = None
-        if not any(t.is_floating_point() for t in given):
+        if not any(_counts(t.dtype) for t in given):
             out = func(*args, **kwargs)
-            if given or not isinstance(out, Tensor) or not out.is_floating_point():
+            if given or not isinstance(out, Tensor) or not _counts(out.dtype):
                 return out
         return self.op(func, args, kwargs, out)
 
@@ -69,4 +69,9 @@ def alike(op: Any) -> str:
 def of_whole_numbers(node: fx.Node) -> bool:
     """Whether an op works on whole numbers: it has no size to mend, and code may remember its result and not run it again."""
     inputs = [spec(n) for n in node.all_input_nodes] or [spec(node)]
-    return not any(s is not None and s.dtype.is_floating_point for s in inputs)
+    return not any(s is not None and _counts(s.dtype) for s in inputs)
+
+
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type are what a model computes, not whole numbers that count or point."""
+    return dtype.is_floating_point or dtype.is_complex

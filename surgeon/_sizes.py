@@ -1,9 +1,8 @@
 """Sizes that remember where they come from, so that a model's own arithmetic on shapes can be followed.
 
 During capture `tensor.shape` and `tensor.size()` give whole numbers that know the value and dim that they were read from,
-and keep knowing it through exact multiplication and division. When such a number comes back as a size of `view`, `reshape` or
-`unflatten`, the new dim *follows* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width
-keeps the same share as C. These are ordinary ints in every other respect, and gone after the capture.
+and keep knowing it through exact multiplication and division, and sums of such numbers. What is done with them says which
+widths keep the same share (see `_follows`). These are ordinary ints in every other respect, and gone after the capture.
 
 While the small model is compared, sizes remember what they were (`CheckedInt`): code that checks a size shows the number
 that must change with it.
@@ -74,6 +73,22 @@ class TracedInt(_Size):
         return self._derived(int(self) * other, other)
 
     __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        return self._shifted(int(self) + other, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._shifted(int(self) - other, other)
+
+    def __neg__(self) -> TracedInt:
+        return TracedInt(-int(self), self.source)
+
+    def _shifted(self, value: Any, other: Any) -> Any:
+        """A share of a size more or less is a share of it; so is nothing more."""
+        alike = isinstance(other, TracedInt) and other.source == self.source
+        return TracedInt(value, self.source) if alike or (type(other) is int and not other) else value
 
     def _derived(self, value: Any, other: Any) -> Any:
         if isinstance(value, int) and (not isinstance(other, TracedInt) or int(other) == 1):
@@ -165,58 +180,6 @@ class Sizes(TorchFunctionMode):
         if name == "size" or (name == "__get__" and getattr(func, "__self__", None) is torch.Tensor.shape):
             return torch.Size([self.one(args[0], dim, n) for dim, n in enumerate(result)])
         return result
-
-
-class SizeMode(Sizes):
-    """Hands out traced sizes and reports which dims of reshaped tensors follow which.
-
-    Args:
-        node_of: the graph node of a tensor, None if it is not part of the run.
-    """
-
-    def __init__(self, node_of: Callable[[Tensor], fx.Node | None]) -> None:
-        super().__init__()
-        self.node_of = node_of
-
-    def one(self, tensor: Tensor, dim: int, size: int) -> int:
-        node = self.node_of(tensor) if size > 1 else None
-        return size if node is None else TracedInt(size, Follows(node, dim))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "flatten" and isinstance(result, Tensor):
-            node = self.node_of(result)
-            if node is not None:
-                node.meta["derived"] = True  # torch computes the size from the shape
-        elif name in ("view", "reshape", "unflatten") and isinstance(result, Tensor) and isinstance(args[0], Tensor):
-            self._follow(name, args, kwargs or {}, result)
-        elif name in ("expand", "repeat") and isinstance(result, Tensor):
-            self._repeat(args, kwargs or {}, result)
-        return result
-
-    def _repeat(self, args: Any, kwargs: Any, result: Tensor) -> None:
-        """Note where the sizes come from to which dims of size 1 grew."""
-        sizes = list(args[1:]) or list(kwargs.values())
-        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
-        first = result.dim() - len(sizes)
-        grown = [(first + i, n) for i, n in enumerate(sizes) if isinstance(n, TracedInt)]
-        node = self.node_of(result)
-        if node is not None:
-            node.meta["repeated"] = {dim: n.source for dim, n in grown if result.shape[dim] == int(n)}
-
-    def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
-        sizes = list(args[1:]) or list(kwargs.values())
-        first = 0
-        if name == "unflatten":
-            dim, sizes = (args[1] if len(args) > 1 else kwargs["dim"]), [args[2] if len(args) > 2 else kwargs["sizes"]]
-            first = dim % args[0].dim()
-        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-            sizes = list(sizes[0])
-        found = {first + i: n.source for i, n in enumerate(sizes) if isinstance(n, TracedInt)}
-        node = self.node_of(result) if found else None
-        if node is not None:
-            node.meta["follows"] = {**node.meta.get("follows", {}), **found}
 
 
 @contextlib.contextmanager

@@ -87,6 +87,22 @@ def left_out(func: Any, pure: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return {a.name: a.default_value for a in rest if a.name in needed and a.name not in kwargs and a.has_default_value()}
 
 
+def overlap(target: Tensor, source: Tensor) -> bool:
+    """Whether a copy writes to some places that it reads for others: what it gives hangs on the order in which it goes."""
+    if target.is_meta or not target.numel() or target.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+        return False
+    if (target.storage_offset(), target.shape, target.stride()) == (source.storage_offset(), source.shape, source.stride()):
+        return False
+    places = torch.arange(max(map(_end, (target, source))))
+    here, there = (places.as_strided(t.shape, t.stride(), t.storage_offset()) for t in (target, source))
+    return bool(torch.isin(here, there).any())
+
+
+def _end(tensor: Tensor) -> int:
+    """The place in its storage behind a tensor's last entry."""
+    return int(tensor.storage_offset()) + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def keeps_layout(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this is an in-place `as_strided_` that leaves every entry in its place (convolutions do this to 1x1 maps)."""
     if (

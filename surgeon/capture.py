@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon._follows import SizeMode
 from surgeon._quiet import output_of, quiet_run, real_indices
-from surgeon._sizes import SizeMode, looking_inside_functional
+from surgeon._sizes import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.inputs import find_inputs, normalize

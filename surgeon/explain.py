@@ -61,6 +61,7 @@ ADVICE = (
     ("rolled", "roll along a spatial dim, or not at all"),
     ("factor of", "nothing: each channel stands for one place of the image"),
     ("imaginary part", "nothing: a complex number has both parts"),
+    ("is sliced where", "use widths that have a divisor in common with the place where they are sliced"),
     ("unfolded", "unfold along a spatial dim"),
     ("boolean index", "multiply with the mask instead of indexing by it"),
 )

@@ -49,7 +49,7 @@ class Graph:
     Attributes:
         fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`; some nodes have
             `const` (the value of an index tensor), `follows` (dims whose size the model's code computed from another one),
-            `repeated` (the same of dims that were of size 1),
+            `repeated` (the same of dims that were of size 1), `cuts` (parts of dims that are as long as was computed so),
             `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number), `decision`
             (what a deciding op gave, see `_decisions`).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.

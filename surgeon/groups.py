@@ -275,7 +275,8 @@ def find_links(propagation: Propagation, solution: Solution, groups: Iterable[Gr
         return {n for number in found for n in of_grid.get(number, [number])}
 
     links, pinned = set(), set()
-    for own, other in propagation.follows:
+    for share in propagation.ledger.shares:
+        own, other = share.own, share.other
         if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
             continue
         left, right = touched(own), touched(other)

@@ -11,6 +11,7 @@ The `Ledger` collects facts and never compares ids while it does; `solve` draws 
 - freezes:  a may not leave, with the reason.
 - parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened outer product).
 - balances: a matrix of ids of which every row keeps equally many.
+- shares:   ids that keep the same share as others: the model's code computes how many there are from how many others there are.
 - free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
 - reduced:  entries that are summed or normalised over: free ones among them stay, because it matters how many there are.
 - batched:  ids of rows that an op computes one by one (heads, groups).
@@ -62,6 +63,15 @@ class Balance:
     node: fx.Node | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """`own` and `other` keep the same share. No ids for a dim that is fixed."""
+
+    own: Track
+    other: Track
+    node: fx.Node | None
+
+
 class Ledger:
     """Gives out ids and writes down facts about them. `node` is the op whose rule is speaking."""
 
@@ -71,6 +81,7 @@ class Ledger:
         self.freezes: list[Freeze] = []
         self.parts: list[Part] = []
         self.balances: list[Balance] = []
+        self.shares: list[Share] = []
         self.batched: list[Track] = []
         self.heads: list[Track] = []
         self.head_dims: list[Track] = []
@@ -146,6 +157,10 @@ class Ledger:
             matrix = np.unique(matrix, axis=0)
         if len(matrix) > 1:
             self.balances.append(Balance(matrix, self.node))
+
+    def share(self, own: Track, other: Track) -> None:
+        """How many there are of the one is computed from how many there are of the other."""
+        self.shares.append(Share(own.ravel(), other.ravel(), self.node))
 
     def collapse(self, track: Track, dim: int) -> Track:
         """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any, stands for all."""

@@ -7,6 +7,7 @@ that are not the model's own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from surgeon._sizes import Follows
 from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Ledger, Track
 from surgeon.rules import Family, Site, family, rule_of
+from surgeon.rules.indexing import even_parts
 from surgeon.rules.registry import op_name
 
 
@@ -28,14 +31,11 @@ class Propagation:
         ledger: every fact about ids.
         slots: (tensor name, dim) -> the ids of its indices, 1-d.
         axes: node -> its tracks (a tuple of them where the op has several outputs).
-        follows: (ids, ids) of dims whose sizes the model's code computes from one another: both keep the same share. No ids
-            for a dim that is fixed.
     """
 
     ledger: Ledger
     slots: Mapping[tuple[str, int], Track]
     axes: Mapping[fx.Node, Any]
-    follows: tuple[tuple[Track, Track], ...] = ()
 
 
 def propagate(graph: Graph, *further: Graph) -> Propagation:
@@ -50,7 +50,6 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
     slots: dict[tuple[str, int], Track] = {}
     axes: dict[fx.Node, Any] = {}
     made: dict[str, Axes] = {}
-    follows: list[tuple[Track, Track]] = []
     for run in (graph, *further):
         fed = {node for _, node in run.inputs}
         for node in run.fx.nodes:
@@ -69,13 +68,13 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
                 if not fed.isdisjoint(node.all_input_nodes):
                     fed.add(node)
                 _read(node, axes, node in fed, ledger)
-            if "follows" in node.meta and isinstance(axes[node], dict):
-                follows += _follow(node, axes)
+            if isinstance(axes.get(node), dict):
+                _follow(node, axes, ledger)
         for path, node in run.outputs:
             ledger.node = node
             ledger.freeze_all(axes[node], f"is the model's output '{path}'")
     ledger.node = None
-    return Propagation(ledger, slots, axes, tuple(follows))
+    return Propagation(ledger, slots, axes)
 
 
 def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, ledger: Ledger) -> None:
@@ -100,16 +99,40 @@ def _parts(axes: Any) -> tuple[Axes, ...]:
     return axes if isinstance(axes, tuple) else (axes,)
 
 
-def _follow(node: fx.Node, axes: dict[fx.Node, Any]) -> list[tuple[Track, Track]]:
-    """Pairs of tracks of which the first one's size is computed from the second one's."""
-    found = []
-    for dim, source in node.meta["follows"].items():
-        other = axes.get(source.node, {})
-        tracks = axes[node].get(dim), other.get(source.dim) if isinstance(other, dict) else None
+def _follow(node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
+    """Dims, and parts of them, whose sizes are computed from other sizes."""
+    for dim, source in node.meta.get("follows", {}).items():
+        own, other = axes[node].get(dim), _of_source(axes, source)
         same = spec(node).shape[dim] == spec(source.node).shape[source.dim]  # a multiple may hold another number that changes
-        if all(t is not None for t in tracks) or (same and any(t is not None for t in tracks)):
-            own, track = (np.zeros(0, dtype=np.int64) if t is None else t.ravel() for t in tracks)
-            found.append((own, track))
+        _share(ledger, own, other, same)
+    for cut in node.meta.get("cuts", ()):
+        own, other = axes[node].get(cut.dim), _of_source(axes, cut.source)
+        if own is not None and other is not None and np.array_equal(_line(own, cut.dim), _line(other, cut.source.dim)):
+            line, (start, stop) = _line(own, cut.dim), cut.part
+            if math.gcd(cut.last - cut.first, line.size) == 1 < line.size:
+                ledger.freeze(own, "is sliced where its code computes, and no smaller width has the same share there")
+            elif not even_parts(start, stop, line.size):
+                ledger.share(line[cut.first : cut.last], line)
+            continue
+        same = cut.last - cut.first == spec(cut.source.node).shape[cut.source.dim]
+        _share(ledger, None if own is None else np.moveaxis(own, cut.dim, -1)[..., cut.first : cut.last], other, same)
+
+
+def _of_source(axes: dict[fx.Node, Any], source: Follows) -> Track | None:
+    found = axes.get(source.node, {})
+    return found.get(source.dim) if isinstance(found, dict) else None
+
+
+def _share(ledger: Ledger, own: Track | None, other: Track | None, same: bool) -> None:
+    """Write down that two tracks keep the same share, if one of them is fixed only where both are of the `same` size."""
+    if (own is not None and other is not None) or (same and (own is not None or other is not None)):
+        nothing = np.zeros(0, dtype=np.int64)
+        ledger.share(nothing if own is None else own, nothing if other is None else other)
+
+
+def _line(track: Track, dim: int) -> Track:
+    """The ids along a dim, of its first row."""
+    found: Track = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])[0]
     return found
 
 

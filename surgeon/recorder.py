@@ -19,7 +19,7 @@ from surgeon._decisions import decides, decision
 from surgeon._quiet import PlainMode
 from surgeon._running import CallStack, user_line
 from surgeon.errors import CaptureError
-from surgeon.graph import Call, Graph, Spec, architecture, named, named_tensors, tensor_leaves
+from surgeon.graph import Call, Graph, Spec, architecture, named, named_tensors, source_line, tensor_leaves
 
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
 
@@ -162,6 +162,13 @@ class Recorder(PlainMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.copy_.default and _views.overlap(*args[:2]):
+            raise CaptureError(
+                "a tensor is copied onto a part of itself that overlaps with it",
+                where=f"{self.place()} {source_line(user_line())}".rstrip(),
+                why="which entries are read before they are written over hangs on the machine, and so does the model's output",
+                fix="copy what is read first: x[:, 1:] = x[:, :-1].clone()",
+            )
         if _views.keeps_layout(func, args):  # only strides of dims of size 1 change
             return func(*args, **kwargs)
         written = _views.written(func, args, kwargs)

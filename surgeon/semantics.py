@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon import masks, normalise
-from surgeon.absence import Op, nest, refusal
+from surgeon import masks, moves, normalise
+from surgeon.absence import Op, refusal
 from surgeon.graph import is_read
 from surgeon.rules.registry import Family, family
 
@@ -59,48 +59,6 @@ def _prelu(call: Op) -> Any:
     result = call.run(call.data)
     wide = [f if f.dim() == result.dim() else f.reshape(1, -1, *(1,) * (result.dim() - 2)) for f in call.mask(weight)]
     return result, masks.tidy([*call.mask(x), *wide])
-
-
-_TWO = {"slice_scatter", "select_scatter", "diagonal_scatter"}
-
-
-def _movement(call: Op) -> Any:
-    result = call.run(call.data)
-    if not call.masked:
-        return [(r, ()) for r in result] if isinstance(result, list | tuple) else (result, ())
-    exact = call.name not in ("permute", "t", "transpose", "unsqueeze", "expand", "slice", "select")
-    first = call.args[0]
-    if isinstance(first, list | tuple):  # cat, stack: presence as one tensor per operand
-        parts = [masks.full(call.mask(n), call.data(n).shape) for n in first]
-        both = call.op(parts, *call.args[1:], **call.kwargs)
-        return result, masks.tidy([masks.compress(both, exact=True)])
-    rest = [nest(a, call.data) for a in call.args[1:]]
-    if call.name in _TWO:
-        parts = [masks.full(call.mask(n), call.data(n).shape) for n in call.args[:2]]
-        both = call.op(*parts, *rest[1:])
-        return result, masks.tidy([masks.compress(both, exact=True)])
-    if call.name == "constant_pad_nd":
-        return result, masks.tidy(_padded(factor, rest[0]) for factor in call.mask(first))
-    shape = call.data(first).shape
-    kwargs = {k: nest(v, call.data) for k, v in call.kwargs.items()}
-
-    def op(factor: Tensor) -> Any:
-        return call.op(factor, *rest, **kwargs)
-
-    if isinstance(result, list | tuple):
-        found = [[masks.compress(part, exact=True) for part in op(f.expand(shape))] for f in call.mask(first)]
-        return [(r, masks.tidy(f[i] for f in found)) for i, r in enumerate(result)]
-    return result, masks.moved(call.mask(first), shape, op, exact)
-
-
-def _padded(factor: Tensor, pads: list[int]) -> Tensor:
-    """What padding adds is nobody's: present, unless it lies in a row that is absent or meets something absent later."""
-    own = list(pads)
-    for i in range(len(own) // 2):
-        if factor.shape[factor.dim() - 1 - i] == 1:
-            own[2 * i] = own[2 * i + 1] = 0
-    padded: Tensor = torch.ops.aten.constant_pad_nd.default(factor, own, 1)
-    return padded
 
 
 def _factory(call: Op) -> Any:
@@ -299,7 +257,7 @@ def _whole(call: Op) -> Any:
 
 
 BY_FAMILY: Mapping[Family, Callable[[Op], Any]] = {
-    Family.MOVEMENT: _movement,
+    Family.MOVEMENT: moves.movement,
     Family.ELEMENTWISE: _elementwise,
     Family.CONTRACTION: _product,
     Family.REDUCTION: _whole,

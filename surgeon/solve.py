@@ -18,6 +18,7 @@ Conclusions, repeated until nothing changes:
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from torch import fx
@@ -108,6 +109,10 @@ def solve(ledger: Ledger) -> Solution:
     cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
     split = np.concatenate([np.full(p.cell.size, p.split) for p in ledger.parts]) if ledger.parts else cell.astype(bool)
     balances = [(b.matrix, b.node) for b in ledger.balances]
+    for share in ledger.shares:
+        matrix = _parts_alike(root, share.own, share.other)
+        if matrix is not None:
+            balances.append((matrix, share.node))
     row, column = _orient(root, frozen, ledger)
     owned = np.flatnonzero(~ledger.is_free(np.arange(n)))
     freezes = list(ledger.freezes)
@@ -123,6 +128,18 @@ def solve(ledger: Ledger) -> Solution:
             freezes.append(Freeze(alone, "would leave nothing of a tensor that the model computes with", None))
             frozen[unread] = frozen[alone] = True
     return _assemble(ledger, freezes, root, frozen, (cell, row, column, split), balances)
+
+
+def _parts_alike(root: Track, own: Track, other: Track) -> Track | None:
+    """The balance that keeps a part of a dim and the rest at the same share; None if `own` is no part of `other`.
+
+    Both are repeated until they are of one length.
+    """
+    rest = other[~np.isin(root[other], root[own])]
+    if not rest.size or not own.size or rest.size + own.size != other.size:
+        return None
+    common = math.lcm(own.size, rest.size)
+    return np.stack([np.tile(ids, common // ids.size) for ids in (own, rest)])
 
 
 def unite(root: Track, left: Track, right: Track) -> Track:

@@ -11,9 +11,9 @@ ROOT = Path(surgeon.__file__).parent
 
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
-errors graph _running _quiet _decisions _views inputs _sizes recorder capture batches labels rules _alike propagate solve
+errors graph _running _quiet _decisions _views inputs _sizes _follows recorder capture batches labels rules _alike propagate solve
 lanes groups cost request bands held knapsack calibration criteria choose forwards edits rewrite carry plan compose
-distributed masks wanted compare suggest mend blueprint configs absence normalise semantics reference trace verify recovery
+distributed masks wanted compare suggest mend blueprint configs absence moves normalise semantics reference trace verify recovery
 folding fuse onnx_file agree widen check_file export losses quantize bench_table profiled runners bench kernels latency stopwatch
 doctor report explain sensitivity surgery pipeline iterate training models store cli_files cli
 """.split()
@@ -56,7 +56,7 @@ def test_layers_import_one_way() -> None:
 
 def test_the_proof_is_independent() -> None:
     """Neither the oracle nor what it is made of knows of ids, groups or slicing."""
-    for name in ("verify", "trace", "reference", "semantics", "normalise", "absence", "masks"):
+    for name in ("verify", "trace", "reference", "semantics", "normalise", "moves", "absence", "masks"):
         used = imports(ROOT / f"{name}.py")
         assert not used & {
             "labels",

@@ -12,6 +12,8 @@ from torch import fx
 from surgeon.labels import Axes
 from surgeon.rules.registry import Family, Site, beside, broadcast, op_name, rule
 
+_MOST_PARTS = 4  # that a slice is taken for one of
+
 
 def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
     """Tracks of x[..., start:stop:step, ...] along `dim`."""
@@ -41,9 +43,15 @@ def slice_(site: Site) -> Axes:
             blocks = moved.reshape(*moved.shape[:-1], size // step, step)
             site.ledger.collapse(blocks, blocks.ndim - 1)
     length = stop - start
-    if dim in axes and step == 1 and 0 < length < size and size % length == 0 and size // length <= 4 and start % length == 0:
+    if dim in axes and step == 1 and even_parts(start, stop, size):
         _even_parts(site, axes, dim, length, size // length)
     return _single(site, sliced(axes, dim, start, stop, step), dim, length)
+
+
+def even_parts(start: int, stop: int, size: int) -> bool:
+    """Whether a slice is one of a few equal parts of a dim."""
+    length = stop - start
+    return 0 < length < size and size % length == 0 and size // length <= _MOST_PARTS and start % length == 0
 
 
 def _single(site: Site, axes: Axes, dim: int, length: int) -> Axes:
