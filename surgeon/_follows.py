@@ -37,19 +37,22 @@ class SizeMode(Sizes):
 
     Args:
         node_of: the graph node of a tensor, None if it is not part of the run.
+        assign: told of `tensor.data = other`, which is no op.
     """
 
-    def __init__(self, node_of: Callable[[Tensor], fx.Node | None]) -> None:
+    def __init__(self, node_of: Callable[[Tensor], fx.Node | None], assign: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
-        self.node_of = node_of
+        self.node_of, self.assign = node_of, assign
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         node = self.node_of(tensor) if size > 1 else None
         return size if node is None else TracedInt(size, Follows(node, dim))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+            self.assign(args[0], args[1])
+        result = super().__torch_function__(func, types, args, kwargs)
         if name == "flatten" and isinstance(result, Tensor):
             node = self.node_of(result)
             if node is not None:

@@ -119,11 +119,13 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
     recurrent layers. A model on the meta device runs on shapes alone (see `Meta`).
 
-    What forward keeps on its modules (caches, counters, hooks) is taken away again. In training mode the buffers' values are
-    put back as well: batch norms update theirs.
+    What forward keeps on its modules (caches, counters, hooks) is taken away again, and so is what it puts in the place of
+    their tensors' data. In training mode the buffers' values are put back as well: batch norms update theirs.
     """
     flags = {module: module.training for module in model.modules()}
     kept = [(held, held.copy()) for module in flags for held in _holders(module)]
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout is torch.strided)
+    data = [(tensor, tensor.data) for tensor in tensors]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
@@ -148,6 +150,9 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
                 held.update(before)
         for module, flag in flags.items():
             module.training = flag
+        for tensor, before in data:
+            if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
+                tensor.data = before
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -58,7 +58,7 @@ def capture(
             with recorder.watching():
                 for path, tensor in tensor_leaves((args, kwargs)):
                     recorder.placeholder(path, tensor)
-                with looking_inside_functional(), recorder, SizeMode(recorder.node_of):
+                with looking_inside_functional(), recorder, SizeMode(recorder.node_of, recorder.assign):
                     output = output_of(model, args, kwargs)
             return dataclasses.replace(recorder.finish(output, args, kwargs, assumed, outputs), training=training)
         except SurgeonError:

@@ -158,6 +158,13 @@ class Recorder(PlainMode):
             return type(item)(self._nodes(x) for x in item) if type(item) in (list, tuple) else tuple(map(self._nodes, item))
         return item
 
+    def assign(self, target: Tensor, source: Tensor) -> None:
+        """`target.data = source`: it holds another value from now on, which loses entries with what it was."""
+        old, node = self.node(self._value(target)), self.node(self._value(source))
+        if target.shape == source.shape:
+            node = self._emit(torch.ops.aten.copy.default, (old, node), {}, _spec(source))
+        self._bind(target, _Value(node))
+
     # -- ops ------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -124,20 +124,22 @@ def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[
     except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises; no trace means no literal
         return None
     others = foreign(traced)
+    known = [(name, value) for name, value in literals(traced) if (path, "literal", name) not in refused]
     for note in notes:
         found = [
-            name
-            for name, value in literals(traced)
-            if value == note.got
-            and (path, "literal", name) not in refused
-            and (name.partition(":")[0] in others or _same_call(name, note.op))
+            name for name, value in known if value == note.got and (name.partition(":")[0] in others or _same_call(name, note.op))
         ]
         if found:  # the number at the same place of a list, else the first that fits
             name = min(found, key=lambda n: {str(note.place): 0, str(note.place + 1): 1}.get(n.rpartition(".")[2], 2))
             return Edit(path, "literal", name, note.got, note.want)
+    for note, (name, value) in itertools.product(notes, known):  # the code computes with it
+        solved = _solved(note, value) if value > 0 and name.partition(":")[0] in _COMPUTES else None
+        if solved is not None and solved[0] != value:
+            return Edit(path, "literal", name, value, solved[0])
     return None
 
 
+_COMPUTES = ("mul", "floordiv")
 _CALLS = {
     "view": ("view", "reshape", "unflatten", "flatten"),
     "expand": ("expand", "expand_as", "broadcast_to"),

@@ -302,3 +302,58 @@ class Halved(nn.Module):
 def test_literals_handed_to_functions(by_name: bool) -> None:
     small = cut(Halved(by_name), torch.randn(4, 5))
     assert (small.a.out_features, small.b.in_features) == (4, 2)
+
+
+class Merged(nn.Module):
+    """Two layers in a row while it trains, one whose weights are made of theirs in eval mode (as SPAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.first, self.second, self.both = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8)
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        if self.training:
+            return self.b(self.second(self.first(x)).relu())
+        self.both.weight.data = self.second.weight.data.clone() @ self.first.weight.data
+        self.both.bias.data = self.second(self.first.bias).detach()
+        return self.b(self.both(x).relu())
+
+
+def test_weights_that_forward_makes_of_others() -> None:
+    torch.manual_seed(0)
+    model, x = Merged().eval(), torch.randn(4, 5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    held = model.both.weight.data_ptr()
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, round_to=1)
+    small = plan.apply(model)
+    surgeon.verify(model, small, plan, x)
+    assert (small.first.weight.shape, small.second.weight.shape, small.both.weight.shape) == ((6, 4), (4, 6), (4, 4))
+    assert model.both.weight.data_ptr() == held
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(small.eval()(x), small.train()(x))
+    with torch.no_grad():
+        small.second.weight[0, 0] += 1e-3
+    with pytest.raises(ProofError):
+        surgeon.verify(model, small, plan, x)
+
+
+class Rows(nn.Module):
+    """Each channel of each sample is a row: how many there are is the batch times a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(1, 2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.a(x).view(x.shape[0] * 8, 1)
+        return self.c(self.b(rows).view(-1, 16).relu())
+
+
+def test_literals_that_sizes_are_multiplied_by() -> None:
+    model = Rows()
+    small = cut(model, torch.randn(4, 5))
+    assert (small.a.out_features, small.c.in_features) == (4, 4 * small.b.out_features)
+    assert small(torch.randn(3, 5)).shape == (3, 3)
