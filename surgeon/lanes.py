@@ -65,15 +65,27 @@ def find_lanes(solution: Solution) -> Lanes:
             weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
             np.add.at(label, atom, weights[row] * count.astype(np.uint64))
             found.append(_Incidence(atom, row, count, height))
-    return Lanes(label, _bundles(label, found))
+    return Lanes(label, _bundles(label, found, _roles(solution)))
 
 
-def _bundles(label: Track, found: list[_Incidence]) -> dict[int, dict[int, int]]:
+def _roles(solution: Solution) -> Track:
+    """atom -> 1 for rows of grids, 2 for columns, 3 for both, 0 for others."""
+    cells = np.flatnonzero((solution.row >= 0) & ~solution.outer)
+    found = np.zeros(len(solution.root), dtype=np.int64)
+    for role, side in ((1, solution.row), (2, solution.column)):
+        for atoms in solution.atoms(side[cells]):
+            found[np.unique(atoms[atoms >= 0])] |= role
+    return found
+
+
+def _bundles(label: Track, found: list[_Incidence], roles: Track) -> dict[int, dict[int, int]]:
     """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if there is none."""
     families = nx.Graph()
     equations: dict[int, list[tuple[Track, Track, Track, int]]] = defaultdict(list)
+    role: dict[int, int] = {}
     for item in found:
         labels = label[item.atom]
+        role |= dict(zip(labels.tolist(), roles[item.atom].tolist(), strict=True))
         kinds, first = np.unique(labels, return_index=True)
         nx.add_path(families, kinds.tolist())
         shown = np.isin(item.atom, item.atom[first])  # one atom stands for its lane
@@ -83,18 +95,19 @@ def _bundles(label: Track, found: list[_Incidence]) -> dict[int, dict[int, int]]
     for family in nx.connected_components(families):
         lanes = sorted(family)
         rows = [e for lane in lanes for e in equations.get(lane, [])]
-        for bundle in _solve_bundles(lanes, rows, population):
+        for bundle in _solve_bundles(lanes, rows, population, role):
             bundles |= dict.fromkeys(bundle, bundle)
     return bundles
 
 
 def _solve_bundles(
-    lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int]
+    lanes: list[int], rows: list[tuple[Track, Track, Track, int]], population: dict[int, int], role: dict[int, int]
 ) -> list[dict[int, int]]:
     """Bundles of lanes: in each, smallest positive counts such that all rows of every balance lose equally many.
 
     Lanes that are alike (as many units, standing as often) form a bundle of their own where that keeps every balance: the parts
-    of a row need not shrink in step. Lanes of a single odd unit that make this impossible keep all of theirs.
+    of a row need not shrink in step. So do rows of grids, and columns: either is an alternative to the other. Lanes of a
+    single odd unit that make this impossible keep all of theirs.
     """
     place = {lane: i for i, lane in enumerate(lanes)}
     blocks, counts = [], []
@@ -105,15 +118,36 @@ def _solve_bundles(
         blocks.append(block[1:] - block[:1])
     matrix = np.unique(np.concatenate(blocks), axis=0)
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    sides: dict[int, list[int]] = defaultdict(list)
     for i, lane in enumerate(lanes):
         kinds[(population[lane], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
+        sides[role[lane]].append(i)
     if not any(matrix[:, own].sum(axis=1).any() for own in kinds.values()):
         return [{lanes[i]: 1 for i in own} for own in kinds.values()]
-    for kept in _subsets([population[lane] for lane in lanes]):
-        counts_of = _positive(matrix[:, kept])
-        if counts_of is not None:
-            return [dict(zip([lanes[i] for i in kept], counts_of, strict=True))]
+    apart = [own for side in sides.values() for own in _connected(matrix, side)]
+    for parts in (apart, [list(range(len(lanes)))]):
+        found = [_solve([lanes[i] for i in own], matrix[:, own], population) for own in parts]
+        if all(found):
+            return found
     return []
+
+
+def _connected(matrix: Track, lanes: list[int]) -> list[list[int]]:
+    """Those of the lanes that equations bind to one another, apart from the others."""
+    bound = nx.Graph()
+    bound.add_nodes_from(lanes)
+    for equation in matrix[:, lanes]:
+        nx.add_path(bound, [lanes[i] for i in np.flatnonzero(equation)])
+    return [sorted(own) for own in nx.connected_components(bound)]
+
+
+def _solve(lanes: list[int], matrix: Track, population: dict[int, int]) -> dict[int, int]:
+    """One bundle of these lanes, of which as few units as possible are left out; {} if there is none."""
+    for kept in _subsets([population[lane] for lane in lanes]):
+        counts = _positive(matrix[:, kept])
+        if counts is not None:
+            return dict(zip([lanes[i] for i in kept], counts, strict=True))
+    return {}
 
 
 def _subsets(sizes: list[int]) -> Iterator[list[int]]:

@@ -113,6 +113,38 @@ def test_a_part_as_long_as_another_layer_is_wide() -> None:
         assert sum(i < 8 for i in plan.kept["b.weight"][0]) == small.a.out_features == small.d.in_features < 8
 
 
+class SideBySide(nn.Module):
+    """Two attentions on halves of one layer, one of them through anchors (Li et al., GRL, 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv, self.anchor = nn.Linear(5, 16), nn.Linear(16, 48), nn.Linear(16, 8)
+        self.out, self.last, self.heads = nn.Linear(16, 16), nn.Linear(16, 3), 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        b, n, c = x.shape
+        left, right = torch.split(self.qkv(x), c * 3 // 2, dim=-1)
+        q, k, v = left.reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        first = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        q, k, v = right.reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        anchor = self.anchor(x).reshape(b, n, self.heads, -1).permute(0, 2, 1, 3)
+        second = (q @ anchor.transpose(2, 3)).softmax(-1) @ ((anchor @ k.transpose(2, 3)).softmax(-1) @ v)
+        return self.last(x + self.out(torch.cat([t.transpose(1, 2).reshape(b, n, c // 2) for t in (first, second)], dim=-1)))
+
+
+@pytest.mark.parametrize(("heads", "left"), [("whole", 1), ("dims", 2)])
+def test_heads_and_their_dims_are_alternatives_in_parts_that_keep_their_share(heads: str, left: int) -> None:
+    torch.manual_seed(0)
+    model, x = SideBySide(), torch.randn(2, 6, 5)
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, heads=heads, round_to=1)  # type: ignore[arg-type]  # two of the words
+    small = plan.apply(model)
+    surgeon.verify(model, small, plan, x)
+    widths = [layer.out_features for layer in (small.first, small.qkv, small.anchor)]
+    assert (widths, small.out.in_features, small.heads) == ([8, 24, 4], 8, left)
+
+
 class Spectral(nn.Module):
     """Products with the low frequencies, written into zeros (Li et al., Fourier Neural Operator, 2021)."""
 
