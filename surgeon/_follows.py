@@ -59,8 +59,8 @@ class SizeMode(Sizes):
                 node.meta["derived"] = True  # torch computes the size from the shape
         elif name in ("view", "reshape", "unflatten") and isinstance(result, Tensor) and isinstance(args[0], Tensor):
             self._follow(name, args, kwargs or {}, result)
-        elif name in ("expand", "repeat") and isinstance(result, Tensor):
-            self._repeat(args, kwargs or {}, result)
+        elif name in ("expand", "repeat", "expand_as") and isinstance(result, Tensor):
+            self._repeat(name, args, kwargs or {}, result)
         elif args and isinstance(args[0], Tensor):
             self._cut(name, args[0], list(args[1:]), kwargs or {})
         return result
@@ -86,9 +86,11 @@ class SizeMode(Sizes):
         if node is not None:
             node.meta["cuts"] = [*node.meta.get("cuts", []), *found]
 
-    def _repeat(self, args: Any, kwargs: Any, result: Tensor) -> None:
+    def _repeat(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         """Note where the sizes come from to which dims of size 1 grew."""
         sizes = list(args[1:]) or list(kwargs.values())
+        if name == "expand_as":
+            sizes = [self.one(sizes[0], dim, size) for dim, size in enumerate(sizes[0].shape)]
         sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
         first = result.dim() - len(sizes)
         grown = [(first + i, n) for i, n in enumerate(sizes) if isinstance(n, TracedInt)]

@@ -187,19 +187,19 @@ def constant_pad(site: Site) -> Axes:
     return axes
 
 
-@rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather", "take_along_dim")
+@rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather")
 def index(site: Site) -> Axes:
     """Entries picked by index tensors: the picked dims stay whole, the others pass."""
     x = site.args[0]
     shape, name = site.shape(x), op_name(site.node)
     reason = "is looked up by index"
+    if name == "gather":
+        return _gathered(site, reason)
     for tensor in site.tensors[1:]:
         site.ledger.freeze_all(site.axes(tensor), "is used as an index")
     if not name.endswith("index"):
         dim = int(site.arg(1)) % len(shape)
         axes = site.freeze(site.axes(x), [dim], reason)
-        if name.endswith("gather"):
-            return site.freeze(axes, range(len(shape)), reason)
         return {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
     indices = [(d, i) for d, i in enumerate(site.arg(1)) if i is not None]
     picked = [d for d, _ in indices]
@@ -222,6 +222,19 @@ def index(site: Site) -> Axes:
         new = rest[:place] + [1] * width + rest[place:]
         out[position if position < place else position + width] = t.reshape(new)
     return out
+
+
+def _gathered(site: Site, reason: str) -> Axes:
+    """x[.., index[.., k], k]: where the index is one that was repeated as often as the code found a width, the two meet."""
+    x, index = site.args[0], site.args[2]
+    dim = int(site.arg(1)) % max(len(site.out), 1)
+    own, other = site.axes(x), site.axes(index)
+    meet = [d for d in index.meta.get("repeated", {}) if d != dim and d in own and d in other and site.shape(x)[d] == site.out[d]]
+    site.freeze(own, set(own) - set(meet), reason)
+    site.freeze(other, set(other) - set(meet), "is used as an index")
+    for d in (d for d, size in enumerate(site.shape(x)) if d == dim or size != site.out[d]):
+        own = {k: site.ledger.collapse(t, d) for k, t in own.items() if k != d}
+    return {d: beside(site.ledger, [own[d], other[d]]) for d in meet}
 
 
 @rule(Family.MOVEMENT, "unfold")
