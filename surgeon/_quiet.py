@@ -16,9 +16,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
+def copies(inputs: Any) -> Any:
+    """Copies of a model's inputs: it may write into a list (as SlowFast) or a tensor (as RCAN). One given twice is one again."""
+    known: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        return known.setdefault(id(tensor), tensor.clone())
+
+    with _disable_current_modes():
+        return torch.utils._pytree.tree_map_only(Tensor, copied, inputs)
+
+
 def output_of(model: Any, args: Any, kwargs: Any) -> Any:
-    """The model's output. Lists and dicts among its inputs are copies: a model may write into them (SlowFast does)."""
-    args, kwargs = torch.utils._pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+    """The model's output for copies of these inputs."""
+    args, kwargs = copies((args, kwargs))
     return model(*args, **kwargs)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from surgeon._follows import SizeMode
-from surgeon._quiet import output_of, quiet_run, real_indices
+from surgeon._quiet import copies, quiet_run, real_indices
 from surgeon._sizes import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph import Graph, tensor_leaves
@@ -56,10 +56,11 @@ def capture(
     with quiet_run(model, seed=0, training=training):
         try:
             with recorder.watching():
-                for path, tensor in tensor_leaves((args, kwargs)):
+                given = copies((args, kwargs))
+                for path, tensor in tensor_leaves(given):
                     recorder.placeholder(path, tensor)
                 with looking_inside_functional(), recorder, SizeMode(recorder.node_of, recorder.assign):
-                    output = output_of(model, args, kwargs)
+                    output = model(*given[0], **given[1])
             return dataclasses.replace(recorder.finish(output, args, kwargs, assumed, outputs), training=training)
         except SurgeonError:
             raise

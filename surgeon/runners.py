@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon._quiet import output_of
+from surgeon._quiet import copies, output_of
 from surgeon.agree import Inputs, feeds, silence
 from surgeon.bench_table import Row
 from surgeon.errors import BenchError, FileError, SurgeonError
@@ -80,6 +80,32 @@ def _device(module: nn.Module) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
+def _call(what: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
+    """Runs a model on the same inputs; those that it writes into, as the first run shows, are copied for each run."""
+    writes: bool | None = None
+
+    def run() -> Any:
+        nonlocal writes
+        if writes is None:
+            given = copies((args, kwargs))
+            out = what(*given[0], **given[1])
+            writes = _differ(given, (args, kwargs))
+            return out
+        return output_of(what, args, kwargs) if writes else what(*args, **kwargs)
+
+    return run
+
+
+def _differ(given: Any, inputs: Any) -> bool:
+    after, before = pytree.tree_leaves(given), pytree.tree_leaves(inputs)
+    if len(after) != len(before):
+        return True
+    return any(
+        not torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is not b
+        for a, b in zip(after, before, strict=True)
+    )
+
+
 def _module(name: str, module: nn.Module, backend: str, inputs: Inputs) -> Runner:
     tensors = [*module.parameters(), *module.buffers()]
     device = _device(module)
@@ -98,17 +124,13 @@ def _module(name: str, module: nn.Module, backend: str, inputs: Inputs) -> Runne
     params = sum(parameter.numel() for parameter in module.parameters())
     where = "" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}"
     row, load, kind = Row(name, f"torch eager{where}", params, size), None, device.type
-    written = any(isinstance(value, list | dict) for value in (*args, *kwargs.values()))  # perhaps: then each run gets copies
 
-    def call(what: Callable[..., Any]) -> Callable[[], Any]:
-        return (lambda: output_of(what, args, kwargs)) if written else lambda: what(*args, **kwargs)
-
-    run = call(module)
+    run = _call(module, args, kwargs)
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if backend == "compile":
         compiled, start = torch.compile(module), time.perf_counter()
-        run = call(compiled)
+        run = _call(compiled, args, kwargs)
         try:
             with silence():
                 run()

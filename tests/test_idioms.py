@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -357,3 +358,34 @@ def test_literals_that_sizes_are_multiplied_by() -> None:
     small = cut(model, torch.randn(4, 5))
     assert (small.a.out_features, small.c.in_features) == (4, 4 * small.b.out_features)
     assert small(torch.randn(3, 5)).shape == (3, 3)
+
+
+class Ranged(nn.Module):
+    """Writes into its input (as RCAN, and many a model that normalises what it gets)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x *= 4
+        x -= 1
+        return self.b(self.a(x * mask).relu())
+
+
+def test_a_model_that_writes_into_its_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Ranged(), (torch.rand(4, 5), torch.ones(4, 5))
+    before = inputs[0].clone()
+    small = cut(model, inputs)
+    assert small.a.out_features == 4
+    surgeon.bench({"before": model, "small": small}, inputs, backends=["torch"], repeats=3, warmup=1)
+    assert torch.equal(inputs[0], before)
+    assert surgeon.export(small, tmp_path / "small.onnx", inputs).error < 1e-5
+    seen: list[Tensor] = []
+    hooks = [net.a.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())) for net in (model, small)]
+    surgeon.finetune(small, [(inputs, torch.zeros(4, dtype=torch.long))], teacher=model, epochs=1)
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(inputs[0], before)

@@ -12,6 +12,7 @@ import torch.utils._pytree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from surgeon._quiet import output_of
 from surgeon.batches import check_iterable, does_not_run
 from surgeon.errors import InputError
 
@@ -84,8 +85,8 @@ def run(model: nn.Module, inputs: Any, label: str) -> Any:
     """
     try:
         if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+            return output_of(model, (), dict(inputs))
+        return output_of(model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {})
     except Exception as error:
         raise does_not_run(
             error, label, inputs, "let the data yield pairs (inputs, targets), inputs as the model takes them"
