@@ -71,12 +71,13 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice,
         try:
             with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
                 output_of(small, graph.args, graph.kwargs)
-        except MendError:
+        except MendError as error:
             if not mode.notes:  # else: mend what is known, then look again
                 raise
+            return mode.stopped(error.what)
         except Exception as error:
             if mode.notes or mode.looked_ahead():
-                return [dataclasses.replace(note, stopped=f"{type(error).__name__}: {error}") for note in mode.notes]
+                return mode.stopped(f"{type(error).__name__}: {error}")
             raise MendError(
                 f"the small model does not run: {type(error).__name__}: {error}",
                 where=mode.place(),
@@ -130,6 +131,10 @@ class _Comparer(Beside):
     def compared(self, op: str, old: int, new: int) -> None:
         """Note that the code compares a size, which is `new`, with the number that it was."""
         self.notes.append(Note(self.at, self.stack.current, user_line(), op, old, new, old))
+
+    def stopped(self, why: str) -> list[Note]:
+        """The notes of a run that did not reach its end: there may be more to note."""
+        return [dataclasses.replace(note, stopped=why) for note in self.notes]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)

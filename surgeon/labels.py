@@ -138,8 +138,7 @@ class Ledger:
             left, right = np.broadcast_arrays(left, right)
         left, right = left.ravel(), right.ravel()
         if left.size > 1 << 16:  # large arrays repeat few pairs
-            pairs = np.unique(np.stack([left, right]), axis=1)
-            left, right = pairs[0], pairs[1]
+            left, right = np.divmod(np.unique(left * self.count + right), self.count)
         self.joins.append(Join(left, right, self.node))
 
     def freeze(self, ids: Track, reason: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -85,14 +86,32 @@ def _tried(
         if together is not None:
             return together
     undo(worse)
-    if len(worse) == len(made) > 1:  # find out which
-        kept: list[Edit] = []
-        for edit in made:
-            found, notes = _tried(small, [edit], notes, refused, look)
-            kept += found
-        return kept, notes
+    if len(worse) == len(made) > 1:
+        return _apart(small, made, notes, refused, look)
     refused |= {(edit.module, edit.kind, edit.name) for edit in worse}
     return [edit for edit in made if edit not in worse], look() if worse else after
+
+
+def _apart(
+    small: nn.Module, edits: list[Edit], notes: list[Note], refused: set[tuple[str, str, str]], look: Callable[[], list[Note]]
+) -> tuple[list[Edit], list[Note]]:
+    """Find out which edits of a trial help. Of those that are alike (one class, one change) all are refused if two are."""
+    families: dict[tuple[type, str, str, int, int], list[Edit]] = defaultdict(list)
+    for edit in edits:
+        families[type(small.get_submodule(edit.module)), edit.kind, edit.name, edit.old, edit.new].append(edit)
+    kept: list[Edit] = []
+    for first, *rest in families.values():
+        found, notes = _tried(small, [first], notes, refused, look)
+        if not found and len(rest) > 1:
+            found, notes = _tried(small, [rest.pop()], notes, refused, look)
+            if not found:
+                refused |= {(edit.module, edit.kind, edit.name) for edit in rest}
+                rest = []
+        kept += found
+        if rest:
+            found, notes = _tried(small, rest, notes, refused, look)
+            kept += found
+    return kept, notes
 
 
 def _with_others(

@@ -23,6 +23,7 @@ from surgeon.cost import Shapes, nothing
 from surgeon.errors import ProofError
 from surgeon.graph import Graph
 from surgeon.groups import Group, find_frozen, find_groups
+from surgeon.labels import Ledger
 from surgeon.plan import Plan
 from surgeon.propagate import Propagation, propagate
 from surgeon.reference import Reference
@@ -187,3 +188,14 @@ def test_every_case_that_is_frozen_names_a_reason() -> None:
 def test_registry_is_a_table() -> None:
     assert len(known()) > 150
     assert {f.value for f in known().values()} >= {"movement", "elementwise", "contraction", "reduction", "factory"}
+
+
+def test_a_large_join_keeps_every_pair() -> None:
+    ledger = Ledger()
+    left, right = ledger.new(70_000), ledger.new(70_000)[::-1]
+    ledger.join(np.concatenate([left, left[:5]]), np.concatenate([right, right[:5]]))  # repeated
+    (join,) = ledger.joins
+    assert len(join.left) == 70_000
+    assert dict(zip(join.left.tolist(), join.right.tolist(), strict=True)) == dict(
+        zip(left.tolist(), right.tolist(), strict=True)
+    )
