@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from surgeon.rules.registry import op_name
 from surgeon.wanted import wanted
 
 COMPARISONS = ("eq", "ne")
+_END = sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Note:
     want: int
     got: int
     place: int = -1  # where in a list of sizes; -1 for a single number
-    stopped: str = dataclasses.field(default="", compare=False)  # with what the code stopped there, if it did
+    stopped: str = dataclasses.field(default="", compare=False)  # with what the run stopped before its end, if it did
+    reached: int = dataclasses.field(default=_END, compare=False)  # the op that it came to
 
     def __str__(self) -> str:
         line = source_line(self.source)
@@ -134,7 +137,7 @@ class _Comparer(Beside):
 
     def stopped(self, why: str) -> list[Note]:
         """The notes of a run that did not reach its end: there may be more to note."""
-        return [dataclasses.replace(note, stopped=why) for note in self.notes]
+        return [dataclasses.replace(note, stopped=why, reached=self.at) for note in self.notes]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)

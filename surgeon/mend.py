@@ -8,7 +8,6 @@ the end. What explains the notes is changed (see `suggest`); another run shows w
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ from surgeon.suggest import integers, propose
 from surgeon.wanted import wanted
 
 _PAIRS = 4  # second attributes that are tried with a first one
-_END = sys.maxsize
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
@@ -245,8 +243,8 @@ def _worse(before: list[Note], after: list[Note], trial: list[Edit]) -> list[Edi
 
     All of them if the code stops now that ran to its end before, or stops earlier: it was noted less far.
     """
-    reached = [max((note.call for note in notes if note.stopped), default=_END) for notes in (before, after)]
-    if reached[1] < reached[0]:
+    reached = [[note.reached for note in notes] for notes in (before, after)]
+    if after and min(reached[1]) < min(reached[0]):
         return trial
 
     def scope(edit: Edit) -> str:
