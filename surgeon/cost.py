@@ -61,7 +61,7 @@ class Shapes:
             self._readers[number].add(self._asking)
         widths = self._widths[number]
         if dim not in widths:
-            widths[dim] = int((~self.leaves(track, choice)).sum(axis=dim).max())
+            widths[dim] = int((~self.leaves(track, choice)).sum(axis=dim).max(initial=0))
         return widths[dim]
 
     def _follow(self, choice: Choice) -> None:

@@ -52,7 +52,7 @@ def _kept_before(shapes: Shapes, choice: Choice, axes: Axes, dim: int, position:
     """How many entries before `position` stay along `dim`."""
     gone = shapes.leaves(axes[dim], choice)
     head = gone[(slice(None),) * dim + (slice(0, position),)]
-    return int((~head).sum(axis=dim).max()) if position else 0
+    return int((~head).sum(axis=dim).max(initial=0)) if position else 0
 
 
 def _want_split(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:

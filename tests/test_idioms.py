@@ -417,3 +417,22 @@ def test_a_wrong_edit_that_ends_the_run_early_is_no_help() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Basis(), nn.ReLU(), Basis(), nn.ReLU(), Basis(), nn.Conv2d(8, 3, 1))
     small = cut(model, torch.randn(2, 3, 5, 5))
     assert [(small[i].g, small[i].k, small[i].att.in_channels) for i in (1, 3, 5)] == [(2, 3, 4)] * 3
+
+
+class Global(nn.Module):
+    """Some heads attend to all, the others to neighbours; here there are no others (as in Performer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out, self.heads, self.far = nn.Linear(5, 16), nn.Linear(16, 3), 4, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        far, near = q[:, : self.far], q[:, self.far :]
+        parts = [(part @ part.transpose(2, 3)).softmax(-1) @ part for part in (far, near) if part.numel()]
+        return self.out(torch.cat(parts, dim=1).transpose(1, 2).flatten(2))
+
+
+def test_a_part_that_is_empty() -> None:
+    small = cut(Global(), torch.randn(2, 6, 5))
+    assert (small.heads, small.far, small.q.out_features) == (2, 2, 8)
