@@ -5,6 +5,9 @@
     pip install --no-deps opencv-python-headless requests charset_normalizer urllib3 idna certifi httpx httpcore anyio h11
     pip install --no-deps importlib_metadata zipp portalocker termcolor tabulate vit-pytorch dynamic_network_architectures torchsr
     pip install --no-deps torch_geometric xxhash aiohttp multidict yarl propcache aiosignal frozenlist attrs aiohappyeyeballs
+    pip install --no-deps spandrel x-transformers loguru einx frozendict neuraloperator tensorly tensorly-torch torch-harmonics
+    pip install --no-deps opt-einsum denoising-diffusion-pytorch ema-pytorch performer-pytorch local-attention
+    pip install --no-deps axial-positional-embedding hyper-connections torch-einops-utils
     python benchmarks/libraries.py [--peer] [--filter PATTERN] [--fresh | --retry] [--jobs 2]
 
 The sweep of zoo.py with other names; it writes benchmarks/results/libraries.md (not with --filter).

@@ -229,6 +229,64 @@ def _torch_geometric(name: str) -> Built:
     return model, (_noise(6, 10), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]]))
 
 
+# -- spandrel (image restoration), x_transformers, neuralop, denoising_diffusion_pytorch, performer_pytorch ----------
+
+_WINDOWS = {"img_size": 32, "embed_dim": 32, "num_heads": [2, 2]}
+_SHIFTED = {**_WINDOWS, "depths": [2, 2], "window_size": 4}
+_SPLIT = {**_WINDOWS, "depth": [2, 2], "split_size": [4, 8]}
+_RESTORATION: dict[str, dict[str, Any]] = {
+    "ATD": {**_SHIFTED, "category_size": 64, "num_tokens": 16}, "Compact": {}, "DAT": _SPLIT, "DCTLSA": {}, "DITN": {},
+    "DRCT": {**_SHIFTED, "upsampler": "pixelshuffle"}, "DRUNet": {"in_nc": 3, "out_nc": 3, "nc": [16, 32, 32, 64], "nb": 1},
+    "DnCNN": {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 6}, "ESRGAN": {"num_blocks": 2}, "FBCNN": {"nb": 1}, "FDAT": {},
+    "FFTformer": {}, "GRL": {**_SHIFTED, "window_size": 8, "num_heads_window": [2, 2], "num_heads_stripe": [2, 2]},
+    "HAT": _SHIFTED, "HVICIDNet": {}, "KBNet": {}, "MMRealSR": {"num_in_ch": 3, "num_out_ch": 3, "num_block": 2},
+    "MixDehazeNet": {}, "MoESR": {}, "MoSR": {}, "NAFNet": {}, "OmniSR": {}, "PLKSR": {},
+    "RCAN": {"n_resgroups": 2, "n_resblocks": 2}, "RGT": _SPLIT, "RealCUGAN": {}, "RestoreFormer": {}, "RetinexFormer": {},
+    "SAFMN": {"dim": 36}, "SAFMNBCIE": {"dim": 36}, "SCUNet": {"dim": 64, "config": [1] * 7},
+    "SPAN": {"num_in_ch": 3, "num_out_ch": 3}, "SeemoRe": {}, "SwiftSRGAN": {}, "Swin2SR": _SHIFTED, "SwinIR": _SHIFTED,
+    "Uformer": {"img_size": 64, "embed_dim": 16},
+}  # fmt: skip
+_RESTORATION["GRL"].pop("num_heads")
+_DECODERS: dict[str, dict[str, Any]] = {
+    "plain": {}, "rotary": {"rotary_pos_emb": True}, "grouped-queries": {"heads": 8, "attn_kv_heads": 2},
+    "alibi": {"alibi_pos_bias": True}, "glu-rmsnorm": {"ff_glu": True, "use_rmsnorm": True}, "macaron": {"macaron": True},
+    "talking-heads": {"attn_pre_talking_heads": True},
+    "qk-norm": {"attn_qk_norm": True}, "hyper-connections": {"num_residual_streams": 2},
+}  # fmt: skip
+
+
+def _spandrel(name: str) -> Built:
+    found = vars(importlib.import_module(f"spandrel.architectures.{name}"))
+    kind: Any = next(v for k, v in found.items() if k.endswith("Arch") and isinstance(v, type)).__orig_bases__[0].__args__[0]
+    kind = getattr(kind, "__args__", (kind,))[0]  # of a union, the first
+    size = 64 if name in ("RealCUGAN", "Uformer", "SCUNet", "FBCNN") else 32
+    return kind(**_RESTORATION[name]), torch.rand(2, 3, size, size)
+
+
+def _x_transformers(name: str) -> Built:
+    library: Any = importlib.import_module("x_transformers")
+    layers = library.Decoder(**{"dim": 64, "depth": 2, "heads": 4, "attn_dim_head": 32, **_DECODERS[name]})
+    return library.TransformerWrapper(num_tokens=100, max_seq_len=32, attn_layers=layers), torch.randint(0, 100, (2, 16))
+
+
+def _neuralop(name: str) -> Built:
+    kind = getattr(importlib.import_module("neuralop.models"), name)
+    return kind(n_modes=(6, 6), hidden_channels=16, in_channels=1, out_channels=1), _noise(2, 1, 16, 16)
+
+
+def _denoising(name: str) -> Built:
+    kind = getattr(importlib.import_module("denoising_diffusion_pytorch"), name)
+    if name == "KarrasUnet":
+        return kind(image_size=32, dim=32, dim_max=64, num_downsamples=1), (_noise(2, 4, 32, 32), torch.rand(2))
+    more = {"channels": 3} if name == "Unet1D" else {}
+    return kind(dim=16, dim_mults=(1, 2), **more), (_noise(2, 3, *(32,) * (1 if more else 2)), torch.tensor([3, 4]))
+
+
+def _performer(name: str) -> Built:
+    kind = getattr(importlib.import_module("performer_pytorch"), name)
+    return kind(num_tokens=100, max_seq_len=32, dim=64, depth=2, heads=4, dim_head=16), torch.randint(0, 100, (2, 32))
+
+
 _LIBRARIES: dict[str, tuple[list[str], Callable[[str], Built]]] = {
     "diffusers": ([*_DIFFUSERS], _diffusers),
     "monai": ([*_MONAI], _monai),
@@ -242,6 +300,11 @@ _LIBRARIES: dict[str, tuple[list[str], Callable[[str], Built]]] = {
     "torchsr": (_RESOLUTION, _torchsr),
     "torch_geometric": (_GRAPHS, _torch_geometric),
     "efficientnet_pytorch": (["efficientnet-b0"], _efficientnet),
+    "spandrel": ([*_RESTORATION], _spandrel),
+    "x_transformers": ([*_DECODERS], _x_transformers),
+    "neuralop": (["FNO"], _neuralop),
+    "denoising_diffusion_pytorch": (["Unet", "Unet1D", "KarrasUnet"], _denoising),
+    "performer_pytorch": (["PerformerLM"], _performer),
 }
 NAMES = [f"{library}/{name}" for library, (names, _) in _LIBRARIES.items() for name in names]
 
