@@ -62,11 +62,24 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
                     best = (rank, Edit(owner, "attribute", name, value, new))
         if best is not None:
             return best[1]
-    return _below_it(small, path, notes, refused)
+    return _below_it(small, path, notes, refused) or _less(small, path, notes, refused)
+
+
+def _less(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """An attribute of which the code takes a width, where the difference is another than it was: the rest to be padded, say."""
+    for owner in _owners(path):
+        for name, value in integers(small.get_submodule(owner)):
+            for note in notes:
+                new = value + note.want - note.got
+                if note.old == note.want != note.got and new > 0 and (owner, "attribute", name) not in refused:
+                    return Edit(owner, "attribute", name, value, new)
+    return None
 
 
 def _solved(note: Note, value: int) -> tuple[int, int] | None:
     """(what a number must become, how many times) where the code passes a multiple of it, or a fraction (width // heads)."""
+    if note.want == 0 and note.got not in (0, value):  # of anything, none
+        return None
     times, rest = divmod(note.got, value)
     if times and not rest and note.old % value == 0:
         return None if note.want % times else (note.want // times, times)

@@ -436,3 +436,20 @@ class Global(nn.Module):
 def test_a_part_that_is_empty() -> None:
     small = cut(Global(), torch.randn(2, 6, 5))
     assert (small.heads, small.far, small.q.out_features) == (2, 2, 8)
+
+
+class Filled(nn.Module):
+    """Pads what is missing of a width that it knows: nothing, so far (as x-transformers' linear biases)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.a, self.b = 8, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(F.pad(y, (0, self.total - y.shape[1])).relu())
+
+
+def test_a_number_that_a_width_is_taken_from() -> None:
+    small = cut(Filled(), torch.randn(4, 5))
+    assert (small.total, small.a.out_features, small.b.in_features) == (4, 4, 4)
