@@ -259,7 +259,7 @@ def _spandrel(name: str) -> Built:
     found = vars(importlib.import_module(f"spandrel.architectures.{name}"))
     kind: Any = next(v for k, v in found.items() if k.endswith("Arch") and isinstance(v, type)).__orig_bases__[0].__args__[0]
     kind = getattr(kind, "__args__", (kind,))[0]  # of a union, the first
-    size = 64 if name in ("RealCUGAN", "Uformer", "SCUNet", "FBCNN") else 32
+    size = 64 if name in ("RealCUGAN", "Uformer", "SCUNet", "FBCNN", "MixDehazeNet") else 32
     return kind(**_RESTORATION[name]), torch.rand(2, 3, size, size)
 
 

@@ -82,22 +82,28 @@ class TracedInt(_Size):
     def __sub__(self, other: Any) -> Any:
         return self._shifted(int(self) - other, other)
 
+    def __rsub__(self, other: Any) -> Any:
+        self._compared(other)
+        return other - int(self)
+
     def __neg__(self) -> TracedInt:
         return TracedInt(-int(self), self.source)
 
     def _shifted(self, value: Any, other: Any) -> Any:
-        """A share of a size more or less is a share of it; so is nothing more."""
-        alike = isinstance(other, TracedInt) and other.source == self.source
-        return TracedInt(value, self.source) if alike or (type(other) is int and not other) else value
+        """A share of a size more or less is a share of it; so is nothing more. Any other number is a decision on it."""
+        if (isinstance(other, TracedInt) and other.source == self.source) or (type(other) is int and not other):
+            return TracedInt(value, self.source)
+        self._compared(other, depth=3)
+        return value
 
     def _derived(self, value: Any, other: Any) -> Any:
         if isinstance(value, int) and (not isinstance(other, TracedInt) or int(other) == 1):
             return TracedInt(value, self.source)
         return value
 
-    def _compared(self, other: Any) -> None:
+    def _compared(self, other: Any, depth: int = 2) -> None:
         """The code decides on a size: another size may take it elsewhere."""
-        if not isinstance(other, TracedInt) and not sys._getframe(2).f_code.co_filename.startswith(_TORCH_DIR):
+        if not isinstance(other, TracedInt) and not sys._getframe(depth).f_code.co_filename.startswith(_TORCH_DIR):
             self.source.node.meta.setdefault("decided", set()).add(self.source.dim)
 
     def __eq__(self, other: object) -> bool:
