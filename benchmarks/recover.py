@@ -204,7 +204,7 @@ def main() -> None:
         "run of its own for each number of epochs. The base is the teacher: its outputs (temperature 4; soft: their weight, "
         "labels have the rest), or these and its residual stream behind every block. "
         + "; ".join(f"{name}: {recipe}" for name, recipe in RECIPES.items())
-        + ". recipes.md compares more."
+        + ". mixed: up to half of another image is added to each. recipes.md compares more."
     )
     write(cells, {f"{images}, {recipe}": name for name, recipe in RECIPES.items()}, training)
 
