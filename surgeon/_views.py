@@ -95,7 +95,7 @@ def overlap(target: Tensor, source: Tensor) -> bool:
         return False
     places = torch.arange(max(map(_end, (target, source))))
     here, there = (places.as_strided(t.shape, t.stride(), t.storage_offset()) for t in (target, source))
-    return bool(torch.isin(here, there).any())
+    return bool(torch.isin(here.reshape(-1), there.reshape(-1)).any())
 
 
 def _end(tensor: Tensor) -> int:
