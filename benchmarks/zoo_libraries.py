@@ -231,14 +231,15 @@ def _torch_geometric(name: str) -> Built:
 
 # -- spandrel (image restoration), x_transformers, neuralop, denoising_diffusion_pytorch, performer_pytorch ----------
 
-_WINDOWS = {"img_size": 32, "embed_dim": 32, "num_heads": [2, 2]}
-_SHIFTED = {**_WINDOWS, "depths": [2, 2], "window_size": 4}
-_SPLIT = {**_WINDOWS, "depth": [2, 2], "split_size": [4, 8]}
+_IMAGES, _HEADED = {"img_size": 32, "embed_dim": 32}, {"num_heads": [2, 2]}
+_SHIFTED = {**_IMAGES, **_HEADED, "depths": [2, 2], "window_size": 4}
+_SPLIT = {**_IMAGES, **_HEADED, "depth": [2, 2], "split_size": [4, 8]}
 _RESTORATION: dict[str, dict[str, Any]] = {
     "ATD": {**_SHIFTED, "category_size": 64, "num_tokens": 16}, "Compact": {}, "DAT": _SPLIT, "DCTLSA": {}, "DITN": {},
     "DRCT": {**_SHIFTED, "upsampler": "pixelshuffle"}, "DRUNet": {"in_nc": 3, "out_nc": 3, "nc": [16, 32, 32, 64], "nb": 1},
     "DnCNN": {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 6}, "ESRGAN": {"num_blocks": 2}, "FBCNN": {"nb": 1}, "FDAT": {},
-    "FFTformer": {}, "GRL": {**_SHIFTED, "window_size": 8, "num_heads_window": [2, 2], "num_heads_stripe": [2, 2]},
+    "FFTformer": {},
+    "GRL": {**_IMAGES, "depths": [2, 2], "window_size": 8, "num_heads_window": [2, 2], "num_heads_stripe": [2, 2]},
     "HAT": _SHIFTED, "HVICIDNet": {}, "KBNet": {}, "MMRealSR": {"num_in_ch": 3, "num_out_ch": 3, "num_block": 2},
     "MixDehazeNet": {}, "MoESR": {}, "MoSR": {}, "NAFNet": {}, "OmniSR": {}, "PLKSR": {},
     "RCAN": {"n_resgroups": 2, "n_resblocks": 2}, "RGT": _SPLIT, "RealCUGAN": {}, "RestoreFormer": {}, "RetinexFormer": {},
@@ -246,7 +247,6 @@ _RESTORATION: dict[str, dict[str, Any]] = {
     "SPAN": {"num_in_ch": 3, "num_out_ch": 3}, "SeemoRe": {}, "SwiftSRGAN": {}, "Swin2SR": _SHIFTED, "SwinIR": _SHIFTED,
     "Uformer": {"img_size": 64, "embed_dim": 16},
 }  # fmt: skip
-_RESTORATION["GRL"].pop("num_heads")
 _DECODERS: dict[str, dict[str, Any]] = {
     "plain": {}, "rotary": {"rotary_pos_emb": True}, "grouped-queries": {"heads": 8, "attn_kv_heads": 2},
     "alibi": {"alibi_pos_bias": True}, "glu-rmsnorm": {"ff_glu": True, "use_rmsnorm": True}, "macaron": {"macaron": True},
