@@ -26,7 +26,10 @@ NOTES = [
         "Channel ratio 0.5 by l1 magnitude, small configurations, random weights, no hints. A row works if the proof passes "
         "(1e-9 in float64), and if the small model runs on another batch size, in training mode and through a backward pass."
     ),
-    "LoFTR, Flux and graph networks are proved alone: LoFTR wants matches to train on, Flux's positions and graphs have no batch",
+    (
+        "LoFTR, Flux, graph networks and SeemoRe are proved alone: LoFTR wants matches to train on, Flux's positions and graphs "
+        "have no batch, and SeemoRe itself runs on one image only"
+    ),
 ]
 
 

@@ -117,8 +117,8 @@ def _pictures(item: Any) -> bool:
     return isinstance(item, list) and all(picture.dim() == 3 for picture in item)
 
 
-# LoFTR wants matches to train on, Flux's positions are those of one batch, and a graph is one sample
-_EVAL_ONLY = ("kornia/LoFTR", "diffusers/FluxTransformer2DModel", "torch_geometric/")
+# LoFTR wants matches to train on, Flux's positions are those of one batch, a graph is one sample, and SeemoRe runs one image
+_EVAL_ONLY = ("kornia/LoFTR", "diffusers/FluxTransformer2DModel", "torch_geometric/", "spandrel/SeemoRe")
 
 
 def _alive(small: Any, inputs: Any, name: str) -> None:

@@ -260,7 +260,8 @@ def _spandrel(name: str) -> Built:
     kind: Any = next(v for k, v in found.items() if k.endswith("Arch") and isinstance(v, type)).__orig_bases__[0].__args__[0]
     kind = getattr(kind, "__args__", (kind,))[0]  # of a union, the first
     size = 64 if name in ("RealCUGAN", "Uformer", "SCUNet", "FBCNN", "MixDehazeNet") else 32
-    return kind(**_RESTORATION[name]), torch.rand(2, 3, size, size)
+    batch = 1 if name == "SeemoRe" else 2  # more it cannot run itself
+    return kind(**_RESTORATION[name]), torch.rand(batch, 3, size, size)
 
 
 def _x_transformers(name: str) -> Built:
