@@ -41,11 +41,17 @@ RECIPES = {  # of the fine-tuning
     "blocks": Recipe("Muon", 0.002, batch=32, frozen=True),
     "blocks, mixed": Recipe("Muon", 0.002, batch=32, mixed=1.0, frozen=True),
 }
+STARTS = {"cut": 0, "mended": 1}  # of the fine-tuning: models as cut, or after re-estimation and recovery
 FILES = ["cifar10-train.npz", "cifar10-test.npz", *(f"cifar10-{name}-adapted.safetensors" for name in MODELS)]
 
 
 def jobs_of(
-    models: list[str], reductions: list[float] | None, seeds: list[int], epochs: list[int], recipes: Iterable[str]
+    models: list[str],
+    reductions: list[float] | None,
+    seeds: list[int],
+    epochs: list[int],
+    recipes: Iterable[str],
+    starts: Iterable[str],
 ) -> list[Job]:
     """All that is asked for, the most telling first; only the ResNets are fine-tuned."""
     found = [Job(model, 1.0, 0, "base", 0) for model in models]
@@ -56,8 +62,9 @@ def jobs_of(
             for seed, recipe in itertools.product(seeds, recipes if count else [""]):
                 if count:
                     found.append(Job(model, 1.0, seed, "base", count, recipe))
-                for reduction in reductions or REDUCTIONS[model]:
-                    found += [Job(model, reduction, seed, tool, count, recipe) for tool in ("torch-pruning", "surgeon")]
+                wanted = [STARTS[start] for start in starts] if count else [1]
+                for reduction, start in itertools.product(reductions or REDUCTIONS[model], wanted):
+                    found += [Job(model, reduction, seed, tool, count, recipe, start) for tool in ("torch-pruning", "surgeon")]
     return sorted(found, key=lambda job: job.urgency)
 
 
@@ -89,7 +96,7 @@ def by_surgeon(task: Task, reduction: float, seed: int, **options: Any) -> Made:
     done = surgeon.recover(small, plan, task.base, batches, seed=seed)
     print(done, flush=True)
     cut, recovered = METHODS["surgeon"]
-    return {cut: Start(small), recovered: Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)}
+    return {cut: Start(small, plan=plan), recovered: Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)}
 
 
 def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:
@@ -100,9 +107,10 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
     """
     rival = Rival(task, seed)
     cut, renewed = METHODS["torch-pruning"]
-    if renewed in known:
-        choice = Choice(**known[renewed]["again"])
-        return {renewed: Start(reestimated(rival.cut(choice), rival.data), str(choice), known[renewed]["again"])}
+    if rival.norms and cut in known and renewed in known:
+        choices = {method: Choice(**known[method]["again"]) for method in (cut, renewed)}
+        models = {cut: rival.cut(choices[cut]), renewed: reestimated(rival.cut(choices[renewed]), rival.data)}
+        return {method: Start(models[method], str(choice), known[method]["again"]) for method, choice in choices.items()}
     best: dict[str, tuple[float, Choice, nn.Module]] = {}
     for found in rival.candidates(1 / reduction):
         if isinstance(found, str):
@@ -126,9 +134,8 @@ def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) ->
         return {"base": Start(task.base)}
     if tool == "surgeon":
         return by_surgeon(task, reduction, seed)
-    cells, renewed = load_cells(), METHODS[tool][1]
-    key = Job(model, reduction, seed, tool, 0).keys[renewed]
-    return by_rival(task, reduction, seed, {renewed: cells[key]} if key in cells else {})
+    cells, keys = load_cells(), Job(model, reduction, seed, tool, 0).keys
+    return by_rival(task, reduction, seed, {method: cells[key] for method, key in keys.items() if key in cells})
 
 
 def run(job: Job, data: Path, images: int, recipe: Recipe | None) -> dict[str, dict[str, Any]]:
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
     parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="of fine-tuning")
+    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS), help="of fine-tuning")
     parser.add_argument("--finetune-images", type=int, default=50_000)
     parser.add_argument("--fresh", action="store_true", help="measure again what is asked for")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells")
@@ -184,7 +192,7 @@ def main() -> None:
     images = asked.finetune_images
     recipes = {f"{images}, {recipe}": recipe for recipe in RECIPES.values()}
     asked_for = [f"{images}, {RECIPES[name]}" for name in asked.recipes]
-    jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, asked_for)
+    jobs = jobs_of(asked.models, asked.reductions, asked.seeds, asked.epochs, asked_for, asked.starts)
     jobs = [job for job in jobs if job.tool in asked.tools or (job.tool, job.epochs) == ("base", 0)]
     if asked.fresh:
         keys = [key for job in jobs for key in job.keys.values()]

@@ -20,7 +20,7 @@ Cells = Rows
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is measured in one go: before training all methods of a tool, after it the last of them."""
+    """What is measured in one go: before training all methods of a tool, after it one of them."""
 
     model: str
     reduction: float
@@ -28,12 +28,13 @@ class Job:
     tool: str
     epochs: int
     recipe: str = ""  # of the training
+    start: int = 1  # of the training: which of the tool's methods
 
     @property
     def keys(self) -> dict[str, str]:
         """Method -> its key in the cache."""
         trained = f" of {self.recipe}" if self.epochs else ""
-        methods = METHODS[self.tool][1:] if self.epochs else METHODS[self.tool]
+        methods = METHODS[self.tool][self.start :][:1] if self.epochs else METHODS[self.tool]
         return {m: f"{self.model} {self.reduction:g} {self.seed} {m} {self.epochs}{trained}" for m in methods}
 
     @property
@@ -42,7 +43,7 @@ class Job:
         if not self.epochs:
             return (int(self.model not in MODELS), list(TASKS).index(self.model), self.seed)
         place = {2.1: 2, 1.0: 3}.get(self.reduction, 4)
-        return (place, self.seed, list(TASKS).index(self.model), list(METHODS).index(self.tool), self.epochs)
+        return (place, self.seed, list(TASKS).index(self.model), list(METHODS).index(self.tool), self.epochs, 1 - self.start)
 
 
 load_cells = partial(kept, "recover", folder=RESULTS)

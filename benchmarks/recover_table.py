@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cifar import MODELS
-from recover_cells import REDUCTIONS, Cells, Job
+from recover_cells import METHODS, REDUCTIONS, Cells, Job
 from recover_models import LENGTH
 from recover_sentences import AMONG, TOKENS
 from recover_tasks import HELD_OUT, SAMPLES, TASKS, TEXTS
@@ -28,7 +28,7 @@ class Tables:
         """One for each seed that was run."""
         found = []
         for seed in self.seeds:
-            key = list(Job(model, reduction, seed, tool, epochs, recipe).keys.values())[place]
+            key = Job(model, reduction, seed, tool, epochs, recipe, place).keys[METHODS[tool][place]]
             if self.cells.get(key, {}).get(what) is not None:
                 found.append(self.cells[key][what])
         return found
@@ -67,8 +67,8 @@ class Tables:
         for model in MODELS:
             for reduction, count in itertools.product(REDUCTIONS[model], epochs):
                 for recipe, said in self.recipes.items():
-                    which = ((1.0, "base"), (reduction, "torch-pruning"), (reduction, "surgeon"))
-                    scores = [self.score(model, share, tool, 0, count, recipe) for share, tool in which]
+                    which = [(reduction, tool, place) for tool in ("torch-pruning", "surgeon") for place in (0, 1)]
+                    scores = [self.score(model, *one, count, recipe) for one in [(1.0, "base", 1), *which]]
                     if any(score != "-" for score in scores[1:]):
                         yield [f"{model}, top-1", f"{reduction:g}x", str(count), said, f"{self.base(model):.2%}", *scores]
 
@@ -82,8 +82,8 @@ TRAINED = [
     "learns from",
     "base",
     "base, trained on",
-    "torch-pruning + BN",
-    "surgeon recovered",
+    *METHODS["torch-pruning"],
+    *METHODS["surgeon"],
 ]
 
 
