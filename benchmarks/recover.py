@@ -96,7 +96,10 @@ def by_surgeon(task: Task, reduction: float, seed: int, **options: Any) -> Made:
     done = surgeon.recover(small, plan, task.base, batches, seed=seed)
     print(done, flush=True)
     cut, recovered = METHODS["surgeon"]
-    return {cut: Start(small, plan=plan), recovered: Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)}
+    return {
+        cut: Start(small, plan=plan),
+        recovered: Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan),
+    }
 
 
 def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:

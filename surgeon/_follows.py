@@ -19,16 +19,11 @@ from surgeon._sizes import Follows, Sizes, TracedInt
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Entries `first` to `last` of a dim, so many as the code computed from another size.
-
-    Attributes:
-        part: (start, stop) of the slice that was cut there.
-    """
+    """Entries `first` to `last` of a dim, so many as the code computed from another size."""
 
     dim: int
     first: int
     last: int
-    part: tuple[int, int]
     source: Follows
 
 
@@ -118,7 +113,7 @@ def _cuts(x: Tensor, dim: int, start: Any, stop: Any) -> Iterator[Cut]:
     part = slice(*(None if end is None else int(end) for end in (start, stop))).indices(size)[:2]
     for end, place in zip((start, stop), part, strict=True):
         if isinstance(end, TracedInt) and 0 < abs(int(end)) <= size:
-            yield Cut(dim, *((0, place) if int(end) > 0 else (place, size)), part, end.source)
+            yield Cut(dim, *((0, place) if int(end) > 0 else (place, size)), end.source)
 
 
 def _indexed(x: Tensor, index: Any) -> Iterator[tuple[int, Any, Any]]:
@@ -142,5 +137,5 @@ def _split(x: Tensor, dim: int, sizes: Any) -> Iterator[Cut]:
     for size in sizes if isinstance(sizes, list | tuple) else [sizes]:
         last = first + int(size)
         if isinstance(size, TracedInt):
-            yield Cut(dim, first, last, (first, last), size.source)
+            yield Cut(dim, first, last, size.source)
         first = last

@@ -196,7 +196,7 @@ class Ledger:
 
         One dim: the track itself. Several: the innermost gets columns, the outer ones rows, recursively.
         """
-        dims = [d for d in dims if track.shape[d] > 1 and _varies(track, d)]
+        dims = [d for d in dims if track.shape[d] > 1 and varies(track, d)]
         if not dims:
             return {}
         if len(dims) == 1:
@@ -255,7 +255,7 @@ class Ledger:
 
     def _factors_along(self, ids: Track, dims: Sequence[int]) -> list[tuple[int, Track]] | None:
         """The factors, from outer to inner, each with the dim that it varies along."""
-        along = [d for d in dims if _varies(ids, d)]
+        along = [d for d in dims if varies(ids, d)]
         if len(along) > 1:
             known = self._factors.get(ids.tobytes())
             parts = [self._factors_along(f.reshape(ids.shape), dims) for f in known or ()]
@@ -295,72 +295,7 @@ def _ascending(track: Track) -> bool:
     return bool((flat[1:] > flat[:-1]).all())
 
 
-def _varies(track: Track, dim: int) -> bool:
+def varies(track: Track, dim: int) -> bool:
+    """Whether the ids differ from entry to entry along a dim."""
     first = np.take(track, [0], axis=dim)
     return bool((track != first).any())
-
-
-def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Pairs (old dims, new dims) of a reshape with equal products, dims of size 1 left out; None if there are zero sizes."""
-    left = [d for d, n in enumerate(old) if n != 1]
-    right = [d for d, n in enumerate(new) if n != 1]
-    if any(n == 0 for n in (*old, *new)):
-        return None
-    pairs, i, j = [], 0, 0
-    while i < len(left) and j < len(right):
-        ins, outs = [left[i]], [right[j]]
-        a, b = old[left[i]], new[right[j]]
-        while a != b:
-            if a < b:
-                i += 1
-                ins.append(left[i])
-                a *= old[left[i]]
-            else:
-                j += 1
-                outs.append(right[j])
-                b *= new[right[j]]
-        pairs.append((ins, outs))
-        i, j = i + 1, j + 1
-    return pairs
-
-
-def reshape(ledger: Ledger, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> Axes:
-    """Tracks after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest passes."""
-    pairs = segments(old, new)
-    if pairs is None:
-        ledger.freeze_all(axes, "a reshape of an empty tensor")
-        return {}
-    out: Axes = {}
-    for ins, outs in pairs:
-        here = [d for d in ins if d in axes]
-        if not here:
-            continue
-        if len(ins) == 1:
-            track: Track | None = axes[ins[0]]
-        else:
-            track = ledger.merge(axes, ins, old)
-        assert track is not None
-        moved = _regroup(track, pairs, old, new)
-        if len(outs) == 1:
-            out[outs[0]] = moved
-        else:
-            out.update(ledger.split(moved, outs))
-    return out
-
-
-def _regroup(track: Track, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]) -> Track:
-    """The same reshape on one compressed track: segments along which it varies are made full, the others stay 1."""
-    full, shape = list(track.shape), [1] * len(new)
-    for ins, outs in pairs:
-        if any(track.shape[d] != 1 for d in ins):
-            for d in ins:
-                full[d] = old[d]
-            for d in outs:
-                shape[d] = new[d]
-    moved = np.broadcast_to(track, full).reshape(shape)
-    for _, outs in pairs:  # compress dims that only repeat
-        if len(outs) > 1:
-            for d in outs:
-                if moved.shape[d] > 1 and not _varies(moved, d):
-                    moved = np.take(moved, [0], axis=d)
-    return moved

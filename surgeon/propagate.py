@@ -19,7 +19,6 @@ from surgeon._sizes import Follows
 from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Ledger, Track
 from surgeon.rules import Family, Site, family, rule_of
-from surgeon.rules.indexing import even_parts
 from surgeon.rules.registry import op_name
 
 
@@ -108,10 +107,10 @@ def _follow(node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
     for cut in node.meta.get("cuts", ()):
         own, other = axes[node].get(cut.dim), _of_source(axes, cut.source)
         if own is not None and other is not None and np.array_equal(_line(own, cut.dim), _line(other, cut.source.dim)):
-            line, (start, stop) = _line(own, cut.dim), cut.part
+            line = _line(own, cut.dim)
             if math.gcd(cut.last - cut.first, line.size) == 1 < line.size:
                 ledger.freeze(own, "is sliced where its code computes, and no smaller width has the same share there")
-            elif not even_parts(start, stop, line.size):
+            else:
                 ledger.share(line[cut.first : cut.last], line)
             continue
         same = cut.last - cut.first == spec(cut.source.node).shape[cut.source.dim]

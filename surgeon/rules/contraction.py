@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.labels import Axes, reshape
+from surgeon.labels import Axes
 from surgeon.rules.elementwise import per_channel
 from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, opaque, rule
+from surgeon.rules.reshape import reshape
 
 Operand = tuple[Axes, tuple[int, ...], str]
 

@@ -43,12 +43,12 @@ def slice_(site: Site) -> Axes:
             blocks = moved.reshape(*moved.shape[:-1], size // step, step)
             site.ledger.collapse(blocks, blocks.ndim - 1)
     length = stop - start
-    if dim in axes and step == 1 and even_parts(start, stop, size):
+    if dim in axes and step == 1 and _is_even(start, stop, size):
         _even_parts(site, axes, dim, length, size // length)
     return _single(site, sliced(axes, dim, start, stop, step), dim, length)
 
 
-def even_parts(start: int, stop: int, size: int) -> bool:
+def _is_even(start: int, stop: int, size: int) -> bool:
     """Whether a slice is one of a few equal parts of a dim."""
     length = stop - start
     return 0 < length < size and size % length == 0 and size // length <= _MOST_PARTS and start % length == 0

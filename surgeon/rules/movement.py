@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from surgeon.labels import Axes, Track, reshape
+from surgeon.labels import Axes, Track
 from surgeon.rules.factory import free_axes
 from surgeon.rules.registry import Family, Site, beside, op_name, rule, shift
+from surgeon.rules.reshape import reshape
 
 
 @rule(Family.MOVEMENT, "getitem")

@@ -11,9 +11,10 @@ from typing import Any
 from torch import fx
 
 from surgeon.graph import is_read
-from surgeon.labels import Axes, reshape
+from surgeon.labels import Axes
 from surgeon.rules.elementwise import per_channel
 from surgeon.rules.registry import Family, Site, broadcast, op_name, rule
+from surgeon.rules.reshape import reshape
 
 
 def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> Axes:
