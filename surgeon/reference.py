@@ -17,8 +17,9 @@ from surgeon.errors import ProofError
 from surgeon.graph import Graph, named_tensors, tensor_leaves
 from surgeon.masks import Mask
 from surgeon.plan import Plan
-from surgeon.rules.registry import family, op_name
+from surgeon.rules.registry import Family, family, op_name
 from surgeon.semantics import BY_FAMILY, SEMANTICS
+from surgeon.trace import SATURATING
 
 TOLERANCE = 1e-9
 
@@ -34,11 +35,18 @@ class Reference:
         rescaled: Mapping[fx.Node, tuple[int, float, float]],
         results: Mapping[fx.Node, Tensor],
         exact: Mapping[fx.Node, Tensor] | None = None,
+        leak: float = 0.0,
     ) -> None:
         self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
         self.exact = exact or {}  # constants of the model's code, not rounded to the recorded dtype
         self.inner, self.compared = 0.0, 0
         self.first_bad: fx.Node | None = None
+        self.leak = leak  # so much of its input is added to what a saturating activation gives
+        self.hidden: dict[fx.Node, Tensor] = {}  # what contractions read -> which of the present channels are zero throughout
+        self.fed = {node for _, node in graph.inputs}  # what the inputs decide
+        for node in graph.fx.nodes:
+            if not self.fed.isdisjoint(node.all_input_nodes):
+                self.fed.add(node)
         own = dict(named_tensors(model))
         self.tensors = {**graph.tensors, **{n: t for n, t in own.items() if n in graph.owned}}
         self.values: dict[fx.Node, Any] = {}
@@ -75,6 +83,18 @@ class Reference:
         if not error <= TOLERANCE and self.first_bad is None:
             self.first_bad = node
 
+    def _look(self, node: fx.Node) -> None:
+        """Note the channels of what an op reads that are zero throughout."""
+        for used in node.all_input_nodes:
+            value = self.values[used]
+            if used not in self.fed or used in self.hidden or isinstance(value, list):
+                continue
+            data, mask = value
+            others = [d for d in range(data.dim()) if not masks.varies(mask, [d])]
+            if mask and data.numel():
+                alive = (data != 0).any(dim=others, keepdim=True) if others else data != 0
+                self.hidden[used] = masks.full(mask, alive.shape) & ~alive
+
     def _slot(self, name: str) -> Value:
         tensor = self.tensors[name].detach()
         data = wide(tensor.clone())
@@ -98,12 +118,16 @@ class Reference:
         name = op_name(node)
         if node.target is getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
+        if family(name) is Family.CONTRACTION:
+            self._look(node)
         call = Op(node, name, args, dict(node.kwargs), self.values)
         if "decision" in node.meta and not call.masked:
             taken = replay(node, [nest(a, call.data) for a in args], node.kwargs)
             if taken is not None:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
+        if self.leak and name in SATURATING:
+            result = torch.add(result[0], call.data(args[0]), alpha=self.leak), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 
 

@@ -26,6 +26,7 @@ from surgeon.plan import Plan
 from surgeon.rules.registry import Family, family, op_name
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided", "_to_copy"}  # compute nothing
+SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}  # zero for many inputs
 _SMALL = 1 << 12  # entries of a value that may go into a number
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
@@ -53,8 +54,9 @@ class Step:
 class _Upgrade(PlainMode):
     """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, leak: float) -> None:
         super().__init__()
+        self.leak = leak
         self.trace: list[Step] = []
         self.room = _KEEP
         self.lifted = _lifted(graph)
@@ -67,9 +69,12 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(len(self.trace), ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
+        before = args[0].clone() if self.leak and name.rstrip("_") in SATURATING else None
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
+        if before is not None:
+            result.add_(before, alpha=self.leak)
         if draws(name):
             result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
@@ -118,14 +123,19 @@ def _constants(args: Any) -> dict[int, float]:
 Trace = tuple[list[tuple[str, Tensor]], list["Step"], dict[fx.Node, Tensor]]
 
 
-def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any) -> Trace:
+def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leak: float = 0.0) -> Trace:
+    """The small model's outputs, its steps, and numbers of its code that are not rounded.
+
+    Args:
+        leak: this much of its input is added to what a saturating activation gives.
+    """
     twin = copy.deepcopy(small)._apply(wide)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)
         if attribute in module.__dict__:
             module.__dict__[attribute] = wide(tensor)
-    mode = _Upgrade(graph)
+    mode = _Upgrade(graph, leak)
     with float64(), quiet_run(twin, seed=0), mode:
         try:
             output = output_of(twin, args, kwargs)

@@ -4,10 +4,14 @@ The reference is the original's recorded graph with all its channels, run in flo
 absent: whoever sums over channels reads absent ones as zero, and whoever normalises over channels does so over those that are
 present. Nothing here knows of ids, groups or slicing; only the graph and `plan.kept` enter, so a wrong tie, a wrong slice or a
 wrongly changed size shows up as a difference.
+
+A run shows nothing of channels that are zero in it, as behind a ReLU. If there are some, both models are run once more, with
+activations that leak: a part of its input is added to what each gives. What stays zero is counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -26,6 +30,8 @@ from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import op_name
 from surgeon.trace import float64, line_up, rescaled_constants, run_small
 
+_LEAK = 0.25
+
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
@@ -39,6 +45,7 @@ class Proof:
         tolerance: the error up to which the cut counts as right.
         rescaled: constants that the model derives from a width, such as 1/sqrt(head_dim): (place, before, after). The
             reference uses the value after the cut.
+        hidden: channels that were zero wherever a contraction read them, so that nothing shows whether they are the right ones.
     """
 
     errors: Mapping[str, float]
@@ -46,6 +53,7 @@ class Proof:
     inner: float = 0.0
     compared: int = 0
     rescaled: tuple[tuple[str, float, float], ...] = ()
+    hidden: int = 0
 
     @property
     def error(self) -> float:
@@ -56,7 +64,12 @@ class Proof:
         text = (
             f"proof: max relative error {self.error:.1e} in float64 over {len(self.errors)} outputs and {self.compared} products"
         )
-        return text + (f"; {len(self.rescaled)} width-dependent constants follow the new widths" if self.rescaled else "")
+        text += f"; {len(self.rescaled)} width-dependent constants follow the new widths" if self.rescaled else ""
+        return text + (f"; {self.hidden} channels were zero throughout, which shows nothing of them" if self.hidden else "")
+
+
+class _OverflowError(ProofError):
+    """An output holds no finite number."""
 
 
 def verify(
@@ -68,7 +81,8 @@ def verify(
     graph: Graph | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
-    """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original.
+    """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original, twice as many
+    where channels are zero.
 
     Args:
         model: the original.
@@ -83,14 +97,41 @@ def verify(
     """
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
-    args, kwargs = _double((graph.args, graph.kwargs), random=not _reads_values(graph))
-    outputs, trace, exact = run_small(small, graph, args, kwargs)
+    seed = None if _reads_values(graph) else 0
+    proof, run = _compared(model, small, plan, graph, tolerance, seed)
+    hidden = run.hidden
+    if seed is not None and any(bool(found.any()) for found in hidden.values()):
+        with contextlib.suppress(_OverflowError):  # nothing more is shown
+            again, leaky = _compared(model, small, plan, graph, tolerance, seed, _LEAK)
+            hidden = {node: found & leaky.hidden[node] for node, found in hidden.items()}
+            worse = {path: max(error, again.errors[path]) for path, error in proof.errors.items()}
+            proof = dataclasses.replace(proof, errors=worse, inner=max(proof.inner, again.inner))
+    return dataclasses.replace(proof, hidden=sum(int(found.sum()) for found in hidden.values()))
+
+
+def _compared(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    graph: Graph,
+    tolerance: float,
+    seed: int | None,
+    leak: float = 0.0,
+) -> tuple[Proof, Reference]:
+    """One run of both.
+
+    Args:
+        seed: of random inputs; None for the example inputs.
+        leak: of saturating activations.
+    """
+    args, kwargs = _double((graph.args, graph.kwargs), seed)
+    outputs, trace, exact = run_small(small, graph, args, kwargs, leak)
     outputs = named(outputs, graph.named or None)
     with float64():
         steps = line_up(graph, trace)
         rescaled = rescaled_constants(graph, steps, plan)
         results = {n: step.result for n, step in steps.items() if step.result is not None}
-        run = Reference(model, graph, plan, rescaled, results, exact if steps else {})
+        run = Reference(model, graph, plan, rescaled, results, exact if steps else {}, leak)
         reference = run.run(args, kwargs)
     if [path for path, _ in reference] != [path for path, _ in outputs]:
         raise ProofError(
@@ -100,7 +141,7 @@ def verify(
     errors: dict[str, float] = {}
     for (path, (want, mask)), (_, got) in zip(reference, outputs, strict=True):
         if want.numel() and not bool(torch.isfinite(want).any()):
-            raise ProofError(
+            raise _OverflowError(
                 "an output holds no finite number, so nothing can be compared",
                 where=f"output '{path}'",
                 why="it overflows in the original as well",
@@ -117,7 +158,7 @@ def verify(
             why="the plan removes different channels from tensors that belong together, or the small model was changed since",
             fix="make the plan with surgery.plan(...); if it was, please report the model: this is a bug in surgeon",
         )
-    return proof
+    return proof, run
 
 
 def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan) -> None:
@@ -143,8 +184,9 @@ def _reads_values(graph: Graph) -> bool:
     return any(node.op == "call_function" and op_name(node) in names for node in graph.fx.nodes)
 
 
-def _double(tree: Any, random: bool) -> Any:
-    generator = torch.Generator().manual_seed(0)
+def _double(tree: Any, seed: int | None) -> Any:
+    """Inputs in float64; random ones, if there is a seed."""
+    generator = torch.Generator().manual_seed(seed or 0)
     made: dict[int, Tensor] = {}
 
     def convert(item: Any) -> Any:
@@ -159,7 +201,7 @@ def _double(tree: Any, random: bool) -> Any:
         return type(item)(convert(v) for v in item) if isinstance(item, list | tuple) else item
 
     def fresh(tensor: Tensor) -> Tensor:
-        if not random or not (tensor.is_floating_point() or tensor.is_complex()):
+        if seed is None or not (tensor.is_floating_point() or tensor.is_complex()):
             return wide(tensor.detach())
         return torch.randn(tensor.shape, generator=generator, dtype=widened(tensor.dtype)).to(tensor.device)
 

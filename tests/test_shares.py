@@ -188,7 +188,9 @@ def test_spectral_convolutions() -> None:
     wrong = list(wrong_cuts(model, plan))
     assert {name for _, bad in wrong for name in bad.kept if bad.kept[name] != plan.kept[name]} == set(plan.kept)
     for cut, bad in wrong:
-        with pytest.raises(ProofError, match=r"relative error|cannot be proved at op _fft_c2r"):  # frequencies that are half there
+        with pytest.raises(
+            ProofError, match=r"relative error|cannot be proved at op _fft_c2r"
+        ):  # frequencies that are half there
             surgeon.verify(model, cut, bad, x)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from motifs import Flatten, FusedQKV
 from torch import Tensor, nn
+from wrong import wrong_cuts
 
 import surgeon
 from surgeon.errors import MendError, ProofError
@@ -193,6 +194,38 @@ def test_results_that_are_not_finite_prove_nothing() -> None:
     plan = surgeon.inspect(model, x).plan(0.5)
     with pytest.raises(ProofError, match="no finite number"):
         surgeon.verify(model, plan.apply(model), plan, x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish(), nn.Threshold(0.1, 0.0)])
+def test_wrong_cuts_are_found_where_activations_are_zero(activation: nn.Module) -> None:
+    """All channels are far below zero: only activations that leak show which of them the second layer reads."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 3)), torch.randn(2, 4)
+    with torch.no_grad():
+        model[0].bias -= 20
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, round_to=1)
+    small = plan.apply(model)
+    assert surgeon.verify(model, small, plan, x).hidden == 0
+    tried = 0
+    for wrong, bad in wrong_cuts(model, plan):
+        assert torch.equal(wrong(x), small(x)), "a plain run shows nothing"
+        with pytest.raises(ProofError, match="relative error"):
+            surgeon.verify(model, wrong, bad, x)
+        tried += 1
+    assert tried == 3
+
+
+def test_channels_of_which_nothing_is_shown_are_counted() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[:3] = 0
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.25, round_to=1, criterion=lambda group, tensors: [float(i > 3) for i in range(8)][::-1])
+    proof = surgeon.verify(model, plan.apply(model), plan, x)
+    assert proof.hidden == len({0, 1, 2} & set(plan.kept["0.bias"][0])) > 0
+    assert f"{proof.hidden} channels were zero throughout" in str(proof)
 
 
 def test_a_small_model_that_gives_nan_is_rejected() -> None:
