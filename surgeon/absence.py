@@ -13,6 +13,8 @@ from surgeon.errors import ProofError
 from surgeon.graph import where
 from surgeon.masks import Mask
 
+SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}  # zero for many inputs
+
 
 def widened(item: Any) -> Any:
     """float64 (complex128) for every float dtype in an op's arguments."""

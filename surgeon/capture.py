@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils._pytree
+from torch import Tensor, nn
 
 from surgeon._follows import SizeMode
 from surgeon._quiet import copies, quiet_run, real_indices
@@ -74,3 +75,15 @@ def capture(
             ) from error
         finally:
             recorder.restore()
+
+
+def capture_training(model: nn.Module, graph: Graph) -> Graph:
+    """A run in training mode on the same inputs with twice the batch: batch norms refuse a batch of one.
+
+    Raises:
+        CaptureError: the model does not run so; it may need targets.
+    """
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (graph.args, graph.kwargs)
+    )
+    return capture(model, kwargs if kwargs else args, training=True)

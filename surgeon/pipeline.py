@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature as inspect_signature
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.utils._pytree
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon import criteria
 from surgeon._quiet import uncollected
-from surgeon.capture import capture
+from surgeon.capture import capture, capture_training
 from surgeon.errors import CaptureError
 from surgeon.graph import Graph
 from surgeon.plan import Plan
@@ -62,18 +60,12 @@ def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str
         return [], []
     said = f"{len(unused)} parameters are not used by this run and keep their size, {unused[0]} for one"
     try:
-        run = capture(model, _doubled((graph.args, graph.kwargs)), training=True)
+        run = capture_training(model, graph)
     except CaptureError as error:
         return [], [f"{said}; in training mode the model does not run on these inputs ({error.what})"]
     if any(str(n.target) in unused for n in run.fx.nodes if n.op == "get_attr"):
         return [run], []
     return [], [said]
-
-
-def _doubled(inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Any:
-    """The inputs with twice the batch: batch norms in training mode refuse a batch of one."""
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
-    return kwargs if kwargs else args
 
 
 def shrink(

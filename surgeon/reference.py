@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from surgeon import masks
 from surgeon._decisions import DRAWN, draws, replay
 from surgeon._views import getitem
-from surgeon.absence import Op, nest, wide
+from surgeon.absence import SATURATING, Op, nest, wide
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, named_tensors, tensor_leaves
 from surgeon.masks import Mask
 from surgeon.plan import Plan
 from surgeon.rules.registry import Family, family, op_name
 from surgeon.semantics import BY_FAMILY, SEMANTICS
-from surgeon.trace import SATURATING
 
 TOLERANCE = 1e-9
 

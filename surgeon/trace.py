@@ -19,14 +19,13 @@ from torch import Tensor, fx, nn
 
 from surgeon._decisions import DRAWN, decides, draws, replay
 from surgeon._quiet import PlainMode, output_of, quiet_run
-from surgeon.absence import in_float64, wide, widened
+from surgeon.absence import SATURATING, in_float64, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
 from surgeon.rules.registry import Family, family, op_name
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided", "_to_copy"}  # compute nothing
-SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}  # zero for many inputs
 _SMALL = 1 << 12  # entries of a value that may go into a number
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
@@ -136,7 +135,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leak: floa
         if attribute in module.__dict__:
             module.__dict__[attribute] = wide(tensor)
     mode = _Upgrade(graph, leak)
-    with float64(), quiet_run(twin, seed=0), mode:
+    with float64(), quiet_run(twin, seed=0, training=graph.training), mode:
         try:
             output = output_of(twin, args, kwargs)
         except Exception as error:

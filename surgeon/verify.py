@@ -6,7 +6,8 @@ present. Nothing here knows of ids, groups or slicing; only the graph and `plan.
 wrongly changed size shows up as a difference.
 
 A run shows nothing of channels that are zero in it, as behind a ReLU. If there are some, both models are run once more, with
-activations that leak: a part of its input is added to what each gives. What stays zero is counted.
+activations that leak: a part of its input is added to what each gives. What stays zero is counted. A run in eval mode shows
+nothing of layers that only the training mode runs; where such layers were cut, that run is compared as well.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon.absence import wide, widened
-from surgeon.capture import capture
-from surgeon.errors import ProofError
+from surgeon.capture import capture, capture_training
+from surgeon.errors import CaptureError, ProofError
 from surgeon.graph import Graph, named, named_tensors, where
 from surgeon.plan import Plan
 from surgeon.reference import TOLERANCE, Reference, distance
@@ -46,6 +47,7 @@ class Proof:
         rescaled: constants that the model derives from a width, such as 1/sqrt(head_dim): (place, before, after). The
             reference uses the value after the cut.
         hidden: channels that were zero wherever a contraction read them, so that nothing shows whether they are the right ones.
+        unread: tensors that were cut and that no run of the proof read.
     """
 
     errors: Mapping[str, float]
@@ -54,6 +56,7 @@ class Proof:
     compared: int = 0
     rescaled: tuple[tuple[str, float, float], ...] = ()
     hidden: int = 0
+    unread: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -65,7 +68,8 @@ class Proof:
             f"proof: max relative error {self.error:.1e} in float64 over {len(self.errors)} outputs and {self.compared} products"
         )
         text += f"; {len(self.rescaled)} width-dependent constants follow the new widths" if self.rescaled else ""
-        return text + (f"; {self.hidden} channels were zero throughout, which shows nothing of them" if self.hidden else "")
+        text += f"; {self.hidden} channels were zero throughout, which shows nothing of them" if self.hidden else ""
+        return text + (f"; nothing is shown of tensors that no run read: {', '.join(self.unread)}" if self.unread else "")
 
 
 class _OverflowError(ProofError):
@@ -97,6 +101,30 @@ def verify(
     """
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
+    runs, unread = [graph], set(plan.kept) - _read(graph)
+    if unread and not graph.training:
+        with contextlib.suppress(CaptureError):
+            runs.append(capture_training(model, graph))
+            unread -= _read(runs[-1])
+    proofs = [_looked(model, small, plan, run, tolerance) for run in runs]
+    return Proof(
+        {path: error for proof in proofs for path, error in proof.errors.items()},
+        tolerance,
+        max(proof.inner for proof in proofs),
+        sum(proof.compared for proof in proofs),
+        tuple(dict.fromkeys(said for proof in proofs for said in proof.rescaled)),
+        sum(proof.hidden for proof in proofs),
+        tuple(sorted(unread)),
+    )
+
+
+def _read(graph: Graph) -> set[str]:
+    """The tensors that a run reads."""
+    return {str(node.target) for node in graph.fx.nodes if node.op == "get_attr"}
+
+
+def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolerance: float) -> Proof:
+    """One recorded run compared, and compared again with activations that leak where channels are zero."""
     seed = None if _reads_values(graph) else 0
     proof, run = _compared(model, small, plan, graph, tolerance, seed)
     hidden = run.hidden
@@ -147,7 +175,7 @@ def _compared(
                 why="it overflows in the original as well",
                 fix="pass example_inputs for which the model gives numbers",
             )
-        errors[path] = distance(path, want, mask, got)
+        errors[path + " in training mode" * graph.training] = distance(path, want, mask, got)
     said = tuple((where(node), before, after) for node, (_, before, after) in rescaled.items())
     proof = Proof(errors, tolerance, run.inner, run.compared, said)
     if not proof.error <= tolerance:

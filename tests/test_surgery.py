@@ -38,6 +38,43 @@ def test_branches_of_training_mode_are_cut_along() -> None:
     (main.sum() + aux.sum()).backward()
 
 
+def test_branches_of_training_mode_are_proven() -> None:
+    torch.manual_seed(0)
+    model, x = Auxiliary(), torch.randn(1, 3, 6, 6)
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, round_to=1)
+    proof = surgeon.verify(model, plan.apply(model), plan, x)
+    assert len(proof.errors) == 3 and proof.compared == 5 and proof.error < 1e-12 and not proof.unread
+    tried = [
+        next(iter(set(bad.kept) - {n for n in bad.kept if bad.kept[n] == plan.kept[n]})) for _, bad in wrong_cuts(model, plan)
+    ]
+    assert tried == ["a.weight", "a.bias", "b.weight", "aux.weight"]
+    for wrong, bad in wrong_cuts(model, plan):
+        with pytest.raises(ProofError, match="relative error"):
+            surgeon.verify(model, wrong, bad, x)
+
+
+def test_what_no_run_reads_is_said() -> None:
+    class Deeper(nn.Module):
+        """Another layer for larger batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.more, self.b = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x + self.more(x) if len(x) > 4 else x)
+
+    model = Deeper()
+    surgery = surgeon.inspect(model, torch.randn(5, 4))
+    plan = surgery.plan(0.5, round_to=1)
+    small = plan.apply(model)
+    assert surgeon.verify(model, small, plan, torch.randn(5, 4)).unread == ()
+    proof = surgeon.verify(model, small, plan, torch.randn(2, 4))
+    assert proof.unread == ("more.bias", "more.weight") and "no run read: more.bias, more.weight" in str(proof)
+
+
 def test_unused_parameters_are_said_and_kept() -> None:
     class Unused(nn.Sequential):
         def __init__(self) -> None:
