@@ -128,7 +128,7 @@ def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolera
     seed = None if _reads_values(graph) else 0
     proof, run = _compared(model, small, plan, graph, tolerance, seed)
     hidden = run.hidden
-    if seed is not None and any(bool(found.any()) for found in hidden.values()):
+    if any(bool(found.any()) for found in hidden.values()):
         with contextlib.suppress(_OverflowError):  # nothing more is shown
             again, leaky = _compared(model, small, plan, graph, tolerance, seed, _LEAK)
             hidden = {node: found & leaky.hidden[node] for node, found in hidden.items()}
