@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import itertools
 import linecache
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,24 @@ def _of_torch(name: str) -> bool:
     return name.partition(".")[0] in ("torch", "builtins", "math", "_operator")
 
 
+class _Value(fx.Proxy):
+    """A value of a forward that is written into as the code says: x[:, :4] = y, x += y."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[_Value, Any], fx.Proxy]:
+    def write(self: _Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split():
+    setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _OneModule(fx.Tracer):
     """Traces a single module: its children stay calls, its buffers are read or (as literals have been counted) computed with.
 
@@ -108,6 +127,9 @@ class _OneModule(fx.Tracer):
         super().__init__()
         self.wrapped = wrapped
         self.proxy_buffer_attributes, self.training, self.calls_factories = buffers, training, calls_factories
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -131,8 +153,9 @@ class _OneModule(fx.Tracer):
 
     @contextlib.contextmanager
     def _calling(self) -> Iterator[None]:
-        """Put calls of the wrapped functions on traced values into the graph."""
-        before = [(space, name, space[name]) for space, name in self.wrapped]
+        """Put calls of the wrapped functions, and of those that make tensors, on traced values into the graph."""
+        factories = [(vars(torch), name) for name in _FACTORIES.split()]  # their own parser refuses sizes that are traced
+        before = [(space, name, space[name]) for space, name in (*self.wrapped, *factories)]
 
         def put(function: Callable[..., Any]) -> Callable[..., Any]:
             def called(*args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ the end. What explains the notes is changed (see `suggest`); another run shows w
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,8 +50,11 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
         trial = propose(small, notes, refused)
         if not trial:
             break
+        before = _reached(notes)
         kept, notes = _tried(small, trial, notes, refused, lambda: compare(small, runs, shapes, choice))
         edits += kept
+        if _reached(notes) > before:  # what showed nothing, because the code stopped before it, may help now
+            refused.clear()
     where = "; ".join(str(n) for n in notes[:3])
     if notes and all(note.op in COMPARISONS for note in notes):  # perhaps the code does the same whatever it finds
         try:
@@ -241,16 +245,23 @@ def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice
 def _worse(before: list[Note], after: list[Note], trial: list[Edit]) -> list[Edit]:
     """Edits after which the modules below them have no fewer notes; all notes count for parts that had none of their own.
 
-    All of them if the code stops now that ran to its end before, or stops earlier: it was noted less far.
+    All of them if the code stops now that ran to its end before, or stops earlier: it was noted less far. If it goes on now where
+    it stopped before, what is noted after that place does not count.
     """
-    reached = [[note.reached for note in notes] for notes in (before, after)]
-    if after and min(reached[1]) < min(reached[0]):
+    reached = _reached(before)
+    if _reached(after) < reached:
         return trial
+    after = [note for note in after if note.call <= reached]
 
     def scope(edit: Edit) -> str:
         return edit.module if _below(before, edit.module) else ""
 
     return [edit for edit in trial if _below(after, scope(edit)) >= _below(before, scope(edit))]
+
+
+def _reached(notes: list[Note]) -> int:
+    """The op that the code came to before it stopped."""
+    return min((note.reached for note in notes), default=sys.maxsize)
 
 
 def _below(notes: list[Note], path: str) -> int:

@@ -157,7 +157,7 @@ _CALLS = {
     "view": ("view", "reshape", "unflatten", "flatten"),
     "expand": ("expand", "expand_as", "broadcast_to"),
     "constant_pad_nd": ("pad", "_pad"),
-    "slice": ("getitem", "narrow"),
+    "slice": ("getitem", "setitem", "narrow"),
     "split": ("split", "chunk"),
     "split_with_sizes": ("split",),
 }

@@ -412,6 +412,32 @@ class Basis(nn.Module):
         return self.Mixed.apply(x, self.att(x), self.g, self.k, self.w)
 
 
+class WritesIntoParts(nn.Module):
+    """Numbers in code that assigns to slices and adds in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(5, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        out = torch.zeros(x.shape[0], 16)
+        out[:, :8] = self.b(x)
+        out[:, 8:] += y[:, 8:]
+        y[..., 4:8] = y[..., 4:8].relu()
+        part = y[:, :8]
+        part *= 2  # y changes with it
+        return self.c(out * y)
+
+
+def test_numbers_in_code_that_assigns_to_slices() -> None:
+    """The code stops at the first of them, so a change that shows nothing then is tried again when the code comes further."""
+    model, x = WritesIntoParts(), torch.randn(4, 5)
+    small = cut(model, x)
+    assert (small.a.out_features, small.b.out_features, small.c.in_features) == (8, 4, 8)
+    assert torch.equal(torch.jit.script(small)(x), small(x))
+
+
 def test_a_wrong_edit_that_ends_the_run_early_is_no_help() -> None:
     """A kernel of 6 explains most sizes; with it the run ends before those that it makes wrong."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Basis(), nn.ReLU(), Basis(), nn.ReLU(), Basis(), nn.Conv2d(8, 3, 1))
