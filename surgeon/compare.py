@@ -182,8 +182,18 @@ class _Comparer(Beside):
             "the small model takes another path through its code than the original",
             where=self.place(),
             why=f"it ran {name} here; a decision in the code depends on a size that changed",
-            fix="keep the layer with ignore=[...], or make the decision in __init__",
+            fix="keep the layer with ignore=[...], or make the decision in __init__" + self._of_ones(),
         )
+
+    def _of_ones(self) -> str:
+        """What else to do if a width is 1 now: code, and torch's own einsum, may treat it apart."""
+        for call in self.calls[: self.at + 1]:
+            old = call.node.meta["spec"]
+            if isinstance(old, Spec) and any(
+                now == 1 < was for was, now in zip(old.shape, self.shapes.shape(call.node, self.choice), strict=True)
+            ):
+                return "; or keep two channels everywhere with min_channels=2: a width is 1 now, which code may treat apart"
+        return ""
 
     def _belongs_later(self, call: Call, args: Any) -> bool:
         """Whether a slice is not this recorded one, but one of those right after it: torch left out those between."""
@@ -275,5 +285,6 @@ class _Comparer(Beside):
                 f"op {op_name(call.node)} of the small model gives shape {tuple(first.shape)}, predicted was {expected}",
                 where=self.place(),
                 why="the model's code uses a size that surgeon did not see",
-                fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
+                fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]"
+                + self._of_ones(),
             )

@@ -192,8 +192,29 @@ def test_a_decision_on_a_width_is_refused() -> None:
             y = y.relu() if y.shape[-1] == 8 else F.gelu(y)
             return self.b(y)
 
-    with pytest.raises(MendError, match="another path"):
+    with pytest.raises(MendError, match="another path") as caught:
         surgeon.shrink(Decides(), 0.5, example_inputs=torch.randn(2, 4))
+    assert "min_channels" not in str(caught.value)
+
+
+def test_widths_of_one_that_code_treats_apart() -> None:
+    class Slots(nn.Module):
+        """torch's einsum sums over a dim of one entry in another way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.slots, self.b = nn.Linear(4, 8), nn.Parameter(torch.randn(8, 3, 2)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            weights = torch.einsum("bmd,dnp->bmnp", x, self.slots)
+            return self.b(torch.einsum("bnpd,bmnp->bmd", torch.einsum("bmd,bmnp->bnpd", x, weights), weights.softmax(1)))
+
+    torch.manual_seed(0)
+    with pytest.raises(MendError, match=r"keep two channels everywhere with min_channels=2"):
+        surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1)
+    small = surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1, min_channels=2)
+    assert small.slots.shape == (4, 2, 2)
 
 
 def test_print_out() -> None:
