@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from surgeon.compare import COMPARISONS, Note, compare
@@ -188,7 +189,9 @@ def _keeps_old_sizes(small: nn.Module, graph: Graph) -> bool:
         path, _, _ = name.rpartition(".")
         module = small.get_submodule(path)
         old = graph.tensors[name].shape if name in graph.owned else tensor.shape
-        if tensor.shape == old or type(module).forward.__module__.startswith("torch.nn."):
+        if tensor.shape == old or isinstance(module, torch.jit.ScriptModule):  # compiled code reads no attribute anew
+            continue
+        if type(module).forward.__module__.startswith("torch.nn."):
             continue
         gone = {a for a, b in zip(old, tensor.shape, strict=True) if a != b}
         if any(value in gone for _, value in integers(module)):

@@ -8,6 +8,7 @@ tensors are set from the tensors' new shapes, and the `Edit`s of the plan are ma
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import weakref
 from collections import OrderedDict
@@ -120,6 +121,8 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
     """
     if id(module) in memo:
         return memo[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):  # its copies know of no memo
+        return _compiled(module, memo)
     kind = type(module)
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__", "__slots__")
     standard = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
@@ -138,6 +141,15 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
             new.__dict__[name] = value.copy() if value else type(value)()
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)
+    return new
+
+
+def _compiled(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """A copy of a TorchScript module, with the sliced tensors set in it."""
+    new: nn.Module = copy.deepcopy(module)
+    for name, tensor in named_tensors(module):
+        *path, attribute = name.split(".")
+        setattr(functools.reduce(getattr, path, new), attribute, memo[id(tensor)])
     return new
 
 

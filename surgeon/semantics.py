@@ -81,6 +81,17 @@ def _product(call: Op) -> Any:
     return result, masks.tidy([*rows, *columns, *extra])
 
 
+def _distances(call: Op) -> Any:
+    """Absent entries are no distance apart; a distance is present if both of its rows are."""
+    result = call.run(call.zeroed)
+    factors: list[Tensor] = []
+    for node, turned in zip(call.args[:2], (False, True), strict=True):
+        last = call.data(node).dim() - 1
+        rows = masks.any_along(call.mask(node), [last])
+        factors += masks.aligned(tuple(f.transpose(-1, -2) for f in rows) if turned else rows, result.dim())
+    return result, masks.tidy(factors)
+
+
 def _trilinear(call: Op) -> Any:
     """Three operands, with dims of size 1 put in, multiplied and summed: absent entries count as zero."""
     factors: list[Tensor] = []
@@ -307,6 +318,8 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     "_convolution": _convolution,
     "linear": _linear,
     "_trilinear": _trilinear,
+    "_cdist_forward": _distances,
+    "_euclidean_dist": _distances,
     "view_as_real": _complex_parts,
     "view_as_complex": _complex_parts,
     "embedding": _embedding,

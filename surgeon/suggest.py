@@ -102,6 +102,9 @@ def _together(small: nn.Module, path: str, notes: list[Note], refused: set[tuple
     candidates = [
         [Edit(owner, "attribute", name, got, want) for owner, name, value in held if value == got] for got, want in changes
     ]
+    candidates = [found for found in candidates if found]  # others may be sums of those
+    if len(candidates) < 2:
+        return []
     for edits in itertools.islice(itertools.product(*candidates), _TRIALS):
         key = (path, "attributes", " ".join(f"{edit.module}.{edit.name}" for edit in edits))
         if key not in refused:

@@ -128,7 +128,8 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leak: floa
     Args:
         leak: this much of its input is added to what a saturating activation gives.
     """
-    twin = copy.deepcopy(small)._apply(wide)
+    with torch.no_grad():
+        twin = copy.deepcopy(small)._apply(wide)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)

@@ -91,6 +91,14 @@ CASES = [
     # contractions: the summed dim is joined and ends
     Case("mm", torch.mm, (S, M), "a0 a1=b0 b1"),
     Case("addmm", lambda a, b, c: torch.addmm(a, b, c), ((5,), S, M), "a0=c1 b0 b1=c0"),
+    Case("cdist", lambda a, b: torch.cdist(a, b, p=1.0), ((4, 6), (5, 6)), "a0 a1=b1 b0"),
+    Case("cdist broadcast", lambda a, b: torch.cdist(a, b, p=3.0), ((2, 4, 6), (5, 6)), "a0 a1 a2=b1 b0"),
+    Case(
+        "cdist by products",
+        lambda a, b: torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist"),
+        ((4, 6), (5, 6)),
+        "a0 a1=b1 b0",
+    ),
     Case("bmm", torch.bmm, ((2, 4, 6), (2, 6, 5)), "a0=b0 a1 a2=b1 b2"),
     Case("baddbmm", torch.baddbmm, ((2, 4, 5), (2, 4, 6), (2, 6, 5)), "a0=b0=c0 a1=b1 a2=c2 b2=c1"),
     Case("mv", torch.mv, (S, V), "a0 a1=b0"),

@@ -412,6 +412,29 @@ class Basis(nn.Module):
         return self.Mixed.apply(x, self.att(x), self.g, self.k, self.w)
 
 
+class Listed(nn.Module):
+    """The code splits by a list of widths, and checks their sum, which nothing holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = [8, 16]
+        self.stages, self.head = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 16)]), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for stage in self.stages:
+            x = stage(x).relu()
+            found.append(x)
+        y = torch.cat(found, 1)
+        assert y.shape[1] == sum(self.widths)
+        first, second = torch.split(y, self.widths, 1)
+        return self.head(torch.cat([first, second * 2], 1))
+
+
+def test_a_sum_of_numbers_that_are_kept() -> None:
+    assert cut(Listed(), torch.randn(4, 5)).widths == [4, 8]
+
+
 class WritesIntoParts(nn.Module):
     """Numbers in code that assigns to slices and adds in place."""
 

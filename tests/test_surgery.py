@@ -54,6 +54,18 @@ def test_branches_of_training_mode_are_proven() -> None:
             surgeon.verify(model, wrong, bad, x)
 
 
+def test_a_part_that_is_compiled_is_cut() -> None:
+    torch.manual_seed(0)
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()))
+    model, x = nn.Sequential(part, nn.Conv2d(8, 3, 1)), torch.randn(2, 3, 6, 6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = surgeon.shrink(model, 0.5, example_inputs=x, round_to=1)
+    assert [tuple(p.shape) for p in small.parameters()] == [(4, 3, 3, 3), (4,), (4,), (4,), (3, 4, 1, 1), (3,)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    small.train()(x).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
 def test_what_no_run_reads_is_said() -> None:
     class Deeper(nn.Module):
         """Another layer for larger batches."""

@@ -116,6 +116,18 @@ def trilinear(site: Site) -> Axes:
 _LETTERS = "abcdefgh"
 
 
+@rule(Family.REDUCTION, "_cdist_forward", "_euclidean_dist")
+def distances(site: Site) -> Axes:
+    """Distances of all rows of one matrix [..., i, k] from those of another [..., j, k]; leading dims are broadcast."""
+    left, right = site.args[:2]
+    batch = _LETTERS[: len(site.out) - 2]
+    operands = [
+        _operand(site, node, batch[len(batch) - len(site.shape(node)) + 2 :] + row + "k")
+        for node, row in ((left, "i"), (right, "j"))
+    ]
+    return contract(site, operands, batch + "ij")
+
+
 @rule(Family.CONTRACTION, "_grouped_mm")
 def grouped_product(site: Site) -> Axes:
     """x [T, K] in consecutive blocks of rows (up to each of `offs`), each times its own matrix of weight [E, K, N]."""
