@@ -184,7 +184,8 @@ def _embedding(call: Op) -> Any:
     result = call.run(call.data)
     if masks.varies(call.mask(call.args[0]), [0]):
         raise refusal(call, "rows of an embedding were removed")
-    return result, tuple(f.reshape((1,) * (result.dim() - 1) + (-1,)) for f in call.mask(call.args[0]))
+    ndim = (result[0] if isinstance(result, list | tuple) else result).dim()
+    return call.outputs(result, tuple(f.reshape((1,) * (ndim - 1) + (-1,)) for f in call.mask(call.args[0])))
 
 
 def _unfolded(call: Op) -> Any:
@@ -322,5 +323,5 @@ SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     "_euclidean_dist": _distances,
     "view_as_real": _complex_parts,
     "view_as_complex": _complex_parts,
-    "embedding": _embedding,
+    **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), _embedding),
 }

@@ -253,3 +253,14 @@ def embedding(site: Site) -> Axes:
     site.ledger.freeze_all(site.axes(index), "is used as an index")
     ndim = len(site.out)
     return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}
+
+
+@rule(Family.CONTRACTION, "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(site: Site) -> tuple[Axes, ...]:
+    """As `embedding`, the rows of each bag put together; which were the greatest is of the same shape."""
+    axes = site.freeze(site.axes(site.args[0]), [0], "is looked up by index")
+    for other in site.tensors:
+        if other is not site.args[0]:
+            site.ledger.freeze_all(site.axes(other), "is used as an index, or one for each row")
+    out = {1: axes[1]} if 1 in axes else {}
+    return tuple(out if spec is not None and spec.shape == site.out else {} for spec in site.node.meta["spec"])
