@@ -1,21 +1,22 @@
 """Edits: change one number in a module, an attribute or a literal of its forward; and keep torch's own layers' numbers in step.
 
 `refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes; `apply_edit` makes an
-`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, which becomes an instance of a
-subclass of its class.
+`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, or a number in the source of one of
+its methods; it becomes an instance of a subclass of its class.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from surgeon.errors import MendError
 from surgeon.forwards import calls, constants, counterpart, methods_of, versions
+from surgeon.sources import changed, methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Edit:
     Attributes:
         module: path of the module.
         kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or "normalized_shape.0"), "literal"
-            (`name` is "function:occurrence:position" of a call in the module's forward) or "operand" (so it is; the operand at
-            that position takes the place of the call's result).
+            (`name` is "function:occurrence:position" of a call in the module's forward), "operand" (so it is; the operand at
+            that position takes the place of the call's result) or "source" (`name` is "method:which" of the whole numbers in the
+            source of one of its methods).
         old, new: the number before and after; for "operand" they mean nothing.
     """
 
@@ -133,7 +135,7 @@ def apply_edit(model: nn.Module, edit: Edit) -> None:
         _derive(module)
         refresh(module, edit.module)
     else:
-        rewrite_forward(module, edit)
+        rewrite(module, edit)
 
 
 def _derive(module: nn.Module) -> None:
@@ -183,12 +185,33 @@ def set_path(owner: Any, path: str, value: Any) -> None:
         setattr(holder, last, value)
 
 
-def rewrite_forward(module: nn.Module, edit: Edit) -> None:
-    """Replace one number in one call of the module's forward, or the call by one of its operands.
+def rewrite(module: nn.Module, edit: Edit) -> None:
+    """Make an edit of the module's code.
 
-    The module becomes an instance of a subclass of its class that differs in `forward` alone: it stays the user's class, trains,
-    deep-copies and pickles (by making the edits again).
+    The module becomes an instance of a subclass of its class that differs in its forward alone, or in the methods whose numbers
+    changed: it stays the user's class, trains, deep-copies and pickles (by making the edits again).
     """
+    if edit.kind == "source":
+        _rewrite_source(module, edit)
+    else:
+        _rewrite_forward(module, edit)
+
+
+def _rewrite_source(module: nn.Module, edit: Edit) -> None:
+    name, which = edit.name.split(":")
+    known = methods(module)
+    if name not in known:
+        raise _misfit(edit, "there is no such method")
+    try:
+        new = changed(known[name], int(which), edit.old, edit.new)
+    except ValueError as error:
+        raise _misfit(edit, str(error)) from error
+    before = vars(type(module)) if "_surgeon_edits" in vars(type(module)) else {}
+    _become(module, {**{key: known[key] for key in known if key in before}, name: new}, edit)
+
+
+def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
+    """Replace one number in one call of the module's forward, or the call by one of its operands."""
     name, occurrence, place = edit.name.split(":")
     try:
         found = versions(module, buffers=edit.kind == "operand")
@@ -207,13 +230,13 @@ def rewrite_forward(module: nn.Module, edit: Edit) -> None:
             node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
         traced.recompile()
     try:
-        methods = methods_of(found)
+        own = methods_of(found)
     except ValueError as error:
         raise _misfit(edit, str(error)) from error
     for traced in found.values():
         for constant, value in constants(traced).items():
             setattr(module, constant, value)
-    _become(module, methods, edit)
+    _become(module, own, edit)
 
 
 def _leave_out(call: fx.Node, operand: fx.Node) -> None:
@@ -227,8 +250,8 @@ def _leave_out(call: fx.Node, operand: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
-def _become(module: nn.Module, methods: dict[str, Callable[..., Any]], edit: Edit) -> None:
-    """Give the module another forward, as a subclass of its class."""
+def _become(module: nn.Module, own: Mapping[str, Callable[..., Any]], edit: Edit) -> None:
+    """Give the module other methods, as a subclass of its class."""
     base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
     edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
 
@@ -236,7 +259,7 @@ def _become(module: nn.Module, methods: dict[str, Callable[..., Any]], edit: Edi
         return _unpickle, (base, edits), self.__dict__, None, None, _set_state
 
     members = {
-        **methods,
+        **own,
         "_surgeon_edits": edits,
         "__reduce_ex__": reduce,
         "__deepcopy__": _deepcopy,
@@ -264,7 +287,7 @@ def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
     edits = made.__dict__.pop("_surgeon_pending")
     made.__dict__.update(state)
     for edit in edits:
-        rewrite_forward(made, edit)
+        rewrite(made, edit)
 
 
 def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:

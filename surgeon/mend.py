@@ -149,7 +149,7 @@ def _make(
 
     def undo(edits: list[Edit]) -> None:
         for edit in reversed(edits):
-            if edit.kind == "literal":  # it changed the module's class
+            if edit.kind != "attribute":  # it changed the module's class
                 small.get_submodule(edit.module).__class__ = before[edit]
             else:
                 apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon._alike import ALIKE
 from surgeon.compare import Note
 from surgeon.edits import Edit
-from surgeon.forwards import foreign, literals, trace_one
+from surgeon.forwards import foreign, literals, versions
+from surgeon.sources import methods, numbers
 
 _TRIALS = 8  # of attributes that may have to change together
 
@@ -134,11 +135,16 @@ def _explains(note: Note, value: int, new: int) -> bool:
 
 
 def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """A number in the module's own traced forward that is the old size."""
+    """A number in the module's own traced forward that is the old size; in its source where a mode cannot be traced."""
     try:
-        traced = trace_one(small.get_submodule(path))
-    except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises; no trace means no literal
-        return None
+        found = versions(small.get_submodule(path))
+    except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises
+        return _source(small, path, notes, refused)
+    one = None if None in found or True in found else _source(small, path, notes, refused)
+    return one or _traced(next(iter(found.values())), path, notes, refused)
+
+
+def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
     others = foreign(traced)
     known = [(name, value) for name, value in literals(traced) if (path, "literal", name) not in refused]
     for note in notes:
@@ -155,6 +161,30 @@ def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[
     return None
 
 
+def _source(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """A number in the source of the module's methods: of those that are the old size the nearest to the line that was noted.
+
+    Else one of which the code passes a multiple, on that very line.
+    """
+    known = [
+        (function.__code__.co_filename, line, f"{name}:{which}", value)
+        for name, function in methods(small.get_submodule(path)).items()
+        for which, line, value in numbers(function)
+        if (path, "source", f"{name}:{which}") not in refused
+    ]
+    for note in notes:
+        file, at = note.source or ("", 0)
+        same = [(abs(line - at) if here == file else _FAR, name) for here, line, name, value in known if value == note.got]
+        if same:
+            return Edit(path, "source", min(same)[1], note.got, note.want)
+    for note, (file, line, name, value) in itertools.product(notes, known):
+        solved = _solved(note, value) if value > 0 and (file, line) == note.source else None
+        if solved is not None and solved[0] != value:
+            return Edit(path, "source", name, value, solved[0])
+    return None
+
+
+_FAR = 1 << 30
 _COMPUTES = ("mul", "floordiv")
 _CALLS = {
     "view": ("view", "reshape", "unflatten", "flatten"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -72,6 +74,21 @@ class Looking(Flat):
         return self.b(y * 2 if torch.arange(3)[2] > 1 else y)
 
 
+class Looped(Flat):
+    """Loops over a size, unpacks sizes, and asks what it inherits for the rest."""
+
+    def forward(self, x: Tensor, scale: float = 3.0) -> Tensor:
+        y = self.mixed(x)
+        for _ in range(x.shape[0]):
+            y = y + scale
+        return super().__getattr__("b")(self.turned(y))
+
+    def turned(self, y: Tensor) -> Tensor:
+        """Back and forth, with numbers of its own: 8 of them."""
+        turn: Callable[[Tensor], Tensor] = lambda t: t.view(*t.shape[:1], 8, 1).transpose(1, 2)  # noqa: E731  # users write so
+        return turn(y).reshape(-1, 8)
+
+
 EVAL, TRAINING = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 7.0])
 
 
@@ -113,7 +130,7 @@ def test_both_modes_stay(make: Callable[[], nn.Module], passed_on: Callable[[nn.
     assert torch.equal(small(X), small(X))
 
 
-@pytest.mark.parametrize("make", [Branched, Outside])
+@pytest.mark.parametrize("make", [Branched, Outside, Untraceable, Looped])
 @pytest.mark.parametrize("training", [False, True])
 def test_each_mode_does_what_the_original_does(make: Callable[[], nn.Module], training: bool) -> None:
     """Draw by draw, with the channels that left at zero in the original."""
@@ -139,8 +156,24 @@ def test_one_version_where_the_mode_is_handed_on() -> None:
     }
 
 
+def test_numbers_in_code_that_cannot_be_traced() -> None:
+    """They are changed in the source of the methods that hold them; the rest is the user's code, word for word."""
+    small = halved(Looped)
+    assert inspect.getsource(type(small).forward) == inspect.getsource(Looped.forward)
+    turned = textwrap.dedent(inspect.getsource(type(small).turned))
+    assert "t.view(*t.shape[:1], 4, 1)" in turned and "reshape(-1, 4)" in turned and "8 of them" in turned
+    assert type(small).turned.__annotations__ == Looped.turned.__annotations__
+    for other in (copy.deepcopy(small), unpickled(small)):
+        assert torch.equal(other(X), small(X)) and torch.equal(other(X, scale=1.0), small(X, scale=1.0))
+    assert not torch.equal(small(X, scale=1.0), small(X))
+    assert halved(Untraceable).train()(X).shape == (2, 2)
+
+
 def test_a_mode_that_cannot_be_traced_is_refused_when_it_runs() -> None:
-    small = halved(Untraceable)
+    """Without a source to change, as of classes that a program makes."""
+    space = {"nn": nn, "Tensor": Tensor}
+    exec("\n".join(map(inspect.getsource, (Flat, Untraceable))), space)
+    small = halved(space["Untraceable"])  # type: ignore[arg-type]  # a class
     assert small(X).shape == (2, 2)
     with pytest.raises(RuntimeError, match="could not trace the forward in training mode"):
         small.train()(X)

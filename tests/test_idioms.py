@@ -130,12 +130,15 @@ def test_a_width_that_is_divided_by_heads(heads: str) -> None:
     assert (small[1].width, small[1].heads, small[1].step) == (12, 2 if heads == "whole" else 4, 12)
 
 
+WIDTH = 8
+
+
 class Kept(nn.Module):
     """A runner that keeps what later layers read, by number (as YOLO's); one of them computes a size in a way nobody sees."""
 
     class Hidden(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.view(x.shape[0], 8 if bool(x.isfinite().all()) else 1)  # torch.fx cannot trace this
+            return x.view(x.shape[0], WIDTH if bool(x.isfinite().all()) else 1)  # torch.fx cannot trace this
 
     def __init__(self) -> None:
         super().__init__()

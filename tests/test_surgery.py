@@ -193,20 +193,40 @@ def test_several_inputs() -> None:
         assert small.a.out_features == small.b.out_features == 4
 
 
+WIDTH = 8
+
+
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.relu() if y.shape[-1] == WIDTH else F.gelu(y)
+        return self.b(y)
+
+
+class DecidesHere(Decides):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.relu() if y.shape[-1] == 8 else F.gelu(y)
+        return self.b(y)
+
+
 def test_a_decision_on_a_width_is_refused() -> None:
-    class Decides(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.a(x)
-            y = y.relu() if y.shape[-1] == 8 else F.gelu(y)
-            return self.b(y)
-
     with pytest.raises(MendError, match="another path") as caught:
         surgeon.shrink(Decides(), 0.5, example_inputs=torch.randn(2, 4))
     assert "min_channels" not in str(caught.value)
+
+
+def test_a_decision_on_a_width_is_mended_where_the_number_is_in_the_code() -> None:
+    torch.manual_seed(0)
+    model, x = DecidesHere(), torch.randn(2, 4)
+    plan = surgeon.inspect(model, x).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    assert [(edit.kind, edit.old, edit.new) for edit in plan.edits or ()] == [("source", 8, 4)]
+    torch.testing.assert_close(small(x), small.b(small.a(x).relu()))
 
 
 def test_widths_of_one_that_code_treats_apart() -> None:
