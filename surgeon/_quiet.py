@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree
@@ -143,7 +145,7 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     modes: list[Any] = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), plain, contextlib.ExitStack() as stack:
+        with torch.random.fork_rng(devices=[]), _other_draws(seed), torch.no_grad(), plain, contextlib.ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode)
             torch.manual_seed(seed)
@@ -167,6 +169,19 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _other_draws(seed: int) -> Iterator[None]:
+    """The same for what models draw by Python and NumPy (the masks of SpecAugment, say); their states are put back."""
+    python, array = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 def _holders(module: nn.Module) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from surgeon.errors import ProofError
 from surgeon.graph import where
 from surgeon.masks import Mask
 
-SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}  # zero for many inputs
+_SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}
+
+
+def saturates(name: str, args: Sequence[Any]) -> bool:
+    """Whether an op, by name, is an activation that gives zero for many inputs."""
+    return name.rstrip("_") in _SATURATING and args[0].is_floating_point()
 
 
 def widened(item: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgeon import masks
 from surgeon._decisions import DRAWN, draws, replay
 from surgeon._views import getitem
-from surgeon.absence import SATURATING, Op, nest, wide
+from surgeon.absence import Op, nest, saturates, wide
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, named_tensors, tensor_leaves
 from surgeon.masks import Mask
@@ -125,7 +125,7 @@ class Reference:
             if taken is not None:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
-        if self.leak and name in SATURATING:
+        if self.leak and saturates(name, [call.data(item) for item in args]):
             result = torch.add(result[0], call.data(args[0]), alpha=self.leak), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._decisions import DRAWN, decides, draws, replay
 from surgeon._quiet import PlainMode, output_of, quiet_run
-from surgeon.absence import SATURATING, in_float64, wide, widened
+from surgeon.absence import in_float64, saturates, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
@@ -68,7 +68,7 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(len(self.trace), ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
-        before = args[0].clone() if self.leak and name.rstrip("_") in SATURATING else None
+        before = args[0].clone() if self.leak and saturates(name, args) else None
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,38 @@ def test_a_part_that_is_compiled_is_cut() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     small.train()(x).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+class Masking(nn.Module):
+    """In training some samples are masked at random, by NumPy and Python (as SpecAugment does in speech models)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.masked, self.b = nn.Linear(4, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            drawn = torch.from_numpy(np.random.rand(len(y)) + random.random())  # as in the models that are meant
+            y = torch.where((drawn > 1)[:, None], y, self.masked)
+        return self.b(y)
+
+
+def test_what_is_drawn_otherwise_is_the_same_while_a_cut_is_proved() -> None:
+    torch.manual_seed(0)
+    model, x = Masking(), torch.randn(8, 4)
+    random.seed(5)
+    np.random.seed(5)
+    plan = surgeon.inspect(model, x).plan(0.5, round_to=1)
+    proof = surgeon.verify(model, plan.apply(model), plan, x)
+    assert len(proof.errors) == 2 and proof.error < 1e-12 and not proof.unread and "masked" in plan.kept
+    drawn = random.random(), np.random.rand()
+    random.seed(5)
+    np.random.seed(5)
+    assert drawn == (random.random(), np.random.rand()), "their states are put back"
+    for wrong, bad in wrong_cuts(model, plan):
+        with pytest.raises(ProofError, match="relative error"):
+            surgeon.verify(model, wrong, bad, x)
 
 
 def test_what_no_run_reads_is_said() -> None:
