@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from surgeon.masks import Mask
 _SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}
 
 
-def saturates(name: str, args: Sequence[Any]) -> bool:
-    """Whether an op, by name, is an activation that gives zero for many inputs."""
-    return name.rstrip("_") in _SATURATING and args[0].is_floating_point()
+def saturates(name: str) -> bool:
+    """Whether an ATen op, by name, is an activation that gives zero for many inputs."""
+    return name.rstrip("_") in _SATURATING
 
 
 def widened(item: Any) -> Any:

@@ -125,7 +125,7 @@ class Reference:
             if taken is not None:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
-        if self.leak and saturates(name, [call.data(item) for item in args]):
+        if self.leak and saturates(name) and result[0].is_floating_point():
             result = torch.add(result[0], call.data(args[0]), alpha=self.leak), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 

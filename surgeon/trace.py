@@ -68,7 +68,7 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(len(self.trace), ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
-        before = args[0].clone() if self.leak and saturates(name, args) else None
+        before = args[0].clone() if self.leak and saturates(name) and args[0].is_floating_point() else None
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
