@@ -130,7 +130,7 @@ NOTES = [
         "there it cuts inner channels."
     ),
     (
-        "Fine-tuned for one epoch, or at 2.1x for three on blocks: surgeon's models start from recoveries in which all rows of a "
+        "Fine-tuned on blocks for one epoch, or at 2.1x for three: surgeon's models start from recoveries in which all rows of a "
         "layer weighed alike, made before those in the tables without training; the others start from these."
     ),
     "MACs: of products and convolutions, counted by torch's FlopCounterMode for both tools.",
