@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import math
-import subprocess
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-from results import keep, kept, markdown, write_result
+from apart import answer, sweep
+from results import markdown, write_result
 from zoo_models import NAMES, TIMM
 
 RATIO, GOAL = 0.5, 0.95
@@ -48,8 +45,6 @@ def measured(name: str) -> dict[str, Any]:
     from surgeon.capture import capture
     from surgeon.errors import ExportError
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     model, inputs = build(name)
     for parameter in model.parameters():  # the exporter keeps one of several equal tensors, such as biases of zeros
         parameter.data += 1e-3 * torch.randn(parameter.shape)
@@ -75,23 +70,6 @@ def measured(name: str) -> dict[str, Any]:
         "ahead": ahead,
         "folds": str(report.folds), "error": report.error, "batches": report.batch_sizes, "fixed": fixed,
     }  # fmt: skip
-
-
-def apart(name: str, limit: int) -> dict[str, Any]:
-    """The same in a process of its own; {"failed": reason} if it fails."""
-    try:
-        run = subprocess.run(
-            [sys.executable, __file__, "--one", name], capture_output=True, text=True, timeout=limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no answer in {limit} s"}
-    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
-    if run.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
-    said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
-    named = next((i for i, line in enumerate(said) if line.startswith("surgeon.errors.")), len(said) - 1)
-    return {"failed": " ".join(said[named : named + 3])[:300] or f"exit code {run.returncode}"}
 
 
 def cells(name: str, found: dict[str, Any]) -> list[str]:
@@ -120,16 +98,14 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        print(json.dumps(measured(chosen.one)))
+        answer(measured, chosen.one)
         return
-    rows = []
-    for name in fnmatch.filter(models(), chosen.filter):
-        found = {} if chosen.fresh else kept("export_zoo").get(name, {})
-        if not found:
-            found = apart(name, chosen.limit)
-            keep("export_zoo", {name: found})
-        rows.append(cells(name, found))
-        print(" | ".join(rows[-1]), flush=True)
+    wanted = {name: [name] for name in fnmatch.filter(models(), chosen.filter)}
+    found = sweep(
+        "export_zoo", __file__, wanted, limit=chosen.limit, jobs=1, again=lambda row: chosen.fresh,
+        show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
+    )  # fmt: skip
+    rows = [cells(name, row) for name, row in found.items()]
     done = sum(row[-1] == "yes" for row in rows)
     notes = [
         f"{done} of {len(rows)} ({done / max(len(rows), 1):.0%}) agree at two batch sizes; the goal is {GOAL:.0%}.",

@@ -37,7 +37,7 @@ def main() -> None:
     chosen = options(__doc__).parse_args()
     tools = list(TOOLS if chosen.peer else TOOLS[:1])
     found = [name for name in NAMES if not chosen.filter or fnmatch.fnmatch(name, chosen.filter)]
-    rows = sweep(found, tools, chosen.jobs, lambda row: chosen.fresh or not row or (chosen.retry and "failed" in row))
+    rows = sweep(found, tools, chosen)
     said = [line for tool in tools for line in summary(found, rows, tool)]
     print("\n".join(said))
     if not chosen.filter:

@@ -1,7 +1,7 @@
 """Does the proof find every wrong cut? Cuts of the zoo's models that are wrong in one channel of one tensor.
 
     pip install torchvision timm transformers
-    python benchmarks/wrong_cuts.py [--filter PATTERN] [--cuts 6] [--fresh] [--jobs 2]
+    python benchmarks/wrong_cuts.py [--filter PATTERN] [--fresh] [--jobs 2]
 
 Each model is cut in half at random and proved; then, in tensors drawn at random, one kept index is exchanged for a removed one,
 and the small model is cut accordingly: it runs, and every tensor holds what its plan says. Such a plan must fail the proof. An
@@ -14,17 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import json
 import random
-import subprocess
-import sys
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from results import first_line, keep, kept, markdown, write_result
+from apart import answer, sweep
+from results import kept, markdown, write_result
 from torch import nn
 from zoo_models import build, names
 
@@ -32,11 +28,12 @@ import surgeon
 from surgeon.rewrite import shrink_module
 
 LIMIT = 300  # seconds for a model
+CUTS = 6  # of each model
 
 
-def exchanges(model: nn.Module, plan: surgeon.Plan, most: int) -> Iterator[tuple[str, surgeon.Plan]]:
+def exchanges(model: nn.Module, plan: surgeon.Plan) -> Iterator[tuple[str, surgeon.Plan]]:
     """Plans that are wrong in one channel: (tensor[dim], plan)."""
-    chance = random.Random(0)
+    chance, made = random.Random(0), 0
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     slots = [(name, dim) for name, dims in plan.kept.items() for dim in dims]
     chance.shuffle(slots)
@@ -50,21 +47,19 @@ def exchanges(model: nn.Module, plan: surgeon.Plan, most: int) -> Iterator[tuple
             continue
         wrong = {**plan.kept, name: {**plan.kept[name], dim: sorted({*stays, back} - {out})}}
         yield f"{name}[{dim}]", dataclasses.replace(plan, kept=wrong)
-        most -= 1
-        if not most:
+        made += 1
+        if made == CUTS:
             return
 
 
-def measured(name: str, most: int) -> dict[str, Any]:
+def measured(name: str) -> dict[str, Any]:
     """One row."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     model, inputs = build(name)
     surgery = surgeon.inspect(model, example_inputs=inputs)
     plan = surgery.plan(0.5, criterion="random", seed=0, round_to=1)
     proof = surgeon.verify(model, plan.apply(model), plan, graph=surgery.graph)
     row: dict[str, Any] = {"error": proof.error, "hidden": proof.hidden, "tried": 0, "found": 0, "slipped": []}
-    for place, bad in exchanges(model, plan, most):
+    for place, bad in exchanges(model, plan):
         small = shrink_module(model, bad.kept, bad.edits or ())
         row["tried"] += 1
         try:
@@ -74,19 +69,6 @@ def measured(name: str, most: int) -> dict[str, Any]:
         else:
             row["slipped"].append(f"{place} ({slipped.hidden} hidden)")
     return row
-
-
-def in_process(name: str, most: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", name, "--cuts", str(most)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no answer within {LIMIT} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
 
 
 def write(rows: dict[str, dict[str, Any]]) -> None:
@@ -115,24 +97,16 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="*", metavar="PATTERN", help="only names that match, as timm/*vit*")
-    parser.add_argument("--cuts", type=int, default=6, help="of each model")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        try:
-            row = measured(asked.one, asked.cuts)
-        except Exception as error:  # noqa: BLE001  # the row says what went wrong
-            row = {"failed": first_line(error)}
-        print(json.dumps(row))
+        answer(measured, asked.one)
         return
-    rows = {} if asked.fresh else kept("wrong_cuts")
-    todo = [name for name in names() if fnmatch.fnmatch(name, asked.filter) and name not in rows]
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        for name, row in zip(todo, pool.map(lambda name: in_process(name, asked.cuts), todo), strict=True):
-            rows = keep("wrong_cuts", {name: row})
-            print(name, row, flush=True)
+    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, asked.filter)}
+    sweep("wrong_cuts", __file__, wanted, limit=LIMIT, jobs=asked.jobs, again=lambda row: asked.fresh)
+    rows = kept("wrong_cuts")
     write({name: rows[name] for name in names() if name in rows})
 
 

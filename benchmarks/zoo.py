@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import apart
+from results import conditions, markdown
+
 RATIO, LIMIT = 0.5, 120
 LEFT, FROZEN = 0.60, 0.05  # what a row may not pass without a reason that is printed beside it
 STATUS = Path("/proc/self/status")
@@ -36,11 +32,8 @@ TOOLS = ("surgeon", "torch-pruning")
 
 def measured(tool: str, name: str) -> dict[str, Any]:
     """One row: what one tool makes of one model."""
-    import torch
     from zoo_models import build
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     model, inputs = build(name)
     before = sum(p.numel() for p in model.parameters())
     base = _memory()
@@ -187,45 +180,18 @@ def _memory(key: str = "VmRSS") -> float:
 # -- the sweep ------------------------------------------------------------------------------------------------------
 
 
-def in_process(tool: str, name: str) -> dict[str, Any]:
-    """One row, made in a process of its own that is stopped at the limit."""
-    command = [sys.executable, __file__, "--one", tool, name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["TORCHDYNAMO_DISABLE"] = "1"  # torchvision compiles its Python form of roi_align
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no answer within {LIMIT} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
-    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return {"failed": said[-1][:300]}
+def sweep(names: list[str], tools: list[str], asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All rows by 'tool name'."""
+    wanted = {f"{tool} {name}": (tool, name) for name in names for tool in tools}
 
+    def again(row: Mapping[str, Any]) -> bool:
+        return asked.fresh or (asked.retry and "failed" in row)
 
-def one(tool: str, name: str) -> None:
-    """The other side of `in_process`."""
-    from results import first_line
+    def show(key: str, row: Mapping[str, Any]) -> None:
+        tool, name = wanted[key]
+        print(f"{tool:14}", " | ".join(cells(name, row)), flush=True)
 
-    try:
-        row = measured(tool, name)
-    except Exception as error:  # noqa: BLE001  # the row says how the tool fails
-        row = {"failed": first_line(error), "detail": str(error)[:1000]}
-    print(json.dumps(row))
-
-
-def sweep(names: list[str], tools: list[str], jobs: int, again: Callable[[Mapping[str, Any]], bool]) -> dict[str, dict[str, Any]]:
-    """All rows by 'tool name'; what the cache holds is not measured again."""
-    from results import keep, kept
-
-    rows = kept("zoo")
-    todo = [(tool, name) for name in names for tool in tools if again(rows.get(f"{tool} {name}", {}))]
-    with ThreadPoolExecutor(jobs) as pool:
-        for (tool, name), row in zip(todo, pool.map(lambda work: in_process(*work), todo), strict=True):
-            rows = keep("zoo", {f"{tool} {name}": row})
-            print(f"{tool:14}", " | ".join(cells(name, row)), flush=True)
-    return {key: rows[key] for name in names for tool in tools if (key := f"{tool} {name}") in rows}
+    return apart.sweep("zoo", __file__, wanted, limit=LIMIT, jobs=asked.jobs, again=again, show=show)
 
 
 HEADER = ("model", "works", "params left", "frozen", "main reason", "proof error", "seconds", "MiB")
@@ -263,8 +229,6 @@ def _median(rows: list[Mapping[str, Any]], key: str) -> float:
 
 def table_of(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: list[str]) -> str:
     """A row for each model, torch-pruning's result at its end if that ran."""
-    from results import markdown
-
     header, table = list(HEADER), []
     for name in names:
         row = cells(name, rows[f"surgeon {name}"])
@@ -279,8 +243,6 @@ def table_of(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
 
 def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: list[str]) -> str:
     """docs/zoo.md."""
-    from results import conditions
-
     said = [line for tool in tools for line in summary(names, rows, tool)]
     table = table_of(names, rows, tools)
     intro = (
@@ -322,16 +284,16 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "NAME"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        one(*chosen.one)
+        apart.answer(measured, *chosen.one)
         return
     from zoo_models import names
 
     tools = list(TOOLS if chosen.peer else TOOLS[:1])
     found = [name for name in names(chosen.all) if not chosen.filter or fnmatch.fnmatch(name, chosen.filter)]
-    rows = sweep(found, tools, chosen.jobs, lambda row: chosen.fresh or not row or (chosen.retry and "failed" in row))
+    rows = sweep(found, tools, chosen)
     print("\n".join(line for tool in tools for line in summary(found, rows, tool)))
     if not chosen.filter:
-        path = ROOT / "docs" / "zoo.md"
+        path = apart.ROOT / "docs" / "zoo.md"
         path.write_text(document(found, rows, tools))
         print(f"written to {path}")
 

@@ -89,6 +89,11 @@ def spec(node: fx.Node) -> Spec:
     return first
 
 
+def read_tensors(graph: Graph) -> set[str]:
+    """The names of the tensors that the run read."""
+    return {str(node.target) for node in graph.fx.find_nodes(op="get_attr")}
+
+
 def nodes_inside(graph: Graph, path: str) -> list[fx.Node]:
     """The ops that ran in a module or below it."""
 

@@ -17,7 +17,7 @@ from surgeon import criteria
 from surgeon._quiet import uncollected
 from surgeon.capture import capture, capture_training
 from surgeon.errors import CaptureError
-from surgeon.graph import Graph
+from surgeon.graph import Graph, read_tensors
 from surgeon.plan import Plan
 from surgeon.recovery import batches_of, recover
 from surgeon.request import PlanOptions, Ratio, Request
@@ -54,7 +54,7 @@ def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str
     Those layers read channels that may leave, so they must be cut along. If the training run fails on the inputs (it may need
     targets) the layers that it would have shown keep their size; the print-out of the surgery lists them as unused.
     """
-    seen = {str(node.target) for node in graph.fx.nodes if node.op == "get_attr"}
+    seen = read_tensors(graph)
     unused = [name for name, _ in model.named_parameters() if name not in seen]
     if not unused or any(tensor.is_meta for tensor in graph.tensors.values()):
         return [], []
@@ -63,9 +63,7 @@ def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str
         run = capture_training(model, graph)
     except CaptureError as error:
         return [], [f"{said}; in training mode the model does not run on these inputs ({error.what})"]
-    if any(str(n.target) in unused for n in run.fx.nodes if n.op == "get_attr"):
-        return [run], []
-    return [], [said]
+    return ([], [said]) if read_tensors(run).isdisjoint(unused) else ([run], [])
 
 
 def shrink(

@@ -34,13 +34,13 @@ class Reference:
         rescaled: Mapping[fx.Node, tuple[int, float, float]],
         results: Mapping[fx.Node, Tensor],
         exact: Mapping[fx.Node, Tensor] | None = None,
-        leak: float = 0.0,
+        leaking: bool = False,
     ) -> None:
         self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
         self.exact = exact or {}  # constants of the model's code, not rounded to the recorded dtype
         self.inner, self.compared = 0.0, 0
         self.first_bad: fx.Node | None = None
-        self.leak = leak  # so much of its input is added to what a saturating activation gives
+        self.leaking = leaking  # what a saturating activation gives has its input added to it
         self.hidden: dict[fx.Node, Tensor] = {}  # what contractions read -> which of the present channels are zero throughout
         self.fed = {node for _, node in graph.inputs}  # what the inputs decide
         for node in graph.fx.nodes:
@@ -125,8 +125,8 @@ class Reference:
             if taken is not None:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
-        if self.leak and saturates(name) and result[0].is_floating_point():
-            result = torch.add(result[0], call.data(args[0]), alpha=self.leak), result[1]
+        if self.leaking and saturates(name) and result[0].is_floating_point():
+            result = result[0] + call.data(args[0]), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 
 

@@ -53,9 +53,9 @@ class Step:
 class _Upgrade(PlainMode):
     """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
 
-    def __init__(self, graph: Graph, leak: float) -> None:
+    def __init__(self, graph: Graph, leaking: bool) -> None:
         super().__init__()
-        self.leak = leak
+        self.leaking = leaking
         self.trace: list[Step] = []
         self.room = _KEEP
         self.lifted = _lifted(graph)
@@ -68,12 +68,12 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(len(self.trace), ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
-        before = args[0].clone() if self.leak and saturates(name) and args[0].is_floating_point() else None
+        before = args[0].clone() if self.leaking and saturates(name) and args[0].is_floating_point() else None
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
         if before is not None:
-            result.add_(before, alpha=self.leak)
+            result.add_(before)
         if draws(name):
             result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
@@ -122,11 +122,11 @@ def _constants(args: Any) -> dict[int, float]:
 Trace = tuple[list[tuple[str, Tensor]], list["Step"], dict[fx.Node, Tensor]]
 
 
-def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leak: float = 0.0) -> Trace:
+def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: bool = False) -> Trace:
     """The small model's outputs, its steps, and numbers of its code that are not rounded.
 
     Args:
-        leak: this much of its input is added to what a saturating activation gives.
+        leaking: what a saturating activation gives has its input added to it.
     """
     with torch.no_grad():
         twin = copy.deepcopy(small)._apply(wide)
@@ -135,7 +135,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leak: floa
         module = twin.get_submodule(owner)
         if attribute in module.__dict__:
             module.__dict__[attribute] = wide(tensor)
-    mode = _Upgrade(graph, leak)
+    mode = _Upgrade(graph, leaking)
     with float64(), quiet_run(twin, seed=0, training=graph.training), mode:
         try:
             output = output_of(twin, args, kwargs)

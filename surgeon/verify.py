@@ -25,13 +25,11 @@ from torch import Tensor, nn
 from surgeon.absence import saturates, wide, widened
 from surgeon.capture import capture, capture_training
 from surgeon.errors import CaptureError, ProofError
-from surgeon.graph import Graph, named, named_tensors, where
+from surgeon.graph import Graph, named, named_tensors, read_tensors, where
 from surgeon.plan import Plan
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import op_name
 from surgeon.trace import float64, line_up, rescaled_constants, run_small
-
-_LEAK = 1.0  # signals that fade in deep networks grow with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +83,9 @@ def verify(
     graph: Graph | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
-    """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original; with
-    activations that are zero for many inputs (ReLU and kin) twice as many, because a channel that is zero shows nothing.
+    """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original; with activations that are zero
+    for many inputs (ReLU and kin) twice as many, because a channel that is zero shows nothing. Where layers were cut that only
+    training runs, its run is compared, too.
 
     Args:
         model: the original.
@@ -101,11 +100,11 @@ def verify(
     """
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
-    runs, unread = [graph], set(plan.kept) - _read(graph)
+    runs, unread = [graph], set(plan.kept) - read_tensors(graph)
     if unread and not graph.training:
         with contextlib.suppress(CaptureError):
             runs.append(capture_training(model, graph))
-            unread -= _read(runs[-1])
+            unread -= read_tensors(runs[-1])
     proofs = [_looked(model, small, plan, run, tolerance) for run in runs]
     return Proof(
         {path: error for proof in proofs for path, error in proof.errors.items()},
@@ -118,19 +117,13 @@ def verify(
     )
 
 
-def _read(graph: Graph) -> set[str]:
-    """The tensors that a run reads."""
-    return {str(node.target) for node in graph.fx.nodes if node.op == "get_attr"}
-
-
 def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolerance: float) -> Proof:
     """One recorded run compared, and compared again with activations that leak, if it has some that give zeros."""
-    seed = None if _reads_values(graph) else 0
-    proof, run = _compared(model, small, plan, graph, tolerance, seed)
+    proof, run = _compared(model, small, plan, graph, tolerance)
     hidden = run.hidden
     if any(saturates(op_name(node)) for node in graph.fx.nodes if node.op == "call_function"):
-        with contextlib.suppress(_OverflowError):  # nothing more is shown
-            again, leaky = _compared(model, small, plan, graph, tolerance, seed, _LEAK)
+        with contextlib.suppress(_OverflowError):  # then the first run is all there is to see
+            again, leaky = _compared(model, small, plan, graph, tolerance, leaking=True)
             hidden = {node: found & leaky.hidden[node] for node, found in hidden.items()}
             worse = {path: max(error, again.errors[path]) for path, error in proof.errors.items()}
             proof = dataclasses.replace(proof, errors=worse, inner=max(proof.inner, again.inner))
@@ -143,23 +136,17 @@ def _compared(
     plan: Plan,
     graph: Graph,
     tolerance: float,
-    seed: int | None,
-    leak: float = 0.0,
+    leaking: bool = False,
 ) -> tuple[Proof, Reference]:
-    """One run of both.
-
-    Args:
-        seed: of random inputs; None for the example inputs.
-        leak: of saturating activations.
-    """
-    args, kwargs = _double((graph.args, graph.kwargs), seed)
-    outputs, trace, exact = run_small(small, graph, args, kwargs, leak)
+    """One run of both, on random inputs if the model's control flow reads no values; `leaking`: with activations that do."""
+    args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
+    outputs, trace, exact = run_small(small, graph, args, kwargs, leaking)
     outputs = named(outputs, graph.named or None)
     with float64():
         steps = line_up(graph, trace)
         rescaled = rescaled_constants(graph, steps, plan)
         results = {n: step.result for n, step in steps.items() if step.result is not None}
-        run = Reference(model, graph, plan, rescaled, results, exact if steps else {}, leak)
+        run = Reference(model, graph, plan, rescaled, results, exact if steps else {}, leaking)
         reference = run.run(args, kwargs)
     if [path for path, _ in reference] != [path for path, _ in outputs]:
         raise ProofError(
@@ -212,9 +199,9 @@ def _reads_values(graph: Graph) -> bool:
     return any(node.op == "call_function" and op_name(node) in names for node in graph.fx.nodes)
 
 
-def _double(tree: Any, seed: int | None) -> Any:
-    """Inputs in float64; random ones, if there is a seed."""
-    generator = torch.Generator().manual_seed(seed or 0)
+def _double(tree: Any, drawn: bool) -> Any:
+    """Inputs in float64; those of floating point drawn at random instead, if asked (the same in each call)."""
+    generator = torch.Generator().manual_seed(0)
     made: dict[int, Tensor] = {}
 
     def convert(item: Any) -> Any:
@@ -229,7 +216,7 @@ def _double(tree: Any, seed: int | None) -> Any:
         return type(item)(convert(v) for v in item) if isinstance(item, list | tuple) else item
 
     def fresh(tensor: Tensor) -> Tensor:
-        if seed is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        if not drawn or not (tensor.is_floating_point() or tensor.is_complex()):
             return wide(tensor.detach())
         return torch.randn(tensor.shape, generator=generator, dtype=widened(tensor.dtype)).to(tensor.device)
 

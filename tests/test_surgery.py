@@ -352,6 +352,26 @@ def test_channels_of_which_nothing_is_shown_are_counted() -> None:
     assert f"{proof.hidden} channels were zero throughout" in str(proof)
 
 
+def test_activations_that_overflow_when_they_leak_leave_the_first_run() -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.a(x) - 1000)
+            return self.b(y) + torch.exp(-y).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    model, x = Steep(), torch.randn(2, 4)
+    plan = surgeon.inspect(model, x).plan(0.5, round_to=1)
+    proof = surgeon.verify(model, plan.apply(model), plan, x)
+    assert proof.hidden == 4 and proof.error < 1e-12
+    with torch.no_grad():
+        model.a.bias += 1000
+    assert surgeon.verify(model, plan.apply(model), plan, x).hidden == 0
+
+
 def test_a_small_model_that_gives_nan_is_rejected() -> None:
     """NaN compares false with everything: it must not slip through a maximum."""
 
