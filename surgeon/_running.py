@@ -12,6 +12,8 @@ from torch import nn
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _OWN_DIR = os.path.dirname(__file__) + os.sep
+CHANGED = "<surgeon source "  # begins the names of the files of methods in which a number was changed
+TRACED = ("<surgeon forward ", "<eval_with_key>")  # of what torch.fx made of a forward
 
 
 class CallStack(contextlib.ExitStack):
@@ -25,6 +27,19 @@ class CallStack(contextlib.ExitStack):
     @property
     def current(self) -> str:
         return self._stack[-1]
+
+    @property
+    def owner(self) -> str:
+        """The path of the module whose method runs: below `current` where code calls a part by a method (`self.bias.table()`)."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(first, nn.Module) and id(first) in self._paths:
+                path = self._paths[id(first)]
+                return path if not self.current or path.startswith(f"{self.current}.") else self.current
+            frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+        return self.current
 
     def __enter__(self) -> CallStack:
         hooks = torch.nn.modules.module
@@ -50,7 +65,7 @@ def user_line() -> tuple[str, int] | None:
         if path.startswith(_OWN_DIR):
             if path.endswith("capture.py") and frame.f_code.co_name == "capture":
                 return None
-        elif not path.startswith(_TORCH_DIR) and not path.startswith("<"):
+        elif not path.startswith(_TORCH_DIR) and (not path.startswith("<") or path.startswith(CHANGED)):
             return path, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return None

@@ -133,7 +133,7 @@ class _Comparer(Beside):
 
     def compared(self, op: str, old: int, new: int) -> None:
         """Note that the code compares a size, which is `new`, with the number that it was."""
-        self.notes.append(Note(self.at, self.stack.current, user_line(), op, old, new, old))
+        self.notes.append(Note(self.at, self.stack.owner, user_line(), op, old, new, old))
 
     def stopped(self, why: str) -> list[Note]:
         """The notes of a run that did not reach its end: there may be more to note."""
@@ -228,7 +228,7 @@ class _Comparer(Beside):
             if new != found:
                 numbers = int(before), int(new), int(found), place if several else -1
                 self.notes.append(
-                    Note(self.at, self.stack.current if module is None else module, call.source, op_name(call.node), *numbers)
+                    Note(self.at, self.stack.owner if module is None else module, call.source, op_name(call.node), *numbers)
                 )
 
     def looked_ahead(self) -> bool:

@@ -1,8 +1,8 @@
-"""Edits: change one number in a module, an attribute or a literal of its forward; and keep torch's own layers' numbers in step.
+"""Edits: change one number in a module, an attribute or one in its code; and keep torch's own layers' numbers in step.
 
 `refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes; `apply_edit` makes an
-`Edit`. A literal is changed, or a call left out, in the traced forward of that one module, or a number in the source of one of
-its methods; it becomes an instance of a subclass of its class.
+`Edit`. A number in a module's code is changed in the source of one of its methods or in its traced forward, where a call may be
+left out as well; the module becomes an instance of a subclass of its class.
 """
 
 from __future__ import annotations

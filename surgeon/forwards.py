@@ -22,6 +22,8 @@ import torch.utils._pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from surgeon._running import TRACED
+
 Mode = bool | None  # of training; None: both
 Versions = Mapping[Mode, fx.GraphModule]
 
@@ -287,7 +289,7 @@ def methods_of(found: Versions) -> dict[str, Callable[..., Any]]:
     return self._forward_eval({", ".join(passed)})
 """
     source = "\n\n".join([*map(ast.unparse, parts.values()), source])
-    file = f"<surgeon forward {next(_files)}>"
+    file = f"{TRACED[0]}{next(_files)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), names)  # torch.fx's own code of the module's forward, as it makes it
     return {name: names[name] for name in ("forward", *(part.name for part in parts.values()))}

@@ -66,7 +66,7 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
         raise MendError(
             f"the model's code holds {len(notes)} sizes that could not be changed",
             where=where,
-            why="no integer attribute of the module and no literal in its traced forward explains them"
+            why="no integer attribute of the module and no number in its methods or its traced forward explains them"
             + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
             fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
         )

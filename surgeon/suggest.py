@@ -1,8 +1,8 @@
 """propose(small, notes, refused) -> edits: which numbers may explain the sizes that a small model's code got wrong.
 
 For each module with notes an integer attribute of it, or of one that holds it, that explains most of them; else several
-attributes at once, because code computes with them; else a number in its traced forward. Whether that was right shows when the
-model is run.
+attributes at once, because code computes with them; else a number in the source of its methods, or in its traced forward. Whether
+that was right shows when the model is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TRIALS = 8  # of attributes that may have to change together
 
 
 def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
-    """For each module with notes an attribute of it or of one that holds it, else several, else a literal of its forward."""
+    """For each module with notes an attribute of it or of one that holds it, else several, else a number in its code."""
     by_module: dict[str, list[Note]] = defaultdict(list)
     for note in notes:
         by_module[note.module].append(note)
@@ -35,7 +35,7 @@ def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, st
         one = _attribute(small, path, own, refused)
         if one is None:
             several = _together(small, path, own, refused)
-            one = None if several else _literal(small, path, own, refused)
+            one = None if several else _in_code(small, path, own, refused)
         for found in several if one is None else [one]:
             edits.setdefault((found.module, found.kind, found.name), found)
     return list(edits.values())
@@ -63,16 +63,22 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
                     best = (rank, Edit(owner, "attribute", name, value, new))
         if best is not None:
             return best[1]
-    return _below_it(small, path, notes, refused) or _less(small, path, notes, refused)
+    return _below_it(small, path, notes, refused) or _apart_by(small, path, notes, refused, widths)
 
 
-def _less(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """An attribute of which the code takes a width, where the difference is another than it was: the rest to be padded, say."""
+def _apart_by(
+    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]], widths: set[int]
+) -> Edit | None:
+    """An attribute to which the code adds a number, or takes one away: what is left of a width, or the rest to be padded.
+
+    If the sum must change, only one that becomes a width.
+    """
     for owner in _owners(path):
         for name, value in integers(small.get_submodule(owner)):
             for note in notes:
                 new = value + note.want - note.got
-                if note.old == note.want != note.got and new > 0 and (owner, "attribute", name) not in refused:
+                likely = new in widths if note.old != note.want else note.want != note.got
+                if likely and new != value and new > 0 and (owner, "attribute", name) not in refused:
                     return Edit(owner, "attribute", name, value, new)
     return None
 
@@ -134,14 +140,16 @@ def _explains(note: Note, value: int, new: int) -> bool:
     return note.got * new == note.want * value and (note.got % value == 0 or value % note.got == 0)
 
 
-def _literal(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """A number in the module's own traced forward that is the old size; in its source where a mode cannot be traced."""
+def _in_code(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
+    """A number in the source of the module's methods that is the old size, else one in its traced forward."""
+    one = _source(small, path, notes, refused)
+    if one is not None:
+        return one
     try:
         found = versions(small.get_submodule(path))
     except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises
-        return _source(small, path, notes, refused)
-    one = None if None in found or True in found else _source(small, path, notes, refused)
-    return one or _traced(next(iter(found.values())), path, notes, refused)
+        return None
+    return _traced(next(iter(found.values())), path, notes, refused)
 
 
 def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:

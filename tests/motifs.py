@@ -361,7 +361,7 @@ MOTIFS = [
         Halves,
         IMAGE,
         {"a.weight[0]": "4x2: a.bias[0] a.weight[0] b.weight[1] c.weight[1] d.weight[1]"},
-        ("getitem:0:0.1.1.1", "getitem:1:0.1.1.0"),
+        ("forward:0", "forward:1"),
     ),
     Motif(
         "split_unequal",
@@ -373,7 +373,7 @@ MOTIFS = [
         ),
         IMAGE,
         {"a.weight[0]": "6x1: a.bias[0] a.weight[0] b.weight[1]", "a.weight[0] #2": "2x1: a.bias[0] a.weight[0] c.weight[1]"},
-        ("run",),
+        ("split:0:0.1.0", "split:0:0.1.1"),
     ),
     Motif(
         "gated_linear_unit",
@@ -450,7 +450,7 @@ MOTIFS = [
         },
         ("groups",),
     ),
-    Motif("flatten_literal", Flatten, (2, 3, 3, 3), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"}, ("view:0:0.2",)),
+    Motif("flatten_literal", Flatten, (2, 3, 3, 3), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"}, ("forward:2",)),
     Motif(
         "flatten_channels_last",
         net(lambda s, x: s.b(s.a(x).permute(0, 2, 3, 1).flatten(1)), a=lambda: conv(3, 8), b=lambda: nn.Linear(72, 4)),
@@ -466,7 +466,7 @@ MOTIFS = [
             "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.bias[0] b.weight[0] b.weight[1] c.weight[1]",
             "b.weight[0]": "8x1: b.bias[0] b.weight[0] c.weight[1]",
         },
-        ("pad",),
+        ("forward:4", "forward:5"),
     ),
     Motif(
         "squeeze_excite",
@@ -668,7 +668,7 @@ MOTIFS = [
             "q.weight[0] middle": "2x3: o.weight[1] q.bias[0] q.weight[0]",
             "q.weight[0] columns": "4x6: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
         },
-        ("head_dim",),
+        (),
     ),
     Motif(
         "repeated_keys",
@@ -679,7 +679,7 @@ MOTIFS = [
             "q.weight[0] middle": "2x1: o.weight[1] q.bias[0] q.weight[0]",
             "q.weight[0] columns": "4x8: k.bias[0] k.weight[0] o.weight[1] q.bias[0] q.weight[0] v.bias[0] v.weight[0]",
         },
-        ("heads", "served", "head_dim"),
+        ("heads", "served"),
     ),
     Motif(
         "multihead_attention",

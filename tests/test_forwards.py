@@ -1,11 +1,13 @@
-"""A forward in which a number changed does in both modes, and on any device, what the user's forward does."""
+"""A forward in which a number changed does in both modes, and on any device, what the user's forward does.
+
+A number in the module's own methods is changed in their source; one in a function that they call, in the traced forward.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import io
-import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
+from surgeon import sources
 from surgeon.forwards import versions
 
-X = torch.randn(2, 3, 3, 3)
+X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
 class Flat(nn.Module):
@@ -28,6 +31,17 @@ class Flat(nn.Module):
 
     def mixed(self, x: Tensor) -> Tensor:
         return self.a(x).view(-1, 8, 9).mean(2)
+
+
+def mixed(x: Tensor) -> Tensor:
+    return x.view(-1, 8, 9).mean(2)
+
+
+class ByFunction(Flat):
+    """The number is in a function that others may call, too."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return mixed(self.a(x))
 
 
 class Dropped(Flat):
@@ -49,6 +63,14 @@ class Branched(Flat):
         return self.b(y)
 
 
+class DroppedByFunction(ByFunction, Dropped):
+    pass
+
+
+class BranchedByFunction(ByFunction, Branched):
+    pass
+
+
 class Untraceable(Flat):
     """In training the code looks into its tensors."""
 
@@ -59,14 +81,18 @@ class Untraceable(Flat):
         return self.b(y)
 
 
-class Placed(Flat):
+class UntraceableByFunction(ByFunction, Untraceable):
+    pass
+
+
+class Placed(ByFunction):
     """Makes tensors of numbers alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.mixed(x * (torch.arange(3) + 1)))
 
 
-class Looking(Flat):
+class Looking(ByFunction):
     """Looks into a tensor of numbers alone, which torch.fx can only do while it traces."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +111,7 @@ class Looped(Flat):
 
     def turned(self, y: Tensor) -> Tensor:
         """Back and forth, with numbers of its own: 8 of them."""
-        turn: Callable[[Tensor], Tensor] = lambda t: t.view(*t.shape[:1], 8, 1).transpose(1, 2)  # noqa: E731  # users write so
+        turn: Callable[[Tensor], Tensor] = lambda t: t.view(*t.shape[:1], 8, 1).transpose(1, 2)  # noqa: E731  # 8 by 1
         return turn(y).reshape(-1, 8)
 
 
@@ -97,6 +123,19 @@ class Outside(Flat):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * TRAINING if self.training else x * EVAL
+        return self.b(self.mixed(x))
+
+
+class OutsideByFunction(ByFunction, Outside):
+    pass
+
+
+class Optional(Flat):
+    """Takes what may be left out; torch.fx would trace one of the two."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            x = x * mask
         return self.b(self.mixed(x))
 
 
@@ -116,7 +155,7 @@ def unpickled(model: nn.Module) -> nn.Module:
     return found
 
 
-@pytest.mark.parametrize("make", [Dropped, Branched])
+@pytest.mark.parametrize("make", [Dropped, DroppedByFunction, Branched, BranchedByFunction])
 @pytest.mark.parametrize(
     "passed_on", [lambda m: m, copy.deepcopy, unpickled, torch.jit.script], ids=["", "copied", "pickled", "scripted"]
 )
@@ -130,7 +169,7 @@ def test_both_modes_stay(make: Callable[[], nn.Module], passed_on: Callable[[nn.
     assert torch.equal(small(X), small(X))
 
 
-@pytest.mark.parametrize("make", [Branched, Outside, Looped])
+@pytest.mark.parametrize("make", [Branched, BranchedByFunction, Outside, OutsideByFunction, Looped])
 @pytest.mark.parametrize("training", [False, True])
 def test_each_mode_does_what_the_original_does(make: Callable[[], nn.Module], training: bool) -> None:
     """Draw by draw, with the channels that left at zero in the original."""
@@ -156,12 +195,12 @@ def test_one_version_where_the_mode_is_handed_on() -> None:
     }
 
 
-def test_numbers_in_code_that_cannot_be_traced() -> None:
-    """They are changed in the source of the methods that hold them; the rest is the user's code, word for word."""
+def test_the_users_code_stays() -> None:
+    """Numbers are changed in the source of the methods that hold them; the rest is the user's code, word for word."""
     small = halved(Looped)
     assert inspect.getsource(type(small).forward) == inspect.getsource(Looped.forward)
-    turned = textwrap.dedent(inspect.getsource(type(small).turned))
-    assert "t.view(*t.shape[:1], 4, 1)" in turned and "reshape(-1, 4)" in turned and "8 of them" in turned
+    wanted = inspect.getsource(Looped.turned).replace("[:1], 8, 1)", "[:1], 4, 1)").replace("reshape(-1, 8)", "reshape(-1, 4)")
+    assert inspect.getsource(type(small).turned) == wanted
     assert type(small).turned.__annotations__ == Looped.turned.__annotations__
     for other in (copy.deepcopy(small), unpickled(small)):
         assert torch.equal(other(X), small(X)) and torch.equal(other(X, scale=1.0), small(X, scale=1.0))
@@ -169,14 +208,49 @@ def test_numbers_in_code_that_cannot_be_traced() -> None:
     assert halved(Untraceable).train()(X).shape == (2, 2)
 
 
+def test_what_may_be_left_out_may_be_given() -> None:
+    small = halved(Optional)
+    assert torch.equal(small(X, torch.ones(3, 3)), small(X))
+    assert not torch.equal(small(X, torch.eye(3)), small(X))
+
+
 def test_a_mode_that_cannot_be_traced_is_refused_when_it_runs() -> None:
-    """Without a source to change, as of classes that a program makes."""
-    space = {"nn": nn, "Tensor": Tensor}
-    exec("\n".join(map(inspect.getsource, (Flat, Untraceable))), space)
-    small = halved(space["Untraceable"])  # type: ignore[arg-type]  # a class
+    small = halved(UntraceableByFunction)
     assert small(X).shape == (2, 2)
     with pytest.raises(RuntimeError, match="could not trace the forward in training mode"):
         small.train()(X)
+
+
+def test_classes_without_a_source() -> None:
+    """As those that a program makes: their forward is traced."""
+    space = {"nn": nn, "F": F, "Tensor": Tensor}
+    exec("\n".join(map(inspect.getsource, (Flat, Dropped))), space)
+    small = halved(space["Dropped"])  # type: ignore[arg-type]  # a class
+    assert small(X).shape == (2, 2)
+    assert "view(-1, 4, 9)" in inspect.getsource(type(small).forward)
+
+
+class Said:
+    def numbers(self, x: int, y: int = 16) -> tuple[int, str]:
+        """A text that begins
+        at the margin, with 16."""
+        return x * 0x10 + len("größer") * 16 + y, f"{x + 16} 16"
+
+
+@pytest.mark.parametrize(("which", "want"), [(0, (9 + 96 + 16, "17 16")), (1, (16 + 54 + 16, "17 16"))])
+def test_numbers_stand_where_the_file_has_them(which: int, want: tuple[int, str]) -> None:
+    """However they are written; the source then says what runs."""
+    lines, first = inspect.getsourcelines(Said.numbers)
+    found = [*sources.numbers(Said.numbers)]
+    assert found[:2] == [(0, first + 3, 16), (1, first + 3, 16)]
+    changed = sources.changed(Said.numbers, which, 16, 9)
+    assert changed(Said(), 1) == want  # type: ignore[call-arg]  # of the method's kind
+    again = sources.changed(changed, which, 9, 16)  # type: ignore[arg-type]
+    assert again(Said(), 1) == Said().numbers(1)
+    here = inspect.getsource(changed).splitlines()[3]
+    assert here.strip() == lines[3].strip().replace(["0x10", '") * 16'][which], ["9", '") * 9'][which])
+    with pytest.raises(ValueError, match=f"it is not number {which} of"):
+        sources.changed(changed, which, 16, 7)  # type: ignore[arg-type]
 
 
 def test_tensors_that_code_makes_are_made_when_it_runs() -> None:

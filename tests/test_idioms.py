@@ -363,6 +363,43 @@ def test_literals_that_sizes_are_multiplied_by() -> None:
     assert small(torch.randn(3, 5)).shape == (3, 3)
 
 
+class Bias(nn.Module):
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.sizes, self.weight = (3, 3, heads), nn.Parameter(torch.randn(9, heads))
+
+    def table(self) -> Tensor:
+        return self.weight.view(self.sizes).permute(2, 0, 1)
+
+
+class Biased(nn.Module):
+    """Attention with biases by a method of a part that is never called, and a width that is what another leaves of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width, self.whole = 4, 12, 31
+        self.a, self.qkv, self.bias = nn.Linear(5, 31), nn.Linear(12, 36), Bias(4)
+        self.b = nn.Linear(31, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, rest = self.a(x).split([self.width, self.whole - self.width], 2)
+        q, k, v = self.qkv(x).view(x.shape[0], 3, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(2, 3) + self.bias.table()).softmax(-1) @ v
+        return self.b(torch.cat([mixed.transpose(1, 2).flatten(2), rest], 2))
+
+
+def test_attributes_of_parts_whose_methods_are_called_and_of_differences() -> None:
+    model, x = Biased(), torch.randn(2, 3, 5)
+    surgery = surgeon.inspect(model, x)
+    plan = surgery.plan(0.5, round_to=1)
+    small = plan.apply(model)
+    surgeon.verify(model, small, plan, x)
+    assert {(edit.module, edit.name, edit.new) for edit in plan.edits or () if edit.kind == "attribute"} >= {
+        ("", "heads", 2), ("bias", "sizes.2", 2), ("", "whole", small.a.out_features),
+    }  # fmt: skip
+    assert all(edit.kind == "attribute" for edit in plan.edits or ())
+
+
 class Ranged(nn.Module):
     """Writes into its input (as RCAN, and many a model that normalises what it gets)."""
 
