@@ -176,13 +176,17 @@ def set_path(owner: Any, path: str, value: Any) -> None:
     if isinstance(holder, tuple):
         new = [*holder]
         new[int(last)] = value
-        set_path(owner, ".".join(front), type(holder)(new) if type(holder) is tuple else type(holder)(*new))
+        named = hasattr(holder, "_fields")
+        set_path(owner, ".".join(front), type(holder)(*new) if named else type(holder)(new))
     elif isinstance(holder, list):
         holder[int(last)] = value
     elif isinstance(holder, dict):
         holder[last] = value
     else:
-        setattr(holder, last, value)
+        try:
+            setattr(holder, last, value)
+        except dataclasses.FrozenInstanceError:  # it is the small model's own
+            object.__setattr__(holder, last, value)
 
 
 def rewrite(module: nn.Module, edit: Edit) -> None:

@@ -13,14 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from surgeon._alike import ALIKE
 from surgeon.compare import Note
 from surgeon.edits import Edit
 from surgeon.forwards import foreign, literals, versions
-from surgeon.sources import methods, numbers
+from surgeon.sources import methods, numbers, own_classes
 
 _TRIALS = 8  # of attributes that may have to change together
 
@@ -175,9 +174,9 @@ def _source(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[s
     Else one of which the code passes a multiple, on that very line.
     """
     known = [
-        (function.__code__.co_filename, line, f"{name}:{which}", value)
-        for name, function in methods(small.get_submodule(path)).items()
-        for which, line, value in numbers(function)
+        (*where, f"{name}:{which}", value)
+        for name, method in methods(small.get_submodule(path)).items()
+        for which, where, value in numbers(method)
         if (path, "source", f"{name}:{which}") not in refused
     ]
     for note in notes:
@@ -210,14 +209,25 @@ def _same_call(name: str, op: str) -> bool:
 
 
 def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Every whole number that a module keeps: attributes, numbers in its tuples and lists, and in plain objects it holds."""
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name != "training":
-            yield from _integers(name, value, depth=2)
+    """Every whole number that a module keeps: attributes, numbers in its tuples and lists, and in plain objects it holds.
+
+    Those of its class as well: set on the module, they hide the class's.
+    """
+    held = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    for kind in own_classes(module):
+        for name, value in vars(kind).items():
+            several = type(value) is tuple and all(type(item) is int for item in value)
+            if (type(value) is int or several) and not name.startswith("_"):
+                held.setdefault(name, value)
+    for name, value in held.items():
+        yield from _integers(name, value, depth=2)
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
-    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | type | torch.Size):
+    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | type):
         return
     if isinstance(value, int):
         yield path, value

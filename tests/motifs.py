@@ -450,7 +450,7 @@ MOTIFS = [
         },
         ("groups",),
     ),
-    Motif("flatten_literal", Flatten, (2, 3, 3, 3), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"}, ("forward:2",)),
+    Motif("flatten_literal", Flatten, (2, 3, 3, 3), {"a.weight[0]": "8x1: a.bias[0] a.weight[0] b.weight[1]"}, ("forward:1",)),
     Motif(
         "flatten_channels_last",
         net(lambda s, x: s.b(s.a(x).permute(0, 2, 3, 1).flatten(1)), a=lambda: conv(3, 8), b=lambda: nn.Linear(72, 4)),
@@ -466,7 +466,7 @@ MOTIFS = [
             "a.weight[0]": "8x1: a.bias[0] a.weight[0] b.bias[0] b.weight[0] b.weight[1] c.weight[1]",
             "b.weight[0]": "8x1: b.bias[0] b.weight[0] c.weight[1]",
         },
-        ("forward:4", "forward:5"),
+        ("forward:6", "forward:7"),
     ),
     Motif(
         "squeeze_excite",

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon import sources
 from surgeon.forwards import versions
 
 X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -228,29 +227,6 @@ def test_classes_without_a_source() -> None:
     small = halved(space["Dropped"])  # type: ignore[arg-type]  # a class
     assert small(X).shape == (2, 2)
     assert "view(-1, 4, 9)" in inspect.getsource(type(small).forward)
-
-
-class Said:
-    def numbers(self, x: int, y: int = 16) -> tuple[int, str]:
-        """A text that begins
-        at the margin, with 16."""
-        return x * 0x10 + len("größer") * 16 + y, f"{x + 16} 16"
-
-
-@pytest.mark.parametrize(("which", "want"), [(0, (9 + 96 + 16, "17 16")), (1, (16 + 54 + 16, "17 16"))])
-def test_numbers_stand_where_the_file_has_them(which: int, want: tuple[int, str]) -> None:
-    """However they are written; the source then says what runs."""
-    lines, first = inspect.getsourcelines(Said.numbers)
-    found = [*sources.numbers(Said.numbers)]
-    assert found[:2] == [(0, first + 3, 16), (1, first + 3, 16)]
-    changed = sources.changed(Said.numbers, which, 16, 9)
-    assert changed(Said(), 1) == want  # type: ignore[call-arg]  # of the method's kind
-    again = sources.changed(changed, which, 9, 16)  # type: ignore[arg-type]
-    assert again(Said(), 1) == Said().numbers(1)
-    here = inspect.getsource(changed).splitlines()[3]
-    assert here.strip() == lines[3].strip().replace(["0x10", '") * 16'][which], ["9", '") * 9'][which])
-    with pytest.raises(ValueError, match=f"it is not number {which} of"):
-        sources.changed(changed, which, 16, 7)  # type: ignore[arg-type]
 
 
 def test_tensors_that_code_makes_are_made_when_it_runs() -> None:
