@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgeon._follows import SizeMode
 from surgeon._quiet import copies, quiet_run, real_indices
 from surgeon._sizes import looking_inside_functional
-from surgeon.errors import CaptureError, SurgeonError
+from surgeon.errors import CaptureError, InputError, SurgeonError
 from surgeon.graph import Graph, tensor_leaves
 from surgeon.inputs import find_inputs, normalize
 from surgeon.recorder import Recorder
@@ -38,7 +38,7 @@ def capture(
             the graph: their channels may leave, and nothing compares them.
 
     Raises:
-        InputError: no output has one of the names; in training mode all count then.
+        InputError: no output has one of the names.
         CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
     """
     if not isinstance(model, nn.Module):
@@ -86,4 +86,8 @@ def capture_training(model: nn.Module, graph: Graph) -> Graph:
     args, kwargs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (graph.args, graph.kwargs)
     )
-    return capture(model, kwargs if kwargs else args, training=True)
+    given = kwargs if kwargs else args
+    try:
+        return capture(model, given, training=True, outputs=graph.named or None)
+    except InputError:  # it gives others in training mode: all count
+        return capture(model, given, training=True)

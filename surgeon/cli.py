@@ -135,7 +135,7 @@ def shrink(
             with _stage("cut"):
                 small = plan.apply(net)
             with _stage("prove"):
-                proof = prove(net, small, plan, surgery.graph)
+                proof = prove(net, small, plan, surgery)
             with _stage("export"):
                 files = _write(net, small, plan, surgery, draft, onnx=onnx, fused=fused, original=onnx and measure)
             timed = None

@@ -108,7 +108,7 @@ class Iteration:
                 return
             small = plan.apply(current)
             if self._verify:
-                prove(current, small, plan, surgery.graph)
+                prove(current, small, plan, surgery)
             step = Step(number, self._count, small, plan, share)
             self.steps.append(step)
             yield step

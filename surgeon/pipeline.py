@@ -18,6 +18,7 @@ from surgeon._quiet import uncollected
 from surgeon.capture import capture, capture_training
 from surgeon.errors import CaptureError
 from surgeon.graph import Graph, read_tensors
+from surgeon.modes import decides_by_mode
 from surgeon.plan import Plan
 from surgeon.recovery import batches_of, recover
 from surgeon.request import PlanOptions, Ratio, Request
@@ -49,21 +50,23 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[s
 
 
 def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str]]:
-    """A run in training mode, for models of which some layers (auxiliary classifiers, say) only run there.
+    """A run in training mode, for models of which code decides by the mode or some layers (auxiliary classifiers, say) only run
+    there.
 
     Those layers read channels that may leave, so they must be cut along. If the training run fails on the inputs (it may need
     targets) the layers that it would have shown keep their size; the print-out of the surgery lists them as unused.
     """
-    seen = read_tensors(graph)
+    seen, decides = read_tensors(graph), decides_by_mode(model)
     unused = [name for name, _ in model.named_parameters() if name not in seen]
-    if not unused or any(tensor.is_meta for tensor in graph.tensors.values()):
+    if not (unused or decides) or any(tensor.is_meta for tensor in graph.tensors.values()):
         return [], []
-    said = f"{len(unused)} parameters are not used by this run and keep their size, {unused[0]} for one"
+    said = [f"{len(unused)} parameters are not used by this run and keep their size, {unused[0]} for one"] if unused else []
     try:
         run = capture_training(model, graph)
     except CaptureError as error:
-        return [], [f"{said}; in training mode the model does not run on these inputs ({error.what})"]
-    return ([], [said]) if read_tensors(run).isdisjoint(unused) else ([run], [])
+        said = said or ["the model decides by the mode what it runs, and only eval mode was seen"]
+        return [], [f"{said[0]}; in training mode the model does not run on these inputs ({error.what})"]
+    return ([run], []) if decides or not read_tensors(run).isdisjoint(unused) else ([], said)
 
 
 def shrink(
@@ -102,7 +105,7 @@ def shrink(
     plan = surgery.plan(ratio, **options)
     small = plan.apply(model)
     if verify:
-        prove(model, small, plan, surgery.graph)
+        prove(model, small, plan, surgery)
     return small if batches is None else recover(small, plan, model, batches).model
 
 
@@ -121,9 +124,9 @@ def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:
     criteria.criterion(options.get("criterion", "l1"), options.get("seed", 0))
 
 
-def prove(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph) -> Proof:
-    """`verify` with the graph at hand."""
-    return verify(model, small, plan, graph=graph)
+def prove(model: nn.Module, small: nn.Module, plan: Plan, surgery: Surgery) -> Proof:
+    """`verify` with the runs at hand."""
+    return verify(model, small, plan, graph=surgery.runs)
 
 
 __all__ = ["Surgery", "inspect", "prove", "shrink"]

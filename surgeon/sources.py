@@ -36,6 +36,19 @@ def own_classes(module: nn.Module) -> list[type]:
     return [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
 
 
+def names_used(method: Any) -> set[str]:
+    """Names of the attributes and globals that a method's code uses."""
+    function = _function(method)
+    return set() if function is None else set(function.__code__.co_names)
+
+
+def parsed(method: Any) -> ast.FunctionDef | None:
+    """A method's source as a tree; None if it has none of its own."""
+    function = _function(method)
+    found = None if function is None else _source(function)
+    return None if found is None else found.parsed
+
+
 def numbers(method: Any) -> Iterator[tuple[int, tuple[str, int], int]]:
     """Whole numbers in a method, defaults included, as they stand: (which it is, its file and line, the number)."""
     function = _function(method)

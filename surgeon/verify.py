@@ -6,8 +6,8 @@ present. Nothing here knows of ids, groups or slicing; only the graph and `plan.
 wrongly changed size shows up as a difference.
 
 A run shows nothing of channels that are zero in it. So models with ReLUs or kin are run once more, with activations that leak:
-its input is added to what each gives. What stays zero is counted. A run in eval mode shows nothing of layers that only
-the training mode runs; where such layers were cut, that run is compared as well.
+its input is added to what each gives. What stays zero is counted. A run in eval mode shows nothing of what only the
+training mode runs; where the model's code decides by it, or cut layers were not read, that run is compared as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from surgeon.absence import saturates, wide, widened
 from surgeon.capture import capture, capture_training
 from surgeon.errors import CaptureError, ProofError
 from surgeon.graph import Graph, named, named_tensors, read_tensors, where
+from surgeon.modes import decides_by_mode
 from surgeon.plan import Plan
 from surgeon.reference import TOLERANCE, Reference, distance
 from surgeon.rules.registry import op_name
@@ -80,12 +81,12 @@ def verify(
     plan: Plan,
     example_inputs: Any = None,
     *,
-    graph: Graph | None = None,
+    graph: Graph | Sequence[Graph] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Proof:
     """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original; with activations that are zero
-    for many inputs (ReLU and kin) twice as many, because a channel that is zero shows nothing. Where layers were cut that only
-    training runs, its run is compared, too.
+    for many inputs (ReLU and kin) twice as many, because a channel that is zero shows nothing. Where the model decides by the
+    mode what it runs, or layers were cut that only training runs, a run in training mode is compared, too.
 
     Args:
         model: the original.
@@ -93,18 +94,19 @@ def verify(
         plan: the plan.
         example_inputs: as for `capture`; floating-point inputs are replaced by random ones of the same shape unless the
             model's control flow reads values.
-        graph: the recorded run of `model`, if there is one already.
+        graph: the recorded run of `model`, if there is one already; or several, that in eval mode first.
 
     Raises:
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
     _same_tensors(model, small, plan)
     graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
-    runs, unread = [graph], set(plan.kept) - read_tensors(graph)
-    if unread and not graph.training:
+    runs = [graph] if isinstance(graph, Graph) else [*graph]
+    unread = set(plan.kept) - read_tensors(runs[0])
+    if len(runs) == 1 and not runs[0].training and (unread or decides_by_mode(model)):
         with contextlib.suppress(CaptureError):
-            runs.append(capture_training(model, graph))
-            unread -= read_tensors(runs[-1])
+            runs.append(capture_training(model, runs[0]))
+    unread = unread.difference(*map(read_tensors, runs))
     proofs = [_looked(model, small, plan, run, tolerance) for run in runs]
     return Proof(
         {path: error for proof in proofs for path, error in proof.errors.items()},

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.errors import MendError
 from surgeon.forwards import versions
 
 X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -82,6 +83,16 @@ class Untraceable(Flat):
 
 class UntraceableByFunction(ByFunction, Untraceable):
     pass
+
+
+class Targeted(ByFunction):
+    """Looks into its tensors in training, for which it needs more than surgeon has."""
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        y = self.mixed(x)
+        if self.training and bool((y.sum() - target) > 0):
+            y = y * 2
+        return self.b(y)
 
 
 class Placed(ByFunction):
@@ -213,11 +224,14 @@ def test_what_may_be_left_out_may_be_given() -> None:
     assert not torch.equal(small(X, torch.eye(3)), small(X))
 
 
-def test_a_mode_that_cannot_be_traced_is_refused_when_it_runs() -> None:
-    small = halved(UntraceableByFunction)
+def test_a_mode_that_cannot_be_traced_is_refused() -> None:
+    """At once; where surgeon cannot run it, when it runs."""
+    with pytest.raises(MendError, match="could not be changed"):
+        halved(UntraceableByFunction)
+    small = halved(Targeted)
     assert small(X).shape == (2, 2)
     with pytest.raises(RuntimeError, match="could not trace the forward in training mode"):
-        small.train()(X)
+        small.train()(X, torch.zeros(()))
 
 
 def test_classes_without_a_source() -> None:

@@ -11,11 +11,11 @@ ROOT = Path(surgeon.__file__).parent
 
 # each module may import those before it; a package stands for all of its modules
 LAYERS = """
-errors graph _running _quiet _decisions _views inputs _sizes _follows recorder capture batches labels rules _alike propagate solve
-lanes groups cost request bands held knapsack calibration criteria choose forwards sources edits rewrite carry plan compose
-distributed masks wanted compare suggest mend blueprint configs absence moves normalise semantics reference trace verify recovery
-folding fuse onnx_file agree widen check_file export losses quantize bench_table profiled runners bench kernels latency stopwatch
-doctor report explain sensitivity surgery pipeline iterate training models store cli_files cli
+errors graph _running sources modes _quiet _decisions _views inputs _sizes _follows recorder capture batches labels rules _alike
+propagate solve lanes groups cost request bands held knapsack calibration criteria choose forwards edits rewrite carry plan
+compose distributed masks wanted compare suggest mend blueprint configs absence moves normalise semantics reference trace verify
+recovery folding fuse onnx_file agree widen check_file export losses quantize bench_table profiled runners bench kernels latency
+stopwatch doctor report explain sensitivity surgery pipeline iterate training models store cli_files cli
 """.split()
 
 
