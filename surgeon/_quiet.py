@@ -133,13 +133,14 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     recurrent layers. A model on the meta device runs on shapes alone (see `Meta`).
 
     What forward keeps on its modules (caches, counters, hooks) is taken away again, and so is what it puts in the place of
-    their tensors' data. In training mode the buffers' values are put back as well: batch norms update theirs.
+    their tensors' data. In training mode the values are put back as well: batch norms update theirs, and some code
+    bounds its weights.
     """
     flags = {module: module.training for module in model.modules()}
     kept = [(held, held.copy()) for module in flags for held in _holders(module)]
     tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout is torch.strided)
     data = [(tensor, tensor.data) for tensor in tensors]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())] if training else []
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
     plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
@@ -167,8 +168,9 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
             if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
                 tensor.data = before
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # a backward pass may wait for the others as they are
+                    tensor.copy_(value)
 
 
 @contextlib.contextmanager

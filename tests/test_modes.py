@@ -140,6 +140,29 @@ def test_wrong_cuts_that_only_training_shows(monkeypatch: pytest.MonkeyPatch) ->
     surgeon.verify(model, wrong, bad, X)  # the last is one of the scale: eval mode takes it for right
 
 
+def test_weights_that_training_bounds_come_back() -> None:
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(6, 8), nn.Linear(8, 3), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.a.weight.data.clamp_(-0.01, 0.01)
+            return self.b(self.norm(self.a(x)))
+
+    model = Bounded()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    surgery = surgeon.inspect(model, X)
+    plan = surgery.plan(0.5)
+    small = plan.apply(model)
+    cut = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    surgeon.verify(model, small, plan, X)
+    assert len(surgery.runs) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in small.state_dict().items())
+
+
 def test_a_training_run_that_fails_is_said() -> None:
     class Targets(Decides):
         def __init__(self) -> None:
