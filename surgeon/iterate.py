@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -18,9 +18,6 @@ from surgeon.pipeline import inspect, prove
 from surgeon.plan import Plan
 from surgeon.request import BUDGETS, PlanOptions, parse
 from surgeon.surgery import Surgery
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # part of torch's own requirements
 
 Schedule = Callable[[float], float]
 

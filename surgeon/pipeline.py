@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature as inspect_signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -24,9 +24,6 @@ from surgeon.recovery import batches_of, recover
 from surgeon.request import PlanOptions, Ratio, Request
 from surgeon.surgery import Surgery
 from surgeon.verify import Proof, verify
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # part of torch's own requirements
 
 
 @uncollected()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # part of torch's own requirements
 
 Criterion: TypeAlias = Callable[[Group, Mapping[str, Tensor]], Any]
 

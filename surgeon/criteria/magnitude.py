@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from surgeon.criteria.combine import Combined, array, by_unit, weights
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # part of torch's own requirements
 
 
 class Norm(Combined):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +14,6 @@ from surgeon.criteria.combine import Combined
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
 from surgeon.labels import Track
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # part of torch's own requirements
 
 
 class Measured(Combined):
