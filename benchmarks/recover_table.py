@@ -49,7 +49,7 @@ class Tables:
         """Without training."""
         for model in models:
             for reduction in REDUCTIONS[model]:
-                which = [(tool, place) for tool in ("torch-pruning", "surgeon") for place in (0, 1)]
+                which = [(tool, place) for tool in ("torch-pruning", "surgeon") for place in range(len(METHODS[tool]))]
                 scores = [self.score(model, reduction, *one) for one in which]
                 if all(score == "-" for score in scores):
                     continue
@@ -74,7 +74,8 @@ class Tables:
 
 
 HEADER = ["network, metric", "fewer MACs", "base", "torch-pruning as cut", "torch-pruning + BN", "surgeon as cut"]
-HEADER += ["surgeon recovered", "MACs left, torch-pruning", "MACs left, surgeon", "torch-pruning's best, as cut; + BN"]
+HEADER += ["surgeon recovered", "surgeon distilled", "MACs left, torch-pruning", "MACs left, surgeon"]
+HEADER += ["torch-pruning's best, as cut; + BN"]
 TRAINED = [
     "network, metric",
     "fewer MACs",
@@ -83,7 +84,7 @@ TRAINED = [
     "base",
     "base, trained on",
     *METHODS["torch-pruning"],
-    *METHODS["surgeon"],
+    *METHODS["surgeon"][:2],
 ]
 
 

@@ -129,6 +129,7 @@ def uncollected() -> Iterator[None]:
 def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
     """Eval (or training) mode, no gradients, a fixed seed; all of it put back afterwards.
 
+    Never in inference mode, in which torch keeps ops in one piece that it takes apart elsewhere: a plan made there would not fit.
     Fused kernels that hide what a layer does are off: the fast path of transformer layers, and oneDNN's where there are
     recurrent layers. A model on the meta device runs on shapes alone (see `Meta`).
 
@@ -146,7 +147,10 @@ def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[N
     plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     modes: list[Any] = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
     try:
-        with torch.random.fork_rng(devices=[]), _other_draws(seed), torch.no_grad(), plain, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            for context in (torch.random.fork_rng(devices=[]), _other_draws(seed), torch.inference_mode(False), torch.no_grad()):
+                stack.enter_context(context)
+            stack.enter_context(plain)
             for mode in modes:
                 stack.enter_context(mode)
             torch.manual_seed(seed)

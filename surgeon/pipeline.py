@@ -16,11 +16,11 @@ from torch import nn
 from surgeon import criteria
 from surgeon._quiet import uncollected
 from surgeon.capture import capture, capture_training
-from surgeon.errors import CaptureError
+from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph, read_tensors
 from surgeon.modes import decides_by_mode
 from surgeon.plan import Plan
-from surgeon.recovery import batches_of, recover
+from surgeon.recovery import DEFAULT, batches_of, check_steps, recover
 from surgeon.request import PlanOptions, Ratio, Request
 from surgeon.surgery import Surgery
 from surgeon.verify import Proof, verify
@@ -73,6 +73,7 @@ def shrink(
     example_inputs: Any = None,
     outputs: Sequence[str] | None = None,
     calibration: Iterable[Any] | None = None,
+    recovery: Sequence[str] | None = None,
     verify: bool = True,
     **options: Unpack[PlanOptions],
 ) -> nn.Module:
@@ -85,6 +86,8 @@ def shrink(
         example_inputs, outputs: see `inspect`.
         calibration: batches of inputs, no labels needed: some hundred to some thousand samples, with which accuracy is won back
             after the proof (see `surgeon.recover`). Criteria that look at data see them too, if `data` is left out.
+        recovery: its steps; ("refit", "batch_norm") by default. With "distill" behind them it wins most, and takes several times
+            as long.
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
         options: what else `Surgery.plan` takes: budgets (macs=0.5, params="3M"), criterion, scope, round_to, ignore, ...
 
@@ -93,6 +96,10 @@ def shrink(
         ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
     """
     check_options(ratio, options)  # refuse bad arguments before the model runs
+    if recovery is not None:
+        check_steps(recovery)
+        if calibration is None:
+            raise InputError("recovery needs samples", fix="pass calibration=[...], batches of inputs without labels")
     batches = None if calibration is None else batches_of(calibration)
     if batches is not None and criteria.looks_at_data(options.get("criterion", "l1")):
         options.setdefault("data", batches)
@@ -103,7 +110,8 @@ def shrink(
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery)
-    return small if batches is None else recover(small, plan, model, batches).model
+    steps = DEFAULT if recovery is None else recovery
+    return small if batches is None else recover(small, plan, model, batches, steps=steps).model
 
 
 def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:

@@ -192,3 +192,15 @@ def test_hooks_run_and_stay() -> None:
     assert seen == [1]
     assert len(model._forward_hooks) == 1
     handle.remove()
+
+
+def test_inference_mode_records_the_same() -> None:
+    """There torch hands whole linear layers and norms to dispatch modes; a plan has to fit wherever it was made."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    outside = capture(model, x)
+    with torch.inference_mode():
+        inside = capture(model, torch.randn(2, 5, 8))
+        assert torch.is_inference_mode_enabled()
+    assert [(n.op, n.target) for n in inside.fx.nodes] == [(n.op, n.target) for n in outside.fx.nodes]
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()

@@ -598,7 +598,8 @@ def test_bad_input() -> None:
         with pytest.raises(InputError, match=message):
             recover(small, plan, model, bad)
     for options, message in (
-        ({"steps": ("refit", "magic")}, "unknown step 'magic'[\\s\\S]*refit, means, variance, batch_norm"),
+        ({"steps": ("refit", "magic")}, "unknown step 'magic'[\\s\\S]*refit, means, variance, batch_norm, distill"),
+        ({"steps": "distill"}, "steps must be a list of names, got 'distill'"),
         ({"held_out": 0.0}, "held_out"),
         ({"ridges": ()}, "ridges"),
         ({"ridges": (0.0,)}, "ridges"),

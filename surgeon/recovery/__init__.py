@@ -21,6 +21,7 @@ from surgeon.capture import capture
 from surgeon.errors import InputError
 from surgeon.graph import named_tensors
 from surgeon.plan import Plan, check_fit
+from surgeon.recovery.distill import Distilling
 from surgeon.recovery.draw import Draw
 from surgeon.recovery.fold import fold
 from surgeon.recovery.lockstep import Recording, Track
@@ -29,7 +30,8 @@ from surgeon.recovery.norms import reestimate
 from surgeon.recovery.passes import RIDGES, WIDEST, Fit, Fitting, Pass
 from surgeon.recovery.sites import find_sites
 
-STEPS = ("refit", "means", "variance", "batch_norm")
+STEPS = ("refit", "means", "variance", "batch_norm", "distill")
+DEFAULT = ("refit", "batch_norm")
 STRONGER = (0.1, 1.0, 10.0)  # ridges of all layers at once
 _LIMIT = 50_000  # samples that are read at most
 
@@ -98,13 +100,15 @@ def recover(
     batches: Iterable[Any] | None = None,
     *,
     example_inputs: Any = None,
-    steps: Sequence[str] = ("refit", "batch_norm"),
+    steps: Sequence[str] = DEFAULT,
     held_out: float = 0.15,
     ridges: Sequence[float] | None = None,
     widest: int = WIDEST,
+    epochs: int | None = None,
+    rate: float = 0.01,
     seed: int = 0,
 ) -> Recovery:
-    """Set the small model's weights so that its layers give what the original's give; no labels, no gradients.
+    """Set the small model's weights so that its layers give what the original's give; no labels.
 
     Both models run side by side, layer by layer, over all batches. Each layer's input comes from the small model as it is by
     then, its target from the original, at the sum with the residual stream where there is one; so errors do not pile up.
@@ -123,30 +127,37 @@ def recover(
             "means": only the constants (An et al., FLAP, 2024);
             "variance": constant and scale of every output, so that mean and variance are the original's (Jordan et al., REPAIR,
             2023);
-            "batch_norm": mean and variance of every batch norm's input anew, each with those before it set.
+            "batch_norm": mean and variance of every batch norm's input anew, each with those before it set;
+            "distill": gradient steps on all weights at once, towards the original's outputs and residual stream. Batches of
+            about 32 samples are best: each is a step.
         held_out: share of the samples that is not learned from, in whole batches. It judges: each layer's new weights, each
             ridge, and each whole step; what does not lower the distance to the original is not taken.
         ridges: candidates of each layer, relative to the mean square of its inputs. None: three weak ones; then stronger ones for
             all layers at once, in passes of their own, as long as the outputs gain.
         widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for all taps; other
             layers with more, and those with more channels, are left as cut.
-        seed: of the sampled rows.
+        epochs: of "distill": passes over the batches, of which the best counts. None: 10, or as many as make 600 steps.
+        rate: of "distill": the share of its root mean square by which a step changes a tensor, at first.
+        seed: of the sampled rows, and of the order of the batches.
 
     Returns:
         A `Recovery`, with the new model in `.model`.
 
     Raises:
         InputError: no batches, too many, or some that do not run, take another path or give NaN (the first layer is named);
-            batches and example inputs at once; the small model is not what the plan makes of the model.
+            batches and example inputs at once; the small model is not what the plan makes of the model; "distill" finds no
+            gradients.
         PlanError: the plan does not fit the model.
     """
-    for name in steps:
-        if name not in STEPS:
-            raise InputError(f"unknown step {name!r}", fix=f"use some of {', '.join(STEPS)}")
+    check_steps(steps)
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
     if ridges is not None and min(ridges, default=0) <= 0:
         raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+        raise InputError(f"epochs must be a positive whole number, got {epochs!r}")
+    if not 0 < rate < 1:
+        raise InputError(f"rate must be a share in (0, 1), got {rate!r}")
     if batches is not None and example_inputs is not None:
         raise InputError("got batches and example_inputs", fix="leave example_inputs out: the first batch is what is recorded")
     _check_made_by(plan, small, model)
@@ -161,15 +172,20 @@ def recover(
     now = first = recording.distance()
     done = []
     with _progress() as track:
-        draw = Draw(recording, narrow, track, seed) if set(steps) - {"batch_norm"} else None
+        draw = Draw(recording, narrow, track, seed) if set(steps) - {"batch_norm", "distill"} else None
         for name in steps:
             before, ridge = _state(recovered), None
-            if draw is None or name == "batch_norm":
+            if name == "batch_norm":
                 found = reestimate(recording, track)
-            elif name == "refit" and ridges is None:
-                found, ridge = _refitted(partial(Fitting, recording, narrow, draw, name, widest), recovered, track)
+            elif name == "distill":
+                found = Distilling(recording, narrow, epochs=epochs, rate=rate, seed=seed).run(track)
             else:
-                found = Fitting(recording, narrow, draw, name, widest, ridges or RIDGES).run(track)
+                assert draw is not None
+                fitting = partial(Fitting, recording, narrow, draw, name, widest)
+                if name == "refit" and ridges is None:
+                    found, ridge = _refitted(fitting, recovered, track)
+                else:
+                    found = fitting(ridges or RIDGES).run(track)
             step = Step(name, now, found.distance, tuple(found.fits), found.peak, ridge)
             done.append(step)
             if step.taken:
@@ -186,6 +202,20 @@ def recover(
     counts = [samples_of(batch) for batch in parts]
     judged = sum(itertools.compress(counts, held))
     return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """Refuse what is no list of steps.
+
+    Raises:
+        InputError: so it is.
+    """
+    known = ", ".join(STEPS)
+    if isinstance(steps, str):
+        raise InputError(f"steps must be a list of names, got {steps!r}", fix=f"use some of {known}")
+    for name in steps:
+        if name not in STEPS:
+            raise InputError(f"unknown step {name!r}", fix=f"use some of {known}")
 
 
 def _refitted(fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Track) -> tuple[Pass, float | None]:
@@ -300,4 +330,4 @@ def _progress() -> Iterator[Track]:
         yield show
 
 
-__all__ = ["STEPS", "Fit", "Recovery", "Step", "batches_of", "recover"]
+__all__ = ["DEFAULT", "STEPS", "Fit", "Recovery", "Step", "batches_of", "check_steps", "recover"]

@@ -82,8 +82,6 @@ def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
         run.pin(node)
     for node in run.nodes[:-1]:
         run.through(node)
-        if node.op == "placeholder" and run.values[node].is_inference():
-            run.values[node] = run.values[node].clone()
         if node in wanted and not run.values[node].requires_grad:
             run.values[node] = run.values[node].detach().requires_grad_()
     values = [run.values[node] for node in nodes]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
         values: what is alive, by node.
+        weights: tensors that stand for those of the graph, by name: steps that may lead anywhere, so nothing is refused.
     """
 
     def __init__(self, graph: Graph, label: str, taken: Mapping[fx.Node, fx.Node] | None = None) -> None:
@@ -46,6 +47,7 @@ class Run:
         self.nodes = list(graph.fx.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.values: dict[fx.Node, Any] = {}
+        self.weights: Mapping[str, Tensor] = {}
         self.readers = Counter(used for node in self.nodes for used in node.all_input_nodes)
         self.at = 0
         unique = {id(tensor): tensor for _, tensor in tensor_leaves((graph.args, graph.kwargs))}
@@ -79,8 +81,11 @@ class Run:
         return [self.value(node) for _, node in self.graph.outputs]
 
     def value(self, node: fx.Node) -> Tensor:
-        found: Tensor = self.graph.tensors[str(node.target)].detach() if node.op == "get_attr" else self.values[node]
-        return found
+        if node.op != "get_attr":
+            found: Tensor = self.values[node]
+            return found
+        name = str(node.target)
+        return self.weights[name] if name in self.weights else self.graph.tensors[name].detach()
 
     def evaluate(self, item: Any) -> Any:
         """The value of an operand, from what is alive and the tensors as they are now; numbers stand for themselves."""
@@ -93,12 +98,13 @@ class Run:
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.values[node] = next(self._inputs)
+            given = next(self._inputs)
+            self.values[node] = given.clone() if given.is_inference() and torch.is_grad_enabled() else given
         elif node.op == "call_function":
             args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
             found = replay(self.taken[node], args, kwargs) if node in self.taken else None
             self.values[node] = node.target(*args, **kwargs) if found is None else found  # type: ignore[operator]  # an op
-            if node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
+            if not self.weights and node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
                 self._check(node)
             for used in node.all_input_nodes:
                 self.release(used)
@@ -149,14 +155,15 @@ class Recording:
 
     def pairs(self) -> list[Pair]:
         """Fresh runs of every batch."""
-        return [self._pair(number) for number in range(len(self._batches))]
+        return [self.pair(number) for number in range(len(self._batches))]
 
     @torch.no_grad()
     def distance(self) -> float:
         """How far the small model is from the original now, on the held batches."""
         return distance([pair for pair in self.pairs() if pair.held])
 
-    def _pair(self, number: int) -> Pair:
+    def pair(self, number: int) -> Pair:
+        """Fresh runs of one batch."""
         big, small = self._graphs(number)
         args, kwargs = self._batches[number]
         fed = [dataclasses.replace(graph, args=args, kwargs=kwargs) for graph in (big, small)]
@@ -214,13 +221,19 @@ def twin(node: fx.Node, first: Run, other: Run) -> fx.Node:
     return found
 
 
+def outputs(pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the original gives and what the small model gives, of each float output; masked logits may well be -inf: left out."""
+    for want, got in zip(pair.big.finish(), pair.small.finish(), strict=True):
+        if want.is_floating_point() and want.shape == got.shape:
+            known = torch.isfinite(want)
+            yield want[known], got[known]
+
+
 def distance(pairs: Iterable[Pair]) -> float:
     """Relative distance of the small model's float outputs from the original's, root mean square over all of them."""
     off = size = 0.0
     for pair in pairs:
-        for want, got in zip(pair.big.finish(), pair.small.finish(), strict=True):
-            if want.is_floating_point() and want.shape == got.shape:
-                known = torch.isfinite(want)  # masked logits may well be -inf
-                off += float((want.double() - got.double())[known].square().sum())
-                size += float(want.double()[known].square().sum())
+        for want, got in outputs(pair):
+            off += float((want.double() - got.double()).square().sum())
+            size += float(want.double().square().sum())
     return math.sqrt(off / max(size, 1e-300))

@@ -83,6 +83,11 @@ class Site:
     def convolution(self) -> bool:
         return op_name(self.node) in _CONVOLUTIONS
 
+    @property
+    def ungrouped(self) -> bool:
+        """Whether all inputs meet all outputs: no grouped convolution, no batch of products."""
+        return op_name(self.node) not in ("bmm", "baddbmm") and not (self.convolution and self.node.args[8] != 1)
+
 
 def find_sites(small: Graph, big: Graph) -> tuple[list[Site], dict[str, str]]:
     """The sites in the order of the run, and the parameters of products that are none, each with the reason."""
