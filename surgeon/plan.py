@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -53,6 +54,7 @@ class Plan:
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    @torch.inference_mode(mode=False)  # whatever the caller is in: the small model can be trained
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
         """A new, smaller module of the same class; `model` is not touched.
 

@@ -385,3 +385,16 @@ def test_a_small_model_that_gives_nan_is_rejected() -> None:
     small = shrink_module(model, plan.kept)
     with pytest.raises(ProofError, match="relative error inf"):
         surgeon.verify(model, small, plan, x)
+
+
+def test_in_inference_mode_as_elsewhere() -> None:
+    """Plan, cut and proof are the same, and the small model can be trained."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    outside = surgeon.shrink(model, 0.5, example_inputs=x)
+    with torch.inference_mode():
+        inside = surgeon.shrink(model, 0.5, example_inputs=x.clone())
+    for (name, a), b in zip(inside.named_parameters(), outside.parameters(), strict=True):
+        assert torch.equal(a, b) and not a.is_inference(), name
+    inside(x).sum().backward()

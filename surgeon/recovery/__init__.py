@@ -93,6 +93,7 @@ class Recovery:
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
 
+@torch.inference_mode(mode=False)  # whatever the caller is in
 def recover(
     small: nn.Module,
     plan: Plan,

@@ -40,7 +40,6 @@ class Distilling:
         rate: share of its root mean square by which a step changes a tensor, at first; it falls to zero along a cosine.
     """
 
-    @torch.inference_mode(mode=False)
     def __init__(self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float, seed: int) -> None:
         self.recording, self.narrow, self.seed = recording, narrow, seed
         self.learned = [number for number, held in enumerate(recording.held) if not held]
@@ -71,7 +70,6 @@ class Distilling:
                 self.recording.small.tensors[name].copy_(value)
         return Pass([], best, peak)
 
-    @torch.inference_mode(mode=False)
     @torch.enable_grad()
     def _descended(self, track: Track) -> tuple[float, dict[str, Tensor], int]:
         """The least distance on held-out batches, the weights then, and the most bytes that a step held."""

@@ -68,7 +68,6 @@ def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[
     return [torch.randperm(count, generator=generator)[: math.ceil(count * share)] for count in places]
 
 
-@torch.inference_mode(mode=False)
 @torch.enable_grad()
 def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
     """How much a run's outputs change with each node's value: its squared gradients (see `output_probe`), summed over probes.
