@@ -4,7 +4,7 @@
     python benchmarks/recover.py [--data DIR] [--models resnet20 vit] [--reductions 2.1] [--seeds 0] [--epochs 0 1]
 
 ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are trained here for some
-minutes. Without training, both tools see the same samples (torch-pruning also their labels), and surgeon's targets are the
+minutes. Before fine-tuning, both tools see the same samples (torch-pruning also their labels), and surgeon's targets are the
 base's own outputs; fine-tuning is the same for both. Test data is looked at when a cell is done. Cells are kept in
 benchmarks/results/recover.json, so that a run that was stopped goes on (in the middle of an epoch, too), and the table is
 written from them: "-" is a cell that was not run. --fresh measures anew.

@@ -46,7 +46,7 @@ class Tables:
         return (self.values(model, 1.0, "base", 0, what=what) or [None])[0]
 
     def rows(self, models: Mapping[str, Any]) -> Iterator[list[str]]:
-        """Without training."""
+        """Before fine-tuning."""
         for model in models:
             for reduction in REDUCTIONS[model]:
                 which = [(tool, place) for tool in ("torch-pruning", "surgeon") for place in range(len(METHODS[tool]))]
@@ -97,9 +97,9 @@ def write(cells: Cells, recipes: Mapping[str, str], training: str) -> None:
     tables = Tables(cells, recipes)
     rest = {name: task for name, task in TASKS.items() if name not in MODELS}
     parts = [
-        ("Without training: convolutions and batch norm", HEADER, list(tables.rows(MODELS))),
+        ("Before fine-tuning: convolutions and batch norm", HEADER, list(tables.rows(MODELS))),
         ("Fine-tuned", TRAINED, list(tables.trained_rows())),
-        ("Without training: LayerNorm and attention", HEADER, list(tables.rows(rest))),
+        ("Before fine-tuning: LayerNorm and attention", HEADER, list(tables.rows(rest))),
     ]
     text = "\n\n".join(f"## {title}\n\n{markdown(header, rows)}" for title, header, rows in parts if rows)
     write_result(
@@ -119,7 +119,11 @@ NOTES = [
         f"{TEXTS} texts of {TOKENS} tokens to calibrate by; how often a docstring's summary is nearest to its own second "
         f"paragraph among those of {AMONG} docstrings; half of the modules are to test."
     ),
-    "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels.",
+    (
+        "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels. distilled: then "
+        "gradient steps on the same samples, about 25 to a step, 10 epochs, towards the base's outputs and residual stream, "
+        "without labels: recover(steps=['distill'])."
+    ),
     (
         "torch-pruning: L1, L2, BN scale and Taylor (with the labels of the calibration samples), uniform and global, with the "
         "residual stream and without, the ratio of each searched until its MACs are at most the target; the best on "
@@ -132,7 +136,7 @@ NOTES = [
     ),
     (
         "Fine-tuned on blocks for one epoch, or at 2.1x for three: surgeon's models start from recoveries in which all rows of a "
-        "layer weighed alike, made before those in the tables without training; the others start from these."
+        "layer weighed alike, made before those in the tables above and below; the others start from these."
     ),
     "MACs: of products and convolutions, counted by torch's FlopCounterMode for both tools.",
 ]

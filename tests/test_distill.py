@@ -254,6 +254,17 @@ def test_a_single_batch_and_several_shapes() -> None:
     assert recover(small, plan, model, mixed, steps=ONLY, epochs=3).steps[0].taken
 
 
+def test_half_precision() -> None:
+    """Steps are taken in float32, in which small ones add up; the model keeps its type."""
+    torch.manual_seed(0)
+    model = trained_like(Blocks()).bfloat16()
+    data = [x.bfloat16() for x in batches((3, 6, 6), 6)]
+    plan, small = cut(model, data)
+    assert {leaf.dtype for leaf in distilling(model, small, plan, data).leaves.values()} == {torch.float32}
+    found = recover(small, plan, model, data, steps=ONLY, epochs=10, rate=5e-4)
+    assert found.steps[0].taken and found.model.stem.weight.dtype is torch.bfloat16
+
+
 def test_few_batches_are_read_more_often() -> None:
     model, plan, small, data = tiny()
     for given, epochs in ((data, 300), (batches((6,), 72, 2), 10)):

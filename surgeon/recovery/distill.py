@@ -28,6 +28,7 @@ _EPOCHS, _STEPS = 10, 600  # at least
 _STREAM = 90.0  # weight of the residual stream
 _WARMUP = 0.05  # of the steps
 _LEAST = 1e-3  # root mean square that a tensor is taken to have at least
+_TINY = 1e-30
 _MUON = 0.2  # root mean square of a step of rate 1
 
 
@@ -51,7 +52,7 @@ class Distilling:
         read = (name for name in sorted(read_tensors(small) & small.owned))
         learns = {n: t for n in read if isinstance(t := small.tensors[n], nn.Parameter) and t.is_floating_point()}
         products = {site.weight.name for site in sites if site.ungrouped}
-        self.leaves = {n: t.detach().clone() for n, t in learns.items()}
+        self.leaves = {n: _wide(t.detach()).clone() for n, t in learns.items()}
         for name in products:
             self.leaves[name] = self.leaves[name].flatten(1)
         for leaf in self.leaves.values():
@@ -118,9 +119,9 @@ class Distilling:
             pair.small.pin(node)
         off, size = [], []
         for want, got in outputs(pair):
-            off.append((got - want).square().sum())
-            size.append(want.square().sum())
-        loss = torch.stack(off).sum() / torch.stack(size).sum().clamp(min=_tiny(size[0]))
+            off.append((_wide(got) - _wide(want)).square().sum())
+            size.append(_wide(want).square().sum())
+        loss = torch.stack(off).sum() / torch.stack(size).sum().clamp(min=_TINY)
         parts = [_relative(want, pair.small.value(node)) for want, node in zip(wanted, ours, strict=True)]
         known = [part for part in parts if part is not None]
         return loss + _STREAM * torch.stack(known).mean() if known else loss
@@ -133,7 +134,8 @@ class Distilling:
         return distance(pairs)
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: leaf.view(self.recording.small.tensors[name].shape) for name, leaf in self.leaves.items()}
+        tensors = self.recording.small.tensors
+        return {name: leaf.view(tensors[name].shape).to(tensors[name].dtype) for name, leaf in self.leaves.items()}
 
     def _copied(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._weights().items()}
@@ -159,11 +161,12 @@ def _relative(wanted: Tensor, given: Tensor) -> Tensor | None:
     """Squared distance, relative; None of a run that takes decisions and gives other rows."""
     if wanted.shape != given.shape:
         return None
-    return (given - wanted).square().sum() / wanted.square().sum().clamp(min=_tiny(wanted))
+    return (_wide(given) - _wide(wanted)).square().sum() / _wide(wanted).square().sum().clamp(min=_TINY)
 
 
-def _tiny(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).tiny
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: neither small steps nor sums of squares fit in less."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _optimizers(leaves: dict[str, Tensor], products: set[str], rate: float) -> list[Optimizer]:
