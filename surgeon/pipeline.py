@@ -86,8 +86,7 @@ def shrink(
         example_inputs, outputs: see `inspect`.
         calibration: batches of inputs, no labels needed: some hundred to some thousand samples, with which accuracy is won back
             after the proof (see `surgeon.recover`). Criteria that look at data see them too, if `data` is left out.
-        recovery: its steps; ("refit", "batch_norm") by default. With "distill" behind them it wins most, and takes several times
-            as long.
+        recovery: its steps; ("refit", "batch_norm") by default. With "distill" behind them it wins most, and takes longer.
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
         options: what else `Surgery.plan` takes: budgets (macs=0.5, params="3M"), criterion, scope, round_to, ignore, ...
 

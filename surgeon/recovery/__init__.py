@@ -1,4 +1,4 @@
-"""recover(small, plan, model, batches): win accuracy back without labels and without training, from a few hundred samples."""
+"""recover(small, plan, model, batches): win accuracy back without labels, from a few hundred samples."""
 
 from __future__ import annotations
 
