@@ -186,6 +186,11 @@ def named(leaves: list[tuple[str, Tensor]], names: Sequence[str] | None) -> list
     return found
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, along a last dim; other tensors as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def _leaves(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path or "output", value

@@ -20,7 +20,7 @@ from surgeon.errors import CaptureError, InputError
 from surgeon.graph import Graph, read_tensors
 from surgeon.modes import decides_by_mode
 from surgeon.plan import Plan
-from surgeon.recovery import DEFAULT, batches_of, check_steps, recover
+from surgeon.recovery import batches_of, check_steps, recover
 from surgeon.request import PlanOptions, Ratio, Request
 from surgeon.surgery import Surgery
 from surgeon.verify import Proof, verify
@@ -109,8 +109,7 @@ def shrink(
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery)
-    steps = DEFAULT if recovery is None else recovery
-    return small if batches is None else recover(small, plan, model, batches, steps=steps).model
+    return small if batches is None else recover(small, plan, model, batches, steps=recovery).model
 
 
 def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:

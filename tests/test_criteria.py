@@ -211,6 +211,7 @@ def test_without_a_loss_the_outputs_energy_counts() -> None:
         for group, score in scored(name, surgery, data).items():
             check(score, torch.from_numpy(want[group]))
     assert output_energy({"x": torch.full((2, 3), 2.0), "index": torch.zeros(2, dtype=torch.long)}).item() == 12
+    assert output_energy(torch.tensor([3 + 4j]).conj()).item() == 25
     with pytest.raises(InputError, match="no float output"):
         output_energy(torch.zeros(2, dtype=torch.long))
 

@@ -645,6 +645,80 @@ def test_nan_names_the_first_layer() -> None:
         recover(plan.apply(model), plan, model, data)
 
 
+def test_options_that_nothing_reads_are_refused() -> None:
+    model, plan, small, data = tiny()
+    for options, message in (
+        ({"epochs": 3}, r"epochs is an option of the step 'distill'[\s\S]*'refit', 'batch_norm', 'distill'"),
+        ({"rate": 0.1, "steps": ("means",)}, "rate is an option of the step 'distill'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recover(small, plan, model, data, **options)
+    for options in ({"steps": ("refit",)}, {"ridges": (1e-3,)}, {"epochs": 3}, {"rate": 0.1}):
+        with pytest.raises(InputError, match=f"{next(iter(options))} needs samples"):
+            recover(small, plan, model, example_inputs=data[0], **options)
+
+
+class Classes(nn.Module):
+    """Gives class numbers, and logits of which some are hidden."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.hidden = nn.Linear(6, 8), nn.Linear(8, 5), hidden
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.second(torch.tanh(self.first(x)))
+        return y.argmax(1), y.masked_fill(x[:, :1] > 0, -torch.inf) if self.hidden else y.argmin(1)
+
+
+@pytest.mark.parametrize("steps", [("batch_norm",), ("refit",), ("distill",)])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_outputs_that_cannot_be_compared_are_refused(hidden: bool, steps: tuple[str, ...]) -> None:
+    """Before a step is judged by a distance of nothing to nothing, which no step can lower."""
+    torch.manual_seed(0)
+    model = Classes(hidden).double().eval()
+    data = [-x.abs() for x in batches((6,), 3)]
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    data[-1] = data[-1].abs()  # judges
+    with pytest.raises(InputError, match=r"no output can be compared[\s\S]*held out[\s\S]*logits"):
+        recover(plan.apply(model), plan, model, data, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [("refit",), ("distill",)])
+def test_a_batch_of_which_no_output_can_be_compared_is_learned_from(steps: tuple[str, ...]) -> None:
+    """By its layers' values."""
+    torch.manual_seed(0)
+    model = Classes(True).double().eval()
+    data = [-x.abs() for x in batches((6,), 3)]
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    data[0] = data[0].abs()
+    assert recover(plan.apply(model), plan, model, data, steps=steps).steps[0].taken
+
+
+class Spectrum(nn.Module):
+    """Gives complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(self.second(torch.tanh(self.first(x)))).conj()
+
+
+@pytest.mark.parametrize("steps", [("refit",), ("distill",)])
+def test_complex_outputs_are_compared(steps: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = Spectrum().double().eval()
+    data = batches((6,), 3)
+    plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    found = recover(small, plan, model, data, steps=steps)
+    with torch.no_grad():
+        off = [float((m(data[2]) - model(data[2])).norm() / model(data[2]).norm()) for m in (small, found.model)]
+    assert found.before == pytest.approx(off[0], rel=1e-9) and found.after == pytest.approx(off[1], rel=1e-9)
+    assert off[1] < 0.9 * off[0]
+
+
 def test_a_single_batch_says_what_it_lacks() -> None:
     model, plan, small, data = tiny()
     found = recover(small, plan, model, data[:1])

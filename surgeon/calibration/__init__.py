@@ -25,7 +25,7 @@ from surgeon.calibration.evidence import Evidence, Gradients, Statistics
 from surgeon.calibration.runs import Runs
 from surgeon.calibration.watch import OneOp, See, Watch
 from surgeon.errors import InputError, SurgeonError
-from surgeon.graph import Graph, named, tensor_leaves
+from surgeon.graph import Graph, as_real, named, tensor_leaves
 from surgeon.groups import Group
 from surgeon.labels import Track
 from surgeon.propagate import Propagation
@@ -117,22 +117,23 @@ def gather(
 
 
 def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
-    """Squared norm of all float outputs, mean over the samples (Aljundi et al., Memory Aware Synapses, 2018): a stand-in for a
-    loss that needs no labels."""
+    """Squared norm of all outputs of real or complex numbers, mean over samples (Aljundi et al., Memory Aware Synapses, 2018):
+    a stand-in for a loss that needs no labels."""
     floats = _floats(output, names)
     return sum((t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(()))
 
 
 def output_probe(output: Any, names: Sequence[str] | None = None, *, generator: torch.Generator) -> Tensor:
-    """All float outputs times random signs: the squared gradient of this is, in the mean, how much the squared outputs change
-    (Hutchinson's estimate of the diagonal of J^T J), for which no labels are needed."""
+    """All outputs of real or complex numbers times random signs: the squared gradient of this is, in the mean, how much the
+    squared outputs change (Hutchinson's estimate of the diagonal of J^T J), for which no labels are needed."""
     floats = _floats(output, names)
     signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in floats]
     return sum(((t * sign).sum() for t, sign in zip(floats, signs, strict=True)), start=floats[0].new_zeros(()))
 
 
 def _floats(output: Any, names: Sequence[str] | None) -> list[Tensor]:
-    found = [t for _, t in named(list(tensor_leaves(output)), names) if t.is_floating_point()]
+    given = [as_real(tensor) for _, tensor in named(list(tensor_leaves(output)), names)]
+    found = [tensor for tensor in given if tensor.is_floating_point()]
     if not found:
         raise InputError("the model has no float output to take gradients of", fix="pass loss=... that makes one number of it")
     return found

@@ -101,12 +101,12 @@ def recover(
     batches: Iterable[Any] | None = None,
     *,
     example_inputs: Any = None,
-    steps: Sequence[str] = DEFAULT,
+    steps: Sequence[str] | None = None,
     held_out: float = 0.15,
     ridges: Sequence[float] | None = None,
     widest: int = WIDEST,
     epochs: int | None = None,
-    rate: float = 0.01,
+    rate: float | None = None,
     seed: int = 0,
 ) -> Recovery:
     """Set the small model's weights so that its layers give what the original's give; no labels.
@@ -121,7 +121,7 @@ def recover(
             batches of one shape are best: the last ones are held out. None: what left is folded into the channels that are most
             like it, by their filters alone (Kim et al., Neuron Merging, 2020); nothing judges then.
         example_inputs: without batches, for the run that is recorded; found from the model if left out, as in `inspect`.
-        steps: in this order, of
+        steps: ("refit", "batch_norm") if left out; in this order, of
             "refit": the affine map of least squares for every convolution and linear layer (normal equations in float64 over
             sampled rows that weigh as the outputs feel them; He et al., Channel Pruning, 2017; Luo et al., ThiNet, 2017), ridged
             towards the weights as cut;
@@ -138,7 +138,7 @@ def recover(
         widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for all taps; other
             layers with more, and those with more channels, are left as cut.
         epochs: of "distill": passes over the batches, of which the best counts. None: 10, or as many as make 600 steps.
-        rate: of "distill": the share of its root mean square by which a step changes a tensor, at first.
+        rate: of "distill": the share of its root mean square by which a step changes a tensor, at first. None: 0.01.
         seed: of the sampled rows, and of the order of the batches.
 
     Returns:
@@ -146,28 +146,25 @@ def recover(
 
     Raises:
         InputError: no batches, too many, or some that do not run, take another path or give NaN (the first layer is named);
-            batches and example inputs at once; the small model is not what the plan makes of the model; "distill" finds no
-            gradients.
+            batches and example inputs at once; steps without batches, options of a step that is not among them; the small model
+            is not what the plan makes of the model; the model gives no numbers to compare; "distill" finds no gradients.
         PlanError: the plan does not fit the model.
     """
-    check_steps(steps)
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
-    if ridges is not None and min(ridges, default=0) <= 0:
-        raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-        raise InputError(f"epochs must be a positive whole number, got {epochs!r}")
-    if not 0 < rate < 1:
-        raise InputError(f"rate must be a share in (0, 1), got {rate!r}")
+    options = {"steps": steps, "ridges": ridges, "epochs": epochs, "rate": rate}
+    given = [name for name, value in options.items() if value is not None]
+    if batches is None and given:
+        raise InputError(f"{given[0]} needs samples", why="without any, what left is folded", fix="pass batches of inputs")
+    steps = DEFAULT if steps is None else steps
+    _check_options(steps, held_out, ridges, epochs, rate)
     if batches is not None and example_inputs is not None:
         raise InputError("got batches and example_inputs", fix="leave example_inputs out: the first batch is what is recorded")
     _check_made_by(plan, small, model)
     recovered = copy.deepcopy(small)
     if batches is None:
         return _folded(recovered, plan, model, example_inputs)
-    given = [normal(batch, f"batch {number}") for number, batch in enumerate(batches_of(batches), 1)]
-    remarks = [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(given) == 1 else []
-    parts, held = split(given, held_out)
+    read = [normal(batch, f"batch {number}") for number, batch in enumerate(batches_of(batches), 1)]
+    remarks = [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(read) == 1 else []
+    parts, held = split(read, held_out)
     recording = Recording(model, recovered, parts, held)
     narrow = Narrow(recording.big, plan)
     now = first = recording.distance()
@@ -217,6 +214,24 @@ def check_steps(steps: Sequence[str]) -> None:
     for name in steps:
         if name not in STEPS:
             raise InputError(f"unknown step {name!r}", fix=f"use some of {known}")
+
+
+def _check_options(
+    steps: Sequence[str], held_out: float, ridges: Sequence[float] | None, epochs: int | None, rate: float | None
+) -> None:
+    """Refuse steps and options of which one is out of range, or none of the steps has a use for it."""
+    check_steps(steps)
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
+    if ridges is not None and min(ridges, default=0) <= 0:
+        raise InputError(f"ridges must be positive numbers, got {ridges}", why="without any, dead channels have no solution")
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+        raise InputError(f"epochs must be a positive whole number, got {epochs!r}")
+    if rate is not None and not 0 < rate < 1:
+        raise InputError(f"rate must be a share in (0, 1), got {rate!r}")
+    for name, value in (("epochs", epochs), ("rate", rate)):
+        if value is not None and "distill" not in steps:
+            raise InputError(f"{name} is an option of the step 'distill'", fix=f"pass steps={[*steps, 'distill']}")
 
 
 def _refitted(fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Track) -> tuple[Pass, float | None]:

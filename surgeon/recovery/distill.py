@@ -19,12 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from surgeon.errors import InputError
 from surgeon.graph import read_tensors
-from surgeon.recovery.lockstep import Pair, Recording, Track, distance, outputs, twin
+from surgeon.recovery.lockstep import Pair, Recording, Track, distance, nothing_to_compare, outputs, twin
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.passes import Pass
 from surgeon.recovery.sites import find_sites
 
 _EPOCHS, _STEPS = 10, 600  # at least
+_RATE = 0.01
 _STREAM = 90.0  # weight of the residual stream
 _WARMUP = 0.05  # of the steps
 _LEAST = 1e-3  # root mean square that a tensor is taken to have at least
@@ -38,10 +39,11 @@ class Distilling:
     Args:
         epochs: passes over the batches, a step for each batch; None: 10, or as many as make 600 steps. The weights after the best
             of them, by the held-out batches, stay.
-        rate: share of its root mean square by which a step changes a tensor, at first; it falls to zero along a cosine.
+        rate: share of its root mean square by which a step changes a tensor, at first; None: 0.01. It falls to zero along a
+            cosine.
     """
 
-    def __init__(self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float, seed: int) -> None:
+    def __init__(self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float | None, seed: int) -> None:
         self.recording, self.narrow, self.seed = recording, narrow, seed
         self.learned = [number for number, held in enumerate(recording.held) if not held]
         self.epochs = max(_EPOCHS, math.ceil(_STEPS / len(self.learned))) if epochs is None else epochs
@@ -57,13 +59,13 @@ class Distilling:
             self.leaves[name] = self.leaves[name].flatten(1)
         for leaf in self.leaves.values():
             leaf.requires_grad_()
-        self.optimizers = _optimizers(self.leaves, products, rate)
+        self.optimizers = _optimizers(self.leaves, products, _RATE if rate is None else rate)
 
     def run(self, track: Track) -> Pass:
         """Take the steps, and give the small model the best weights.
 
         Raises:
-            InputError: no gradient can be computed.
+            InputError: no gradient can be computed, or a batch has nothing to compare.
         """
         best, weights, peak = self._descended(track)
         with torch.no_grad():
@@ -104,7 +106,11 @@ class Distilling:
         return best, kept, peak
 
     def loss(self, pair: Pair) -> Tensor:
-        """Of one batch, with the weights as they are by now."""
+        """Of one batch, with the weights as they are by now; what has other rows in a run that takes decisions is left out.
+
+        Raises:
+            InputError: everything is.
+        """
         pair.small.weights = self._weights()
         theirs, ours = [], []
         for site in self.stream:
@@ -117,14 +123,15 @@ class Distilling:
             wanted = [self.narrow(site.target, pair.big.value(node)) for site, node in zip(self.stream, theirs, strict=True)]
         for node in ours:
             pair.small.pin(node)
-        off, size = [], []
-        for want, got in outputs(pair):
-            off.append((_wide(got) - _wide(want)).square().sum())
-            size.append(_wide(want).square().sum())
-        loss = torch.stack(off).sum() / torch.stack(size).sum().clamp(min=_TINY)
-        parts = [_relative(want, pair.small.value(node)) for want, node in zip(wanted, ours, strict=True)]
-        known = [part for part in parts if part is not None]
-        return loss + _STREAM * torch.stack(known).mean() if known else loss
+        given = [(_wide(want), _wide(got)) for want, got in outputs(pair)]
+        terms = [_relative(*(torch.cat(side) for side in zip(*given, strict=True)))] if given else []
+        streams = [(want, pair.small.value(node)) for want, node in zip(wanted, ours, strict=True)]
+        inner = [_relative(want, got) for want, got in streams if want.shape == got.shape]
+        if inner:
+            terms.append(_STREAM * torch.stack(inner).mean())
+        if not terms:
+            raise nothing_to_compare(pair.small.label)
+        return torch.stack(terms).sum()
 
     @torch.no_grad()
     def _distance(self) -> float:
@@ -157,10 +164,8 @@ class _Held:
         return sum(self._sizes.values())
 
 
-def _relative(wanted: Tensor, given: Tensor) -> Tensor | None:
-    """Squared distance, relative; None of a run that takes decisions and gives other rows."""
-    if wanted.shape != given.shape:
-        return None
+def _relative(wanted: Tensor, given: Tensor) -> Tensor:
+    """Squared distance, relative."""
     return (_wide(given) - _wide(wanted)).square().sum() / _wide(wanted).square().sum().clamp(min=_TINY)
 
 

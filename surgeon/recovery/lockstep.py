@@ -22,7 +22,7 @@ from surgeon._decisions import replay
 from surgeon._views import getitem
 from surgeon.batches import Batch, record
 from surgeon.errors import InputError
-from surgeon.graph import Graph, tensor_leaves, where
+from surgeon.graph import Graph, as_real, tensor_leaves, where
 from surgeon.rules.registry import Family, family, op_name
 
 _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2"))  # shapes and paths that values decide
@@ -222,18 +222,36 @@ def twin(node: fx.Node, first: Run, other: Run) -> fx.Node:
 
 
 def outputs(pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the original gives and what the small model gives, of each float output; masked logits may well be -inf: left out."""
-    for want, got in zip(pair.big.finish(), pair.small.finish(), strict=True):
+    """What the original gives and what the small model gives, of each output of real or complex numbers; masked logits may well
+    be -inf: left out."""
+    for want, got in zip(map(as_real, pair.big.finish()), map(as_real, pair.small.finish()), strict=True):
         if want.is_floating_point() and want.shape == got.shape:
             known = torch.isfinite(want)
             yield want[known], got[known]
 
 
 def distance(pairs: Iterable[Pair]) -> float:
-    """Relative distance of the small model's float outputs from the original's, root mean square over all of them."""
-    off = size = 0.0
+    """Relative distance of the small model's outputs from the original's, root mean square over all of them.
+
+    Raises:
+        InputError: there are none.
+    """
+    off, size, count = 0.0, 0.0, 0
     for pair in pairs:
         for want, got in outputs(pair):
+            count += want.numel()
             off += float((want.double() - got.double()).square().sum())
             size += float(want.double().square().sum())
+    if not count:
+        raise nothing_to_compare("the batches that are held out")
     return math.sqrt(off / max(size, 1e-300))
+
+
+def nothing_to_compare(what: str) -> InputError:
+    """The error for batches of which no output can be compared."""
+    return InputError(
+        "no output can be compared with the original's",
+        where=what,
+        why="whole numbers, such as those of classes, have no distance that could fall, and infinite values are left out",
+        fix="recover a model that gives logits, without the argmax at its end",
+    )
