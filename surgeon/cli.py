@@ -26,12 +26,13 @@ from torch import nn
 
 from surgeon import criteria
 from surgeon.bench import Table, bench
-from surgeon.cli_files import register, reported
+from surgeon.cli_files import batches_in, register, reported
 from surgeon.errors import ExportError, InputError
 from surgeon.export import export
 from surgeon.models import build, load_weights
 from surgeon.pipeline import check_options, inspect, prove
 from surgeon.plan import Plan
+from surgeon.recovery import DEFAULT, recover
 from surgeon.report import count, table
 from surgeon.request import SCOPES
 from surgeon.store import plain_state
@@ -109,13 +110,21 @@ def shrink(
     input_shape: _Input = None,
     input_dtype: _InputDtype = "float32",
     weights: _Weights = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real inputs, with which accuracy is won back: a .npy array [N, ...], or a .npz with one for each input"
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the data in one run")] = 32,
+    distill: Annotated[bool, typer.Option("--distill", help="Also train on the data, towards what the model gives now")] = False,
     out: Annotated[Path, typer.Option(help="Folder for small.safetensors, plan.json and model.onnx")] = Path("surgeon-out"),
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx")] = True,
     measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure the latency before and after")] = True,
     fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms in model.onnx")] = True,
     seed: _Seed = 0,
 ) -> None:
-    """Cut a model, prove the cut, and write the small one."""
+    """Cut a model, prove the cut, win accuracy back if there are data, and write the small one."""
     with reported():
         ratio = 0.5 if ratio is None and not any((macs, params, size, memory)) else ratio
         options: dict[str, Any] = {
@@ -124,18 +133,30 @@ def shrink(
             "ignore": ignore or (), "seed": seed,
         }  # fmt: skip
         check_options(ratio, options)  # refuses bad arguments before anything runs
+        looks = criteria.looks_at_data(criterion)
+        if data is None and (distill or looks):
+            what = "--distill" if distill else f"--criterion {criterion}"
+            raise InputError(f"{what} needs samples", fix="pass --data FILE, some hundred inputs without labels")
+        batches = None if data is None else batches_in(data, batch)
         net, inputs = _load(model, weights, input_shape, input_dtype, seed)
+        if batches is not None:
+            inputs = _first_row(batches[0]) if inputs is None else inputs
+            options["data"] = batches if looks else None
         with _draft_folder(out) as draft:
             with _stage("record"):
                 surgery = inspect(net, inputs, outputs=outputs)
             for remark in surgery.remarks:
                 _say(f"note: {remark}")
-            with _stage("choose"):
+            with _stage("choose", quiet=batches is not None):
                 plan = surgery.plan(ratio, **options)
             with _stage("cut"):
                 small = plan.apply(net)
             with _stage("prove"):
                 proof = prove(net, small, plan, surgery)
+            found = None
+            if batches is not None:
+                found = recover(small, plan, net, batches, steps=(*DEFAULT, "distill") if distill else DEFAULT, seed=seed)
+                small = found.model
             with _stage("export"):
                 files = _write(net, small, plan, surgery, draft, onnx=onnx, fused=fused, original=onnx and measure)
             timed = None
@@ -146,15 +167,17 @@ def shrink(
                 (draft / name).unlink(missing_ok=True)
         _print_result(net, small, plan, timed)
         typer.echo(str(proof))
+        if found is not None:
+            typer.echo(str(found))
         typer.echo(f"written: {', '.join(['small.safetensors', 'plan.json'] + ['model.onnx'] * onnx)} in {out}")
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 
-def _stage(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner, on terminals only."""
-    return Console(stderr=True).status(name)
+def _stage(name: str, *, quiet: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """A spinner, on terminals only; quiet where a bar of its own shows how it goes on."""
+    return contextlib.nullcontext() if quiet else Console(stderr=True).status(name)
 
 
 def _say(text: str) -> None:
@@ -266,6 +289,10 @@ def _load(model: str, weights: Path | None, shape: str | None, dtype: _Dtype, se
         return net, torch.randn(sizes)
     words = next((m.num_embeddings for m in net.modules() if isinstance(m, nn.Embedding)), 2)
     return net, (torch.arange(math.prod(sizes)) % words).reshape(sizes)
+
+
+def _first_row(batch: Any) -> Any:
+    return {name: rows[:1] for name, rows in batch.items()} if isinstance(batch, dict) else batch[:1]
 
 
 def _sizes(shape: str | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""The commands that work on ONNX files: `surgeon quantize IN OUT` and `surgeon doctor FILE`."""
+"""The commands that work on ONNX files (`surgeon quantize IN OUT`, `surgeon doctor FILE`), and files of real inputs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def quantize_command(
 ) -> None:
     """Write an int8 or fp16 copy of an ONNX file and print what it costs."""
     with reported():
-        batches = _batches(data, batch)
+        batches = batches_in(data, batch)
         made = quantize(file, out, batches, method=method, ranges=ranges, per_channel=per_channel, ignore=ignore or ())
         typer.echo(str(made))
 
@@ -64,11 +64,11 @@ def doctor_command(
 ) -> None:
     """Say where the time of an ONNX file goes, why it is not faster, and what to change."""
     with reported():
-        inputs = None if data is None else _batches(data, batch)[0]
+        inputs = None if data is None else batches_in(data, batch)[0]
         typer.echo(str(doctor(file, before, inputs, threads=threads, runs=runs)))
 
 
-def _batches(path: Path, size: int) -> list[Any]:
+def batches_in(path: Path, size: int) -> list[Any]:
     """Inputs of `size` rows each: tensors of a .npy file, dicts of a .npz file.
 
     Raises:

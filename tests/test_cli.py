@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import surgeon
 from surgeon import Plan, cli, models
 from surgeon.errors import InputError, MissingExtraError, ProofError
 
@@ -135,6 +136,46 @@ def test_the_seed_decides(source: Path, tmp_path: Path) -> None:
         assert run("shrink", f"{source}:Net", *QUICK, "--seed", seed, "--out", tmp_path / name).exit_code == 0
     first, same, other = ((tmp_path / name / "small.safetensors").read_bytes() for name in "abc")
     assert first == same != other
+
+
+@pytest.mark.parametrize("flags", [(), ("--distill",)])
+def test_data_win_accuracy_back(source: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """As the API does: criterion and recovery see the same batches, the first of which is also the example."""
+    model = made(source)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    inputs = np.random.default_rng(0).standard_normal((70, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=inputs) if flags else np.save(tmp_path / "data.npy", inputs)
+    data = next(tmp_path.glob("data.*"))
+    done = run(
+        "shrink", f"{source}:Net", "--no-onnx", "--no-bench", "--weights", tmp_path / "w.safetensors", "--criterion", "kfac",
+        "--macs", "0.5", "--round-to", "1", "--data", data, "--batch", "20", *flags, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    batches = list(torch.from_numpy(inputs).split(20))
+    assert plan.kept == surgeon.inspect(model, batches[0][:1]).plan(macs=0.5, criterion="kfac", data=batches, round_to=1).kept
+    steps = ("refit", "batch_norm", "distill")[: 2 + len(flags)]
+    wanted = surgeon.recover(plan.apply(model), plan, model, batches, steps=steps)
+    state = load_file(tmp_path / "out" / "small.safetensors")
+    for name, value in wanted.model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert not torch.equal(state["head.weight"], plan.apply(model).head.weight)
+    assert str(wanted) in done.stdout and ("distill: " in done.stdout) == bool(flags)
+
+
+def test_data_that_do_not_fit(source: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", np.zeros((8, 5, 8, 8), np.float32))
+    np.savez(tmp_path / "pairs.npz", x=np.zeros((8, 3, 8, 8), np.float32), labels=np.zeros(8))
+    for arguments, words in (
+        (("--data", tmp_path / "no.npy"), "cannot read the data"),
+        (("--data", tmp_path / "wide.npy"), "expected input[1, 5, 8, 8] to have 3 channels"),
+        (("--data", tmp_path / "pairs.npz"), "unexpected keyword argument 'labels'"),
+        (("--distill",), "--distill needs samples"),
+        (("--criterion", "kfac"), "--criterion kfac needs samples"),
+    ):
+        done = run("shrink", f"{source}:Net", "--no-onnx", "--no-bench", *arguments, "--out", tmp_path / "new" / "out")
+        assert done.exit_code == 1 and words in done.stderr and "Traceback" not in done.output, done.output
+        assert not (tmp_path / "new").exists()
 
 
 def test_inspect_and_version(source: Path) -> None:
