@@ -32,7 +32,7 @@ from recover_rival import Choice, Rival, macs_of, reestimated
 from recover_table import write
 from recover_tasks import TASKS, Task
 from results import CACHE
-from torch import nn
+from torch import Tensor, nn
 
 import surgeon
 
@@ -102,11 +102,15 @@ def by_surgeon(task: Task, reduction: float, seed: int, **options: Any) -> Made:
     }
 
 
+def small_batches(task: Task, seed: int) -> list[Tensor]:
+    """The samples, without labels, about 25 to a batch."""
+    return [part for x, _ in task.calibration(seed) for part in x.split(math.ceil(len(x) / (len(x) // 25 or 1)))]
+
+
 def distilled(task: Task, start: Start, seed: int) -> Start:
-    """What was recovered, distilled on the same samples, about 25 to a step; without labels."""
-    batches = [part for x, _ in task.calibration(seed) for part in x.split(math.ceil(len(x) / (len(x) // 25 or 1)))]
+    """What was recovered, distilled on the same samples; without labels."""
     assert start.plan is not None
-    done = surgeon.recover(start.model, start.plan, task.base, batches, steps=("distill",), seed=seed)
+    done = surgeon.recover(start.model, start.plan, task.base, small_batches(task, seed), steps=("distill",), seed=seed)
     print(done, flush=True)
     return Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=start.plan)
 
