@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -166,6 +167,53 @@ def test_a_transformer_in_inference_mode() -> None:
         found = recover(small, plan, model, data, steps=ONLY, epochs=15)
     fresh = torch.randint(20, (64, 9), generator=generator)
     assert far(model, found.model, fresh) < 0.7 * far(model, small, fresh)
+
+
+class Learned(nn.Module):
+    """Fused attention with a learned mask, of grouped heads, or with a scale; recorded without gradients."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, 2 if kind == "grouped" else 4
+        self.embed, self.query = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.key, self.value, self.out = nn.Linear(16, 4 * self.heads), nn.Linear(16, 4 * self.heads), nn.Linear(16, 16)
+        self.places = nn.Parameter(torch.randn(1, 4, 9, 9))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        query, key, value = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mask = 2 * self.places if self.kind == "mask" else None  # computed: what is recorded without gradients has none
+        options = {"scale": 0.7, "is_causal": True} if self.kind == "scale" else {"enable_gqa": self.kind == "grouped"}
+        attended = F.scaled_dot_product_attention(query, key, value, mask, **options)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["mask", "grouped", "scale"])
+def test_fused_attention_has_all_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Learned(kind).double().eval()
+    generator = torch.Generator().manual_seed(3)
+    data = [torch.randint(20, (16, 9), generator=generator) for _ in range(4)]
+    small = copy.deepcopy(model)
+    plan = surgeon.inspect(model, data[0]).plan(0.0)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = distilling(model, small, plan, data)
+    ops = [str(node.target) for node in found.recording.small.fx.nodes]
+    assert sum("_scaled_dot_product" in op for op in ops) == 1, "recorded as one op"
+    loss = found.loss(found.recording.pair(0))
+    with torch.no_grad():
+        wanted = model(data[0])
+    got = small(data[0])
+    direct = (1 + 90) * (got - wanted).square().sum() / wanted.square().sum()
+    torch.testing.assert_close(loss, direct, rtol=1e-10, atol=0)
+    names = sorted(found.leaves)
+    assert ("places" in names) == (kind == "mask")
+    ours = torch.autograd.grad(loss, [found.leaves[name] for name in names])
+    theirs = torch.autograd.grad(direct, [small.get_parameter(name) for name in names])
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(a.reshape(b.shape), b, rtol=1e-8, atol=1e-10, msg=name)
 
 
 class Shared(nn.Module):

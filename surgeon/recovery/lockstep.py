@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
@@ -22,7 +23,7 @@ from surgeon._decisions import replay
 from surgeon._views import getitem
 from surgeon.batches import Batch, record
 from surgeon.errors import InputError
-from surgeon.graph import Graph, as_real, tensor_leaves, where
+from surgeon.graph import Graph, as_real, is_read, tensor_leaves, where
 from surgeon.rules.registry import Family, family, op_name
 
 _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2"))  # shapes and paths that values decide
@@ -102,7 +103,7 @@ class Run:
             self.values[node] = given.clone() if given.is_inference() and torch.is_grad_enabled() else given
         elif node.op == "call_function":
             args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
-            found = replay(self.taken[node], args, kwargs) if node in self.taken else None
+            found = replay(self.taken[node], args, kwargs) if node in self.taken else _attended(node, args, kwargs)
             self.values[node] = node.target(*args, **kwargs) if found is None else found  # type: ignore[operator]  # an op
             if not self.weights and node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
                 self._check(node)
@@ -129,6 +130,32 @@ class Run:
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensor_leaves(list(self.values.values()))
         }
         return sum(found.values())
+
+
+def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
+    """The results of fused attention, by the function that has all gradients; None where none are wanted, and of other ops.
+
+    The kernel that was recorded need not have the gradient of a mask that is learned, nor keep what gradients are computed from.
+    """
+    if not torch.is_grad_enabled() or not op_name(node).startswith("_scaled_dot_product"):
+        return None
+    schema = node.target._schema  # type: ignore[union-attr]  # an op
+    if any(is_read(node, number) for number in range(1, len(schema.returns))):
+        return None
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    query, key, value = given["query"], given["key"], given["value"]
+    options = {name: given[name] for name in ("dropout_p", "is_causal", "scale") if name in given}
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    grouped = query.shape[1] != key.shape[1]
+    found = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped, **options)
+    with torch.no_grad():
+        like = node.target(*_meta(args), **_meta(kwargs))[0]  # type: ignore[operator]  # an op
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)  # views behind it count on how it lies in memory
+    return (found.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())]),)
+
+
+def _meta(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), tree)
 
 
 @dataclasses.dataclass
