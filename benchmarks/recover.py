@@ -28,7 +28,7 @@ import torch
 from cifar import HOW_TO_GET, MODELS
 from recover_cells import METHODS, REDUCTIONS, Job, keep_cells, load_cells
 from recover_recipe import Recipe, finetuned
-from recover_rival import Choice, Rival, macs_of, reestimated
+from recover_rival import Choice, Rival, macs_of, plan_of, reestimated
 from recover_table import write
 from recover_tasks import TASKS, Task
 from results import CACHE
@@ -108,11 +108,11 @@ def small_batches(task: Task, seed: int) -> list[Tensor]:
 
 
 def distilled(task: Task, start: Start, seed: int) -> Start:
-    """What was recovered, distilled on the same samples; without labels."""
-    assert start.plan is not None
-    done = surgeon.recover(start.model, start.plan, task.base, small_batches(task, seed), steps=("distill",), seed=seed)
+    """What was recovered, or cut by the rival, distilled on the same samples; without labels."""
+    plan = plan_of(task, start.model) if start.plan is None else start.plan
+    done = surgeon.recover(start.model, plan, task.base, small_batches(task, seed), steps=("distill",), seed=seed)
     print(done, flush=True)
-    return Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=start.plan)
+    return Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)
 
 
 def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:
@@ -122,7 +122,7 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
         known: cells of this network, reduction and seed: a choice that was made is not made again.
     """
     rival = Rival(task, seed)
-    cut, renewed = METHODS["torch-pruning"]
+    cut, renewed, _ = METHODS["torch-pruning"]
     if rival.norms and cut in known and renewed in known:
         choices = {method: Choice(**known[method]["again"]) for method in (cut, renewed)}
         models = {cut: rival.cut(choices[cut]), renewed: reestimated(rival.cut(choices[renewed]), rival.data)}
@@ -159,9 +159,10 @@ def run(job: Job, data: Path, images: int, recipe: Recipe | None) -> dict[str, d
     task = task_of(job.model, data)
     begun = time.perf_counter()
     made = _prepared(job.tool, job.model, job.reduction, job.seed, data)
-    if job.tool == "surgeon" and not job.epochs:
-        _, recovered, further = METHODS["surgeon"]
-        made = {**made, further: distilled(task, made[recovered], job.seed)}
+    if job.tool != "base" and not job.epochs:
+        _, mended, further = METHODS[job.tool]
+        if mended in made:
+            made = {**made, further: distilled(task, made[mended], job.seed)}
     example = task.calibration(job.seed)[0][0][:1]
     cells = {}
     for method, key in job.keys.items():

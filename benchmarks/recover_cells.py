@@ -11,7 +11,7 @@ from results import RESULTS, Rows, keep, kept
 
 REDUCTIONS = {name: (1.5, 2.1, 2.6) if name in MODELS else (1.5, 2.1) for name in TASKS}
 METHODS = {  # of each tool
-    "torch-pruning": ("torch-pruning as cut", "torch-pruning + BN"),
+    "torch-pruning": ("torch-pruning as cut", "torch-pruning + BN", "torch-pruning + BN, distilled"),
     "surgeon": ("surgeon as cut", "surgeon recovered", "surgeon distilled"),
     "base": ("base", "base"),
 }

@@ -15,6 +15,8 @@ from results import first_line
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import surgeon
+
 IMPORTANCES = {
     "L1": lambda tp: tp.importance.GroupMagnitudeImportance(p=1),
     "L2": lambda tp: tp.importance.GroupMagnitudeImportance(p=2),
@@ -55,6 +57,33 @@ def reestimated(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> nn.Modul
         for x, _ in data:
             model(x)
     return model.eval()
+
+
+def plan_of(task: Task, small: nn.Module) -> surgeon.Plan:
+    """Surgeon's plan of the inner channels that torch-pruning left, found by their filters: for what takes a plan.
+
+    Raises:
+        ValueError: it is not what was cut.
+    """
+    left = {name: filters for name, filters in small.named_parameters() if task.inner(name.removesuffix(".weight"))}
+    stays, ratios = {}, {"*": 0.0}
+    for name, filters in left.items():
+        whole = task.base.get_parameter(name)
+        stays[name] = torch.tensor([any(torch.equal(row, kept) for kept in filters) for row in whole])
+        ratios[name.removesuffix(".weight")] = 1 - len(filters) / len(whole)
+
+    def criterion(group: Any, _: Any) -> Tensor:
+        scores = torch.zeros(group.units)
+        for member in group.members:
+            if member.tensor in stays and member.dim == 0:
+                scores[torch.from_numpy(member.unit)] = stays[member.tensor][torch.from_numpy(member.index)].float()
+        return scores
+
+    plan = surgeon.inspect(task.base, task.calibration(0)[0][0][:1]).plan(ratios, criterion=criterion, round_to=1)
+    for (name, ours), theirs in zip(plan.apply(task.base).named_parameters(), small.parameters(), strict=True):
+        if not torch.equal(ours, theirs):
+            raise ValueError(f"{name} is not what torch-pruning left")
+    return plan
 
 
 class Rival:

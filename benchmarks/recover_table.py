@@ -53,7 +53,7 @@ class Tables:
                 scores = [self.score(model, reduction, *one) for one in which]
                 if all(score == "-" for score in scores):
                     continue
-                macs = [self.values(model, reduction, *one, what="macs") for one in ((which[0]), (which[3]))]
+                macs = [self.values(model, reduction, *one, what="macs") for one in (("torch-pruning", 0), ("surgeon", 0))]
                 left = [f"{statistics.mean(some) / self.base(model, 'macs'):.1%}" if some else "-" for some in macs]
                 base = self.base(model)
                 said = f"{base:.2%}" if TASKS[model].sign > 0 else f"{base:.3f}"
@@ -73,9 +73,8 @@ class Tables:
                         yield [f"{model}, top-1", f"{reduction:g}x", str(count), said, f"{self.base(model):.2%}", *scores]
 
 
-HEADER = ["network, metric", "fewer MACs", "base", "torch-pruning as cut", "torch-pruning + BN", "surgeon as cut"]
-HEADER += ["surgeon recovered", "surgeon distilled", "MACs left, torch-pruning", "MACs left, surgeon"]
-HEADER += ["torch-pruning's best, as cut; + BN"]
+HEADER = ["network, metric", "fewer MACs", "base", *METHODS["torch-pruning"], *METHODS["surgeon"]]
+HEADER += ["MACs left, torch-pruning", "MACs left, surgeon", "torch-pruning's best, as cut; + BN"]
 TRAINED = [
     "network, metric",
     "fewer MACs",
@@ -83,7 +82,7 @@ TRAINED = [
     "learns from",
     "base",
     "base, trained on",
-    *METHODS["torch-pruning"],
+    *METHODS["torch-pruning"][:2],
     *METHODS["surgeon"][:2],
 ]
 
@@ -122,7 +121,7 @@ NOTES = [
     (
         "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels. distilled: then "
         "gradient steps on the same samples, about 25 to a step, 10 epochs, towards the base's outputs and residual stream, "
-        "without labels: recover(steps=['distill'])."
+        "without labels: recover(steps=['distill']); the same for torch-pruning's models, with the plan of what it left."
     ),
     (
         "torch-pruning: L1, L2, BN scale and Taylor (with the labels of the calibration samples), uniform and global, with the "
