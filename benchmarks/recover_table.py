@@ -121,7 +121,7 @@ NOTES = [
     (
         "surgeon: plan(macs=1/x, criterion='kfac', scope='knapsack', round_to=1), then recover; no labels. distilled: then "
         "gradient steps on the same samples, about 25 to a step, 10 epochs, towards the base's outputs and residual stream, "
-        "without labels: recover(steps=['distill']); the same for torch-pruning's models, with the plan of what it left."
+        "without labels: recover(steps=['distill']); the same for torch-pruning's ResNets, with the plan of what it left."
     ),
     (
         "torch-pruning: L1, L2, BN scale and Taylor (with the labels of the calibration samples), uniform and global, with the "
