@@ -30,7 +30,7 @@ STREAM, RATE, EPOCHS, STEPS = distill._STREAM, distill._RATE, distill._EPOCHS, d
 CHOICES: dict[str, dict[str, Any]] = {
     "as built in": {},
     **{f"stream {weight:g}": {"stream": weight} for weight in (0, STREAM / 10, STREAM * 10)},
-    **{f"rate {rate:g}": {"rate": rate} for rate in (RATE / 3, RATE * 3)},
+    **{f"rate {rate:.2g}": {"rate": rate} for rate in (RATE / 3, RATE * 3)},
     **{f"{factor:.2g} times the epochs": {"longer": factor} for factor in (1 / 3, 3)},
 }
 NOTES = [
