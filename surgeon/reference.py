@@ -14,7 +14,7 @@ from surgeon._decisions import DRAWN, draws, replay
 from surgeon._views import getitem
 from surgeon.absence import Op, nest, saturates, wide
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, named_tensors, tensor_leaves
+from surgeon.graph import Graph, as_real, named_tensors, tensor_leaves
 from surgeon.masks import Mask
 from surgeon.plan import Plan
 from surgeon.rules.registry import Family, family, op_name
@@ -144,7 +144,7 @@ def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:
     if not want.numel():
         return 0.0
     if want.is_complex():
-        want, got = torch.view_as_real(want), torch.view_as_real(got.to(want.dtype))
+        want, got = as_real(want), as_real(got.to(want.dtype))
     want, got = want.to(torch.float64), got.to(torch.float64)
     odd = ~torch.isfinite(want)
     if bool(odd.any()):

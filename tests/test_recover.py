@@ -712,6 +712,7 @@ def test_complex_outputs_are_compared(steps: tuple[str, ...]) -> None:
     data = batches((6,), 3)
     plan = surgeon.inspect(model, data[0]).plan(0.5, round_to=1)
     small = plan.apply(model)
+    assert surgeon.verify(model, small, plan, data[0]).error < 1e-12
     found = recover(small, plan, model, data, steps=steps)
     with torch.no_grad():
         off = [float((m(data[2]) - model(data[2])).norm() / model(data[2]).norm()) for m in (small, found.model)]
