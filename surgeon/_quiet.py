@@ -54,11 +54,11 @@ class Meta(PlainMode):
         kwargs = kwargs or {}
         given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(t.is_meta for t in given):
-            return func(*_moved(args), **_moved(kwargs))
+            return func(*to_meta(args), **to_meta(kwargs))
         if kwargs.get("device") is None or torch.device(kwargs["device"]).type != "meta":
             return func(*args, **kwargs)
         out = func(*args, **{**kwargs, "device": torch.device("cpu")})
-        return _moved(out) if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex()) else out
+        return to_meta(out) if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex()) else out
 
 
 class MetaAttention(TorchFunctionMode):
@@ -97,7 +97,8 @@ def _attention(
     return result
 
 
-def _moved(tree: Any) -> Any:
+def to_meta(tree: Any) -> Any:
+    """Shapes and strides alone, of all tensors of a nest."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), tree)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._alike import alike
 from surgeon._decisions import replay
+from surgeon._quiet import to_meta
 from surgeon._views import getitem
 from surgeon.batches import Batch, record
 from surgeon.errors import InputError
@@ -149,13 +150,9 @@ def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     grouped = query.shape[1] != key.shape[1]
     found = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped, **options)
     with torch.no_grad():
-        like = node.target(*_meta(args), **_meta(kwargs))[0]  # type: ignore[operator]  # an op
+        like = node.target(*to_meta(args), **to_meta(kwargs))[0]  # type: ignore[operator]  # an op
     order = sorted(range(like.dim()), key=like.stride, reverse=True)  # views behind it count on how it lies in memory
     return (found.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())]),)
-
-
-def _meta(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), tree)
 
 
 @dataclasses.dataclass
