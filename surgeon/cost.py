@@ -20,7 +20,7 @@ from surgeon._views import is_view, writes
 from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Track
 from surgeon.propagate import Propagation
-from surgeon.rules.registry import op_name
+from surgeon.rules.registry import FUSED_ATTENTION, op_name
 from surgeon.solve import Solution
 
 Choice = Track
@@ -286,9 +286,5 @@ MACS: Mapping[str, Any] = {
     "vdot": lambda out, a, b, *_: math.prod(a),
     "_trilinear": _trilinear,
     "linear": lambda out, x, weight, *_: math.prod(out) * weight[1],
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_flash_attention": _attention,
-    "_scaled_dot_product_efficient_attention": _attention,
-    "_scaled_dot_product_cudnn_attention": _attention,
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    **dict.fromkeys(FUSED_ATTENTION, _attention),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.cost import Choice, Shapes
-from surgeon.rules.registry import op_name
+from surgeon.rules.registry import FUSED_ATTENTION, op_name
 
 _REPEATS = 12  # timed runs of a kernel, after two that are not timed
 
@@ -82,7 +82,7 @@ def _kernels(shapes: Shapes, node: fx.Node, choice: Choice) -> list[Kernel]:
         groups = max(1, x[1] // w[1]) if not transposed else max(1, shapes.shape(node, choice)[1] // w[1])
         options = (tuple(stride), tuple(padding), tuple(dilation), groups)
         return [Kernel("conv_transpose" if transposed else "conv", tuple(x), tuple(w), *options)]
-    if name.startswith("_scaled_dot_product"):
+    if name in FUSED_ATTENTION:
         q, k, v = given[:3]
         scores = (*q[:3], k[2])
         return [Kernel("matmul", tuple(q), (*k[:2], k[3], k[2])), Kernel("matmul", scores, tuple(v))]

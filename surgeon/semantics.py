@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from surgeon import masks, moves, normalise
 from surgeon.absence import Op, refusal
 from surgeon.graph import is_read
-from surgeon.rules.registry import Family, family
+from surgeon.rules.registry import FUSED_ATTENTION, Family, family
 
 
 def _elementwise(call: Op) -> Any:
@@ -285,9 +285,6 @@ _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2
 adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
 upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
 reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d""".split()
-_ATTENTIONS = """
-_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
-_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable""".split()
 _NORMS = """
 native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
 _batch_norm_no_update""".split()
@@ -295,7 +292,7 @@ _batch_norm_no_update""".split()
 SEMANTICS: Mapping[str, Callable[[Op], Any]] = {
     **dict.fromkeys(_REDUCTIONS, normalise.reduction),
     **dict.fromkeys(_WINDOWS, normalise.window),
-    **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(FUSED_ATTENTION, _attention),
     **dict.fromkeys(_NORMS, _batch_norm),
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), normalise.softmax),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), normalise.layer_norm),

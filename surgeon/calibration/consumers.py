@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from surgeon.graph import Graph, spec
 from surgeon.labels import Axes, Track
 from surgeon.propagate import Propagation
-from surgeon.rules.registry import op_name
+from surgeon.rules.registry import FUSED_ATTENTION, op_name
 
 NORMS = frozenset(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_impl_index"))
 Reading = Callable[[Tensor], Tensor]
@@ -143,7 +143,7 @@ def _sides(node: fx.Node, period: int) -> list[_Side]:
     if name in ("convolution", "_convolution"):
         pixels, fan = _convolution(node)
         return [_Side(0, "nk" + "p" * 3, pixels, _nothing), _Side(1, "", _nothing, fan)]
-    if name.startswith("_scaled_dot_product"):
+    if name in FUSED_ATTENTION:
         rows = _heads(_shape(node.args[0])[1])
         return [_Side(place, "nhpk", rows, _as_fan(rows)) for place in (0, 1)]
     if name not in _PRODUCTS:

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from surgeon._alike import Beside, alike, same
 from surgeon.errors import InputError
 from surgeon.graph import Call, Graph
-from surgeon.rules.registry import op_name
+from surgeon.rules.registry import FUSED_ATTENTION, op_name
 
-_ATTENTION = "_scaled_dot_product"
+_ATTENDS = ("bmm", "baddbmm", *FUSED_ATTENTION)
 
 Later = Callable[[], None]  # called when the next op runs: autograd knows the result by then
 See = Callable[[Any, Any], Later | None]  # (arguments, result) of an op
@@ -55,11 +55,11 @@ class Watch(Beside):
     def attention_is_next(self) -> bool:
         """Whether the next product of the recorded run is an attention in one op."""
         names = (op_name(call.node) for call in self.calls[self.at :])
-        return next((name.startswith(_ATTENTION) for name in names if name.startswith((_ATTENTION, "bmm", "baddbmm"))), False)
+        return next((name in FUSED_ATTENTION for name in names if name in _ATTENDS), False)
 
     def attended(self, args: Any, out: Any) -> None:
         """Pass by the attention that was recorded as one op."""
-        while not op_name(self.calls[self.at].node).startswith(_ATTENTION):
+        while op_name(self.calls[self.at].node) not in FUSED_ATTENTION:
             self.at += 1
         self._catch_up()
         self._show(self.calls[self.at], args, (out,))

@@ -25,7 +25,7 @@ from surgeon._views import getitem
 from surgeon.batches import Batch, record
 from surgeon.errors import InputError
 from surgeon.graph import Graph, as_real, is_read, tensor_leaves, where
-from surgeon.rules.registry import Family, family, op_name
+from surgeon.rules.registry import FUSED_ATTENTION, Family, family, op_name
 
 _READS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "_unique2"))  # shapes and paths that values decide
 
@@ -138,7 +138,7 @@ def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     The kernel that was recorded need not have the gradient of a mask that is learned, nor keep what gradients are computed from.
     """
-    if not torch.is_grad_enabled() or not op_name(node).startswith("_scaled_dot_product"):
+    if not torch.is_grad_enabled() or op_name(node) not in FUSED_ATTENTION:
         return None
     schema = node.target._schema  # type: ignore[union-attr]  # an op
     if any(is_read(node, number) for number in range(1, len(schema.returns))):

@@ -19,7 +19,7 @@ from surgeon.graph import Graph, spec
 from surgeon.recovery.lockstep import Pair, twin
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.sites import Site
-from surgeon.rules.registry import Family, family, op_name
+from surgeon.rules.registry import FUSED_ATTENTION, Family, family, op_name
 
 _RIDGE = 1e-9
 _FLAT = frozenset(("view", "_unsafe_view", "reshape", "expand", "clone"))  # between [N, heads, T, dims] and a batched product
@@ -70,12 +70,12 @@ def _products(graph: Graph) -> list[Product]:
     for node in graph.fx.nodes:
         name = op_name(node) if node.op == "call_function" else ""
         left, right = {"bmm": (0, 1), "baddbmm": (1, 2)}.get(name, (0, 1))
-        if not name.startswith("_scaled_dot_product") and name not in ("bmm", "baddbmm"):
+        if name not in ("bmm", "baddbmm", *FUSED_ATTENTION):
             continue
         operands: Any = (node.args[left], node.args[right])
         queries, keys = (_whole(operand) for operand in operands)
         if queries in moves and keys in moves and len(spec(queries).shape) == 4 == len(spec(keys).shape):
-            found.append(Product(queries, keys, not name.startswith("_scaled")))
+            found.append(Product(queries, keys, name not in FUSED_ATTENTION))
     return found
 
 

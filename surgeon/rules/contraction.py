@@ -12,20 +12,13 @@ import numpy as np
 
 from surgeon.labels import Axes
 from surgeon.rules.elementwise import per_channel
-from surgeon.rules.registry import Family, Site, broadcast, meet, op_name, opaque, rule
+from surgeon.rules.registry import FUSED_ATTENTION, Family, Site, broadcast, meet, op_name, opaque, rule
 from surgeon.rules.reshape import reshape
 
 Operand = tuple[Axes, tuple[int, ...], str]
 
 
-_FUSED = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-_ATTENDS = ("bmm", "baddbmm", *_FUSED)
+_ATTENDS = ("bmm", "baddbmm", *FUSED_ATTENTION)
 
 
 def contract(site: Site, operands: list[Operand], out: str) -> Axes:
@@ -212,7 +205,7 @@ def _flatten_dims(site: Site, track: np.ndarray, dims: list[int], offset: int) -
     return track
 
 
-@rule(Family.CONTRACTION, *_FUSED)
+@rule(Family.CONTRACTION, *FUSED_ATTENTION)
 def attention(site: Site) -> Any:
     """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, K, M, D], v [B, K, M, E]; heads and dims are tied.
 

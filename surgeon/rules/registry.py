@@ -91,6 +91,15 @@ def rule(family: Family, *names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+FUSED_ATTENTION = (  # softmax(q k^T) v in one op, one for each backend; torch picks it as the model runs
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
 def op_name(node: fx.Node) -> str:
     """`add` for aten.add.Tensor; other namespaces keep theirs: `torchvision::nms`."""
     schema = getattr(node.target, "_schema", None)
