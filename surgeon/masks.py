@@ -6,6 +6,7 @@ The empty tuple means that all are present. Factors stay compressed: size 1 alon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -74,6 +75,16 @@ def any_along(mask: Mask, dims: Sequence[int], keepdim: bool = True) -> Mask:
     if not keepdim:
         result = [f.squeeze(tuple(dims)) for f in result]
     return tidy(result)
+
+
+def any_of_groups(mask: Mask, dim: int, groups: int, size: int) -> Mask:
+    """`any_along(dim)` within each of the groups that the dim is cut into; a dim of that size again, cut into as many."""
+    inside = [f for f in mask if f.shape[dim] > 1]
+    if groups == 1 or not inside:
+        return any_along(mask, [dim])
+    both = functools.reduce(torch.logical_and, inside).unflatten(dim, (groups, -1))
+    found = both.any(dim=dim + 1).repeat_interleave(size // groups, dim=dim)
+    return tidy([*(f for f in mask if f.shape[dim] == 1), found])
 
 
 def zeroed(data: Tensor, mask: Mask) -> Tensor:

@@ -135,7 +135,7 @@ def _convolution(call: Op) -> Any:
     fixed = [d for d in range(2, result.dim()) if not _passes(call.args, w, d)]
     if masks.varies(call.mask(x), fixed):
         raise refusal(call, "presence varies over spatial dims")
-    batch = masks.any_along(call.mask(x), [1, *fixed])
+    batch = masks.any_of_groups(call.mask(x), 1, groups, result.shape[1])
     wide = filters.reshape(1, -1, *(1,) * (result.dim() - 2))
     vector = [f.reshape(wide.shape) for f in call.mask(bias)]
     return result, masks.tidy([wide, *vector, *batch])

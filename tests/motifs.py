@@ -45,6 +45,17 @@ def net(run: Callable[[Any, Tensor], Any], **layers: Callable[[], Any]) -> Calla
     return lambda: Net(run, **{name: layer() for name, layer in layers.items()})
 
 
+class Heads(nn.Module):
+    """[N, T, C] as [N, heads, T, C / heads]."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
 class FrozenBatchNorm(nn.Module):
     """A batch norm of buffers, as detectors use it."""
 
@@ -647,6 +658,21 @@ MOTIFS = [
                     + [f"layers.{i}.{s}" for i in range(8) for s in ("bias[0]", "weight[0]", "weight[1]")]
                 )
             )
+        },
+    ),
+    Motif(
+        "convolution_over_heads",  # each head by itself along the tokens: each may lose dims of its own
+        net(
+            lambda s, x: s.o((s.heads(s.v(x)).sigmoid() + s.c(s.heads(s.v(x)))).transpose(1, 2).flatten(2)),
+            v=lambda: nn.Linear(5, 24),
+            heads=lambda: Heads(2),
+            c=lambda: nn.Conv2d(2, 2, (3, 1), padding=(1, 0), groups=2, bias=False),
+            o=lambda: nn.Linear(24, 4),
+        ),
+        SEQUENCE,
+        {
+            "v.weight[0] rows": "2x1: c.weight[0] o.weight[1] v.bias[0] v.weight[0]",
+            "v.weight[0] columns": "12x2: o.weight[1] v.bias[0] v.weight[0]",
         },
     ),
     Motif(

@@ -453,6 +453,38 @@ def test_a_transformer() -> None:
     assert near < 0.7 * far
 
 
+class Smoothed(nn.Module):
+    """Heads along a dim of their own, each with a convolution along the tokens that is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.out = nn.Linear(12, 32), nn.Linear(32, 5)
+        self.conv = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x).unflatten(-1, (4, -1)).transpose(1, 2)
+        return self.out((v.sigmoid() + self.conv(v)).transpose(1, 2).flatten(2))
+
+
+def test_whole_heads_with_dims_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = Smoothed().double().eval()
+    with torch.no_grad():  # the last head says what the first one says, so that it can be done without
+        model.v.weight[24:], model.v.bias[24:] = model.v.weight[:8], model.v.bias[:8]
+        model.conv.weight[3] = model.conv.weight[0]
+    data = batches((9, 12), 6, 20)
+    surgery = surgeon.inspect(model, data[0])
+    plan = surgery.plan(0.25, round_to=1, heads="whole", criterion=lambda group, tensors: torch.arange(group.steps, 0, -1))
+    assert list(plan.kept["v.weight"][0]) == list(range(24)), "the last head leaves"
+    small = plan.apply(model)
+    found = recover(small, plan, model, data)
+    fits = {fit.name: fit for fit in found.steps[0].fits}
+    assert {"conv", "out"} <= fits.keys()
+    assert all(not fit.skipped for fit in fits.values())
+    assert found.before > 0.02
+    assert found.after < 1e-5, "exact, but for the ridge"
+
+
 class Logits(nn.Module):
     """Attention whose keys lie in half of the dims of each head, so that half of them can say the same."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,16 +40,13 @@ class Narrow:
         """What stays of a node's value; the node is of the run that was propagated, the value may be of any batch."""
         axes = self.propagation.axes.get(node, {})
         axes = axes[0] if isinstance(axes, tuple) else axes
-        joint: list[Tensor] = []
-        for dim, track in axes.items():
-            stays = ~self.shapes.leaves(track, self.choice)
-            if stays.all():
-                continue
-            if track.size == track.shape[dim]:
-                value = value.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(value.device))
-            else:
-                joint.append(torch.from_numpy(stays).to(value.device))
-        return value if not joint else _jointly(value, joint, self._sizes(node, axes, value))
+        gone = {dim: leaves for dim, track in axes.items() if (leaves := self.shapes.leaves(track, self.choice)).any()}
+        if all(axes[dim].size == axes[dim].shape[dim] for dim in gone):
+            for dim, leaves in gone.items():
+                value = value.index_select(dim, torch.from_numpy(np.flatnonzero(~leaves)).to(value.device))
+            return value
+        stays = torch.from_numpy(~functools.reduce(np.logical_or, gone.values())).to(value.device)  # dims of each head, say
+        return value[stays.expand(value.shape)].reshape(self._sizes(node, axes, value))
 
     def dims(self, node: fx.Node) -> set[int]:
         """The dims of a node's value along which something may have left."""
@@ -67,9 +65,3 @@ class Narrow:
         small = self.shapes.shape(node, self.choice)
         return tuple(small[d] if d in axes else n for d, n in enumerate(value.shape))
 
-
-def _jointly(value: Tensor, masks: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    present = torch.ones((), dtype=torch.bool, device=value.device)
-    for mask in masks:
-        present = present & mask
-    return value[present.expand(value.shape)].reshape(sizes)

@@ -1,0 +1,131 @@
+"""Which architectures can be recovered: cut at ratio 0.25, then refit, batch norms re-estimated, and distilled, on noise.
+
+    pip install torchvision timm transformers
+    python benchmarks/recover_zoo.py [--filter PATTERN] [--limit SECONDS] [--retry | --fresh]
+
+Weights are random and inputs are noise: the table says what recovery reaches, recover.md what it wins on real data. A row works
+if the proof of the cut passes, the recovered model answers, and its distance from the original on noise that recovery never saw
+is less than that of the model as cut. Each model runs in a process of its own with a time limit. Rows are kept in
+benchmarks/.cache/recover_zoo.json, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import statistics
+import time
+from typing import Any
+
+from apart import answer, sweep
+from results import markdown, write_result
+from zoo_models import names
+
+RATIO, BATCHES, UNSEEN, EPOCHS = 0.25, 8, 2, 2
+HEADER = ["model", "as cut", "refit, batch norm", "distilled", "layers refit", "works", "seconds"]
+
+
+def drawn(name: str, inputs: Any) -> Any:
+    """Other inputs like these; those that say where things are (masks, positions, timesteps) stay."""
+    import torch
+
+    library, _, model = name.partition("/")
+    if library == "transformers":
+        from zoo_transformers import ROWS
+
+        return ROWS[model].inputs()
+
+    def other(item: Any) -> Any:
+        if isinstance(item, torch.Tensor) and item.is_floating_point():
+            return torch.rand_like(item) if item.min() >= 0 else torch.randn_like(item)
+        return [other(each) for each in item] if isinstance(item, list) else item
+
+    if isinstance(inputs, dict):
+        return {key: other(value) for key, value in inputs.items()}
+    return tuple(map(other, inputs)) if isinstance(inputs, tuple) else other(inputs)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One row, in this process."""
+    import torch
+    from zoo_models import build
+
+    import surgeon
+    from surgeon.recovery import Recovery
+
+    model, inputs = build(name)
+    batches = [drawn(name, inputs) for _ in range(BATCHES)]
+    unseen = [drawn(name, inputs) for _ in range(UNSEEN)]
+    surgery = surgeon.inspect(model, example_inputs=inputs)
+    plan = surgery.plan(RATIO, round_to=1)
+    small = plan.apply(model)
+    surgeon.verify(model, small, plan, inputs)
+    start = time.perf_counter()
+    found: Recovery = surgeon.recover(
+        small, plan, model, batches, steps=("refit", "batch_norm", "distill"), held_out=0.25, epochs=EPOCHS
+    )
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        apart = [_distance(model, other, unseen) for other in (small, found.model)]
+    fits = found.steps[0].fits
+    return {
+        "before": found.before, "refit": found.steps[1].after if found.steps[1].taken else found.steps[1].before, "after": found.after,
+        "layers": [sum(fit.taken for fit in fits), len(fits)], "unseen": apart, "seconds": seconds,
+        "remarks": list(found.remarks), "left": sorted({fit.skipped for fit in fits if fit.skipped}),
+    }  # fmt: skip
+
+
+def _distance(model: Any, other: Any, batches: list[Any]) -> float:
+    """Of all outputs together, relative."""
+    import copy
+
+    from zoo import _tensors
+
+    wrong = whole = 0.0
+    for batch in batches:
+        wanted, given = (_tensors(_answer(each.eval(), copy.deepcopy(batch))) for each in (model, other))
+        for want, got in zip(wanted, given, strict=True):
+            if want.is_floating_point():
+                known = want.isfinite()  # masked logits may be -inf
+                wrong += float((want - got)[known].double().square().sum())
+                whole += float(want[known].double().square().sum())
+    return (wrong / whole) ** 0.5
+
+
+def _answer(model: Any, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    """The row as text."""
+    if "failed" in row:
+        return [name, "", "", "", "", f"no: {row['failed']}", ""]
+    before, after = row["unseen"]
+    works = "yes" if after < before else f"no: {before:.1%} -> {after:.1%} on unseen noise"
+    layers = f"{row['layers'][0]} of {row['layers'][1]}"
+    return [name, *(f"{row[key]:.1%}" for key in ("before", "refit", "after")), layers, works, f"{row['seconds']:.0f}"]
+
+
+def main() -> None:
+    """Run all models and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="")
+    parser.add_argument("--limit", type=int, default=600)
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        answer(measured, asked.one)
+        return
+    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, asked.filter or "*")}
+    found = sweep(
+        "recover_zoo", __file__, wanted, limit=asked.limit, jobs=asked.jobs,
+        again=lambda row: asked.fresh or (asked.retry and "failed" in row),
+        show=lambda name, row: print(" | ".join(cells(name, row)), row.get("detail", ""), flush=True),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
