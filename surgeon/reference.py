@@ -23,6 +23,7 @@ from surgeon.semantics import BY_FAMILY, SEMANTICS
 TOLERANCE = 1e-9
 
 Value = tuple[Tensor, Mask]
+Rescaled = dict[fx.Node, tuple[int | str, float, float]]  # the place of a number, as recorded, as it is now
 
 
 class Reference:
@@ -31,7 +32,7 @@ class Reference:
         model: nn.Module,
         graph: Graph,
         plan: Plan,
-        rescaled: Mapping[fx.Node, tuple[int, float, float]],
+        rescaled: Rescaled,
         results: Mapping[fx.Node, Tensor],
         exact: Mapping[fx.Node, Tensor] | None = None,
         leaking: bool = False,
@@ -105,23 +106,24 @@ class Reference:
         return data, masks.tidy(mask)
 
     def _call(self, node: fx.Node) -> Any:
-        args = list(node.args)
+        args, kwargs = list(node.args), dict(node.kwargs)
         if node in self.rescaled:
             place, _, after = self.rescaled[node]
-            number = args[place]
+            given: Any = kwargs if isinstance(place, str) else args
+            number = given[place]
             if isinstance(number, fx.Node):
                 data, mask = self.values[number]
                 self.values[number] = torch.full_like(data, after), mask
             else:
-                args[place] = after
+                given[place] = after
         name = op_name(node)
         if node.target is getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
         if family(name) is Family.CONTRACTION:
             self._look(node)
-        call = Op(node, name, args, dict(node.kwargs), self.values)
+        call = Op(node, name, args, kwargs, self.values)
         if "decision" in node.meta and not call.masked:
-            taken = replay(node, [nest(a, call.data) for a in args], node.kwargs)
+            taken = replay(node, [nest(a, call.data) for a in args], kwargs)
             if taken is not None:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)

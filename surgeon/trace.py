@@ -23,7 +23,8 @@ from surgeon.absence import in_float64, saturates, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
-from surgeon.rules.registry import Family, family, op_name
+from surgeon.reference import Rescaled
+from surgeon.rules.registry import FUSED_ATTENTION, Family, family, op_name
 
 _OPTIONAL = {"clone", "alias", "detach", "contiguous", "lift_fresh", "empty", "as_strided", "_to_copy"}  # compute nothing
 _SMALL = 1 << 12  # entries of a value that may go into a number
@@ -46,7 +47,7 @@ class Step:
     """One op of the small model's run: its name, the numbers among its arguments, its result if it is a contraction."""
 
     name: str
-    constants: dict[int, float]
+    constants: dict[int | str, float]
     result: Tensor | None
 
 
@@ -79,7 +80,7 @@ class _Upgrade(PlainMode):
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
             result = wide(result)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
-            self.trace.append(Step(name.rstrip("_"), _constants(args), self._kept(name, result)))
+            self.trace.append(Step(name.rstrip("_"), _constants(args, kwargs), self._kept(name, result)))
         return result
 
     def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -109,10 +110,10 @@ def _dtypes(node: fx.Node) -> list[torch.dtype]:
     return [spec(n).dtype for n in node.all_input_nodes]
 
 
-def _constants(args: Any) -> dict[int, float]:
-    """The numbers among an op's arguments by position, those in tensors without dims too."""
-    numbers = {}
-    for place, item in enumerate(args):
+def _constants(args: Any, kwargs: Any) -> dict[int | str, float]:
+    """The numbers among an op's arguments by position or name, those in tensors without dims too."""
+    numbers: dict[int | str, float] = {}
+    for place, item in (*enumerate(args), *kwargs.items()):
         single = isinstance(item, Tensor) and item.dim() == 0 and not item.is_complex()
         if single or (isinstance(item, int | float) and not isinstance(item, bool)):
             numbers[place] = float(item)
@@ -186,19 +187,19 @@ def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
     return dict(zip(calls, trace, strict=True))
 
 
-def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> dict[fx.Node, tuple[int, float, float]]:
-    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (position, old, new)."""
+def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> Rescaled:
+    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (place, old, new)."""
     shares: set[float] = set()
     for name, dims in plan.kept.items():
         for dim, kept in dims.items():
             shares.add(len(kept) / graph.tensors[name].shape[dim])
-    found: dict[fx.Node, tuple[int, float, float]] = {}
+    found: Rescaled = {}
     made = _made(graph)
     for node, step in steps.items():
-        if family(step.name) is not Family.ELEMENTWISE:
-            continue
         for place, after in step.constants.items():
-            before = _number(node.args[place], made)
+            if family(step.name) is not Family.ELEMENTWISE and (place != "scale" or step.name not in FUSED_ATTENTION):
+                continue
+            before = _number(node.kwargs.get(place) if isinstance(place, str) else node.args[place], made)
             if before is None:
                 continue
             if before > 0 and after > 0 and abs(after / before - 1) > 1e-12 and _explained(before, after, shares):

@@ -151,7 +151,8 @@ def test_widths_that_the_code_computes_from_one_another_stay_linked(ratio: float
     assert attention.embed_dim % attention.num_heads == 0
 
 
-def test_swin_style_sizes_are_linked() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_swin_style_sizes_are_linked(fused: bool) -> None:
     class Window(nn.Module):
         """Head dims computed from the input's width, and the square root of a head dim that follows."""
 
@@ -164,7 +165,11 @@ def test_swin_style_sizes_are_linked() -> None:
             x = self.embed(x)
             b, n, c = x.shape
             q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-            y = (q * (c // self.heads) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+            scale = (c // self.heads) ** -0.5
+            if fused:
+                y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            else:
+                y = (q * scale @ k.transpose(-2, -1)).softmax(-1) @ v
             return self.out(x + self.proj(y.transpose(1, 2).reshape(b, n, c)))
 
     torch.manual_seed(0)
