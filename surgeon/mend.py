@@ -13,9 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from surgeon._alike import repeated
 from surgeon.compare import COMPARISONS, Note, compare
 from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit
@@ -68,7 +70,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
             where=where,
             why="no integer attribute of the module and no number in its methods or its traced forward explains them"
             + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
-            fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
+            fix="compute the size from the tensor's shape in the model's forward, or keep "
+            f"the layers that give these channels, ignore={_layers(notes, runs, shapes, choice) or '[...]'}",
         )
     return tuple(edits)
 
@@ -165,6 +168,31 @@ def _applied(small: nn.Module, edit: Edit, refused: set[tuple[str, str, str]]) -
         refused.add((edit.module, edit.kind, edit.name))
         return False
     return True
+
+
+def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> list[str]:
+    """The layers whose outputs have the noted sizes; of those that lose the same channels, one."""
+    calls = {(note.call, note.module, note.op) for note in notes}
+    nodes = {
+        call.node for graph in runs for at, call in enumerate(repeated(graph)) if (at, call.module, op_name(call.node)) in calls
+    }
+    gone = np.zeros(len(choice), dtype=bool)
+    for node in nodes:
+        axes = shapes.propagation.axes.get(node, {})
+        for track in (axes[0] if isinstance(axes, tuple) else axes).values():
+            for atoms in shapes.solution.atoms(track.ravel()):
+                gone[atoms[atoms >= 0]] = True
+    gone &= choice
+    found = []
+    for (name, dim), ids in shapes.propagation.slots.items():
+        if dim or not gone.any():
+            continue
+        own = [atoms[atoms >= 0] for atoms in shapes.solution.atoms(ids)]
+        if any(gone[atoms].any() for atoms in own):
+            found.append(name.rpartition(".")[0] or name)
+            for atoms in own:
+                gone[atoms] = False
+    return list(dict.fromkeys(found))
 
 
 def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import re
 
 import numpy as np
 import pytest
@@ -133,6 +134,32 @@ def test_unused_parameters_are_said_and_kept() -> None:
     surgery = surgeon.inspect(Unused(), torch.randn(2, 4))
     assert any("spare" in remark for remark in surgery.remarks)
     assert surgery.plan(0.5).apply(surgery.model).spare.weight.shape == (8, 8)
+
+
+class OneSize(nn.Module):
+    """One number for the parts of two widths, of which one is the model's output and stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 6)
+        self.d, self.size = nn.Linear(6, 3), 4
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.isnan().any():  # which no tracer follows
+            raise ValueError
+        a, b = (layer(x).view(-1, 2, self.size) for layer in (self.a, self.b))
+        return a, self.d(self.c(b.tanh().flatten(1)).relu())
+
+
+def test_layers_that_are_to_stay_are_named() -> None:
+    torch.manual_seed(0)
+    model, x = OneSize(), torch.randn(5, 4)
+    with pytest.raises(MendError, match=re.escape("4 should be 2")) as caught:
+        surgeon.shrink(model, 0.5, example_inputs=x)
+    assert str(caught.value).endswith("keep the layers that give these channels, ignore=['b']")
+    small = surgeon.shrink(model, 0.5, example_inputs=x, ignore=["b"])
+    assert small.b.out_features == 8
+    assert small.c.out_features < 6
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.4, 0.6, 0.9])

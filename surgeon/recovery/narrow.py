@@ -64,4 +64,3 @@ class Narrow:
     def _sizes(self, node: fx.Node, axes: Mapping[int, Track], value: Tensor) -> tuple[int, ...]:
         small = self.shapes.shape(node, self.choice)
         return tuple(small[d] if d in axes else n for d, n in enumerate(value.shape))
-
