@@ -1,6 +1,6 @@
-"""Which architectures can be recovered: cut at ratio 0.25, then refit, batch norms re-estimated, and distilled, on noise.
+"""Which transformers can be recovered: cut at ratio 0.25, then refit, batch norms re-estimated, and distilled, on noise.
 
-    pip install torchvision timm transformers
+    pip install torchvision transformers
     python benchmarks/recover_zoo.py [--filter PATTERN] [--limit SECONDS] [--retry | --fresh]
 
 Weights are random and inputs are noise: the table says what recovery reaches, recover.md what it wins on real data. A row works
@@ -18,19 +18,13 @@ import time
 from typing import Any
 
 from apart import answer, sweep
-from export_zoo import models as exported
 from results import markdown, write_result
-from zoo_transformers import NAMES
+from zoo_models import names
 
-RATIO, UNSEEN, EPOCHS = 0.25, 4, 2
-BATCHES = {"transformers": 40}  # of two samples of few rows each; elsewhere images, of many
-FEW = 8
+RATIO, EPOCHS = 0.25, 2
+BATCHES, IMAGES = 40, 8  # a transformer's two samples hold few rows, an image many
+SHOWN = "transformers/*"
 HEADER = ["model", "as cut", "refit, batch norm", "distilled", "layers refit", "works", "seconds"]
-
-
-def models() -> list[str]:
-    """Those of export_zoo.py, and all transformers."""
-    return list(dict.fromkeys([*exported(), *(f"transformers/{name}" for name in NAMES)]))
 
 
 def drawn(name: str, inputs: Any) -> Any:
@@ -62,8 +56,8 @@ def measured(name: str) -> dict[str, Any]:
     from surgeon.recovery import Recovery
 
     model, inputs = build(name)
-    batches = [drawn(name, inputs) for _ in range(BATCHES.get(name.partition("/")[0], FEW))]
-    unseen = [drawn(name, inputs) for _ in range(UNSEEN)]
+    count = BATCHES if name.startswith("transformers/") else IMAGES
+    batches, unseen = ([drawn(name, inputs) for _ in range(number)] for number in (count, count // 2))
     surgery = surgeon.inspect(model, example_inputs=inputs)
     plan = surgery.plan(RATIO, round_to=1)
     small = plan.apply(model)
@@ -87,11 +81,11 @@ def _distance(model: Any, other: Any, batches: list[Any]) -> float:
     """Of all outputs together, relative."""
     import copy
 
-    from zoo import _tensors
+    from zoo import tensors
 
     wrong = whole = 0.0
     for batch in batches:
-        wanted, given = (_tensors(_answer(each.eval(), copy.deepcopy(batch))) for each in (model, other))
+        wanted, given = (tensors(_answer(each.eval(), copy.deepcopy(batch))) for each in (model, other))
         for want, got in zip(wanted, given, strict=True):
             if want.is_floating_point():
                 known = want.isfinite()  # masked logits may be -inf
@@ -117,7 +111,7 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Run all models and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="")
+    parser.add_argument("--filter", default="", metavar="PATTERN", help="other models of the zoo, as timm/*vit*; writes no table")
     parser.add_argument("--limit", type=int, default=600)
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
@@ -127,7 +121,7 @@ def main() -> None:
     if asked.one:
         answer(measured, asked.one)
         return
-    wanted = {name: [name] for name in models() if fnmatch.fnmatch(name, asked.filter or "*")}
+    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, asked.filter or SHOWN)}
     found = sweep(
         "recover_zoo", __file__, wanted, limit=asked.limit, jobs=asked.jobs,
         again=lambda row: asked.fresh or (asked.retry and "failed" in row),
@@ -145,8 +139,8 @@ def main() -> None:
             f"median of {statistics.median(gains):.0%} is taken away. {fitted:,} of {layers:,} layers were refit."
         ),
         (
-            f"Channel ratio {RATIO} by l1 magnitude, without hints; random weights; noise and random words: {FEW} batches of the "
-            f"zoo's size ({BATCHES['transformers']} for transformers), a quarter held out; distilled for {EPOCHS} epochs."
+            f"Channel ratio {RATIO} by l1 magnitude, without hints; random weights; {BATCHES} batches of two samples of random "
+            f"words or noise, a quarter held out, and half as many that recovery did not see; distilled for {EPOCHS} epochs."
         ),
         "Distances of the outputs from the original's, relative, on the samples that were held out.",
         (
@@ -154,7 +148,7 @@ def main() -> None:
             "back here than of trained networks (recover.md)."
         ),
     ]
-    write_result("recover_zoo", "Recovery: the zoo at ratio 0.25", markdown(HEADER, rows), notes)
+    write_result("recover_zoo", "Recovery: transformers at ratio 0.25", markdown(HEADER, rows), notes)
 
 
 if __name__ == "__main__":

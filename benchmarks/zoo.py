@@ -135,7 +135,7 @@ def _alive(small: Any, inputs: Any, name: str) -> None:
         boxes["masks"] = torch.zeros(1, *inputs[0][0].shape[-2:], dtype=torch.uint8)
         boxes["keypoints"] = torch.tensor([[[60.0, 60.0, 1.0]] * 17])
         args = (args[0], [boxes for _ in args[0]])
-    total = sum(t.float().mean() for t in _tensors(small(*args, **kwargs)) if t.is_floating_point() and t.requires_grad)
+    total = sum(t.float().mean() for t in tensors(small(*args, **kwargs)) if t.is_floating_point() and t.requires_grad)
     total.backward()  # type: ignore[union-attr]  # a model without a float output fails here, as it should
     if not any(p.grad is not None and bool(p.grad.isfinite().all()) for p in small.parameters()):
         raise ValueError("no gradient arrives")
@@ -157,17 +157,17 @@ def _more(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(longer(value) for value in (inputs if isinstance(inputs, tuple) else (inputs,))), {}
 
 
-def _tensors(value: Any) -> Iterator[Any]:
+def tensors(value: Any) -> Iterator[Any]:
     import torch
 
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def _memory(key: str = "VmRSS") -> float:
