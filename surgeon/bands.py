@@ -109,8 +109,8 @@ def without_kept_heads(groups: list[Group], heads: str, links: list[Link]) -> li
     return [group for group in groups if group.name not in kept]
 
 
-def sides(groups: list[Group], ratio: float) -> list[Group]:
-    """All plain groups, and of each grid its rows or its columns."""
+def sides(groups: list[Group], ratio: Callable[[Group], float]) -> list[Group]:
+    """All plain groups, and of each grid its rows or its columns; `ratio` is what a group is to lose."""
     grids: dict[int, dict[str, list[Group]]] = defaultdict(lambda: {"rows": [], "middle": [], "columns": []})
     for group in groups:
         if group.kind != "channels":
@@ -121,7 +121,7 @@ def sides(groups: list[Group], ratio: float) -> list[Group]:
         inner = [g for g in parts["middle"] + parts["columns"] if g not in outer]
         if not outer or not inner:
             continue
-        several = all(g.steps - round(ratio * g.steps) > 1 for g in outer)  # code treats dims of size 1 differently
+        several = all(g.steps - round(ratio(g) * g.steps) > 1 for g in outer)  # code treats dims of size 1 differently
         whole = several and any(g.batched for g in outer) and _miss(outer, ratio) <= _miss(inner, ratio) + 1e-9
         if parts["middle"]:  # grids within grids: what the rows lose, all of them lose
             whole = True
@@ -129,10 +129,17 @@ def sides(groups: list[Group], ratio: float) -> list[Group]:
     return [g for g in groups if g.name not in drop]
 
 
-def _miss(side: list[Group], ratio: float) -> float:
-    """How far a side of a grid stays from the ratio, at most."""
-    counts = [(g.steps, min(round(ratio * g.steps), g.steps - 1)) for g in side]
-    return max(abs(k / steps - ratio) for steps, k in counts)
+def _miss(side: list[Group], ratio: Callable[[Group], float]) -> float:
+    """How far a side of a grid stays from its ratio, at most."""
+    asked = [(g.steps, ratio(g)) for g in side]
+    return max(abs(min(round(share * steps), steps - 1) / steps - share) for steps, share in asked)
+
+
+def ratio_by_name(request: Request, group: Group) -> float | None:
+    """The share that a group is asked to lose by name; None where shares do not go by name."""
+    if isinstance(request.ratio, float | int | None):
+        return None
+    return of_pattern(request.ratio, producers(group), 0.0)
 
 
 def build(
@@ -171,9 +178,8 @@ def _band(
     caps = [of_pattern(request.max_ratio, producers(group), 1.0) for group in groups]
     floor = max(min(1.0, request.min_channels / group.width) for group in groups)
     kept = max(strata, steps * (1 - min(caps)) - 1e-9, steps * floor - 1e-9)
-    ratio = None
-    if not isinstance(request.ratio, float | int | None):
-        ratio = min(of_pattern(request.ratio, producers(group), 0.0) for group in groups)
+    named = [share for group in groups if (share := ratio_by_name(request, group)) is not None]
+    ratio = min(named) if named else None
     blocks = [block_of(group) for group in groups]
     return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 
-from surgeon.bands import Band, Link, build, narrowed, sides, without_kept_heads
+from surgeon.bands import Band, Link, build, narrowed, ratio_by_name, sides, without_kept_heads
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.groups import Group
@@ -112,7 +112,11 @@ class _Planner:
         self._slots: dict[str, list[Track]] = {}
 
     def bands(self, ratio: float) -> list[Band]:
-        chosen = sides(self.groups, ratio)
+        def asked(group: Group) -> float:
+            named = ratio_by_name(self.request, group)
+            return ratio if named is None else named
+
+        chosen = sides(self.groups, asked)
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
             found = build(chosen, self.links, self.score, self.request, self._block, self.additive)

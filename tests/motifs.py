@@ -665,14 +665,14 @@ MOTIFS = [
         net(
             lambda s, x: s.o((s.heads(s.v(x)).sigmoid() + s.c(s.heads(s.v(x)))).transpose(1, 2).flatten(2)),
             v=lambda: nn.Linear(5, 24),
-            heads=lambda: Heads(2),
-            c=lambda: nn.Conv2d(2, 2, (3, 1), padding=(1, 0), groups=2, bias=False),
+            heads=lambda: Heads(3),
+            c=lambda: nn.Conv2d(3, 3, (3, 1), padding=(1, 0), groups=3, bias=False),
             o=lambda: nn.Linear(24, 4),
         ),
         SEQUENCE,
         {
-            "v.weight[0] rows": "2x1: c.weight[0] o.weight[1] v.bias[0] v.weight[0]",
-            "v.weight[0] columns": "12x2: o.weight[1] v.bias[0] v.weight[0]",
+            "v.weight[0] rows": "3x1: c.weight[0] o.weight[1] v.bias[0] v.weight[0]",
+            "v.weight[0] columns": "8x3: o.weight[1] v.bias[0] v.weight[0]",
         },
     ),
     Motif(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from motifs import GroupedQueries, MultiHead, RepeatedKeys, SeparateQKV
+from motifs import MOTIFS, GroupedQueries, MultiHead, RepeatedKeys, SeparateQKV
 from torch import Tensor, nn
 
 import surgeon
@@ -209,3 +209,11 @@ def test_heads_that_are_kept_hold_the_widths_that_are_computed_from_them() -> No
     model, x = MultiHead().eval(), torch.randn(2, 7, 5)
     with pytest.raises(BudgetError):  # the embedding's width is num_heads * head_dim
         surgeon.inspect(model, x).plan(0.5, heads="keep")
+
+
+@pytest.mark.parametrize("name", ["separate_qkv", "convolution_over_heads"])
+@pytest.mark.parametrize("ratio", [0.25, 1 / 3, 0.5, 0.75])
+def test_a_ratio_by_name_takes_heads_or_dims_as_the_ratio_does(name: str, ratio: float) -> None:
+    motif = next(m for m in MOTIFS if m.name == name)
+    surgery = surgeon.inspect(motif.make(), torch.randn(motif.shape))
+    assert surgery.plan({"*": ratio}, round_to=1).kept == surgery.plan(ratio, round_to=1).kept
