@@ -20,6 +20,7 @@ from surgeon.recovery.lockstep import Recording
 from surgeon.recovery.narrow import Narrow
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.passes import RIDGES
+from surgeon.rules.registry import op_name
 
 TINY = (1e-13,)  # a ridge that only breaks ties
 
@@ -674,6 +675,35 @@ def test_nan_names_the_first_layer() -> None:
     data[1] = data[1] * 1e300
     model.first.weight.data *= 1e10
     with pytest.raises(InputError, match=r"batch 2 gives activations that are NaN or infinite[\s\S]*'first'"):
+        recover(plan.apply(model), plan, model, data)
+
+
+class Masked(nn.Module):
+    """Attention that adds a mask of -inf to its logits in one op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        found, _ = self.attention(x, x, x, attn_mask=later)
+        return self.out(x + found)
+
+
+def test_masked_logits_are_no_overflow() -> None:
+    torch.manual_seed(0)
+    model = Masked().double().eval()
+    data = batches((5, 6), 6, 12)
+    surgery = surgeon.inspect(model, data[0])
+    assert any(op_name(node) == "baddbmm" for node in surgery.graph.fx.nodes)
+    plan = surgery.plan(0.25, round_to=1)
+    found = recover(plan.apply(model), plan, model, data, steps=("refit", "batch_norm", "distill"), epochs=2)
+    assert found.after < 0.7 * found.before
+    model.attention.in_proj_weight.data *= 1e200
+    with pytest.raises(InputError, match=r"batch \d gives activations that are NaN or infinite[\s\S]*baddbmm"):
         recover(plan.apply(model), plan, model, data)
 
 

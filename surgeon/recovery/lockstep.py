@@ -107,17 +107,22 @@ class Run:
             found = replay(self.taken[node], args, kwargs) if node in self.taken else _attended(node, args, kwargs)
             self.values[node] = node.target(*args, **kwargs) if found is None else found  # type: ignore[operator]  # an op
             if not self.weights and node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
-                self._check(node)
+                self._check(node, args)
             for used in node.all_input_nodes:
                 self.release(used)
             if not self.readers[node]:
                 del self.values[node]
 
-    def _check(self, node: fx.Node) -> None:
-        """Refuse activations that are NaN or infinite, at the first product that gives them."""
+    def _check(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Refuse activations that are NaN or infinite, at the first product that gives them; masked logits may be -inf."""
         value = self.values[node]
         first = value[0] if isinstance(value, list | tuple) else value
-        if not bool(torch.isfinite(first.sum())) and not bool(torch.isfinite(first).all()):
+        if bool(torch.isfinite(first.sum())):
+            return
+        odd = ~torch.isfinite(first)
+        if op_name(node) in ("addmm", "baddbmm", "addbmm"):  # what the product is added to
+            odd &= ~torch.isneginf(args[0])
+        if bool(odd.any()):
             raise InputError(
                 f"{self.label} gives activations that are NaN or infinite",
                 where=where(node),
