@@ -72,6 +72,17 @@ class Tables:
                     if any(score != "-" for score in scores[1:]):
                         yield [f"{model}, top-1", f"{reduction:g}x", str(count), said, f"{self.base(model):.2%}", *scores]
 
+    def starts_apart(self, epochs: int, recipe: str) -> list[float]:
+        """How far training ends from the model as cut and from the recovered one, of each network, reduction and seed."""
+        found = []
+        for model in MODELS:
+            for reduction, seed in itertools.product(REDUCTIONS[model], self.seeds):
+                jobs = [Job(model, reduction, seed, "surgeon", epochs, recipe, place) for place in (0, 1)]
+                keys = [job.keys[METHODS["surgeon"][job.start]] for job in jobs]
+                if all(key in self.cells for key in keys):
+                    found.append(abs(self.cells[keys[0]]["value"] - self.cells[keys[1]]["value"]))
+        return found
+
 
 HEADER = ["network, metric", "fewer MACs", "base", *METHODS["torch-pruning"], *METHODS["surgeon"]]
 HEADER += ["MACs left, torch-pruning", "MACs left, surgeon", "torch-pruning's best, as cut; + BN"]
@@ -100,9 +111,17 @@ def write(cells: Cells, recipes: Mapping[str, str], training: str) -> None:
         ("Fine-tuned", TRAINED, list(tables.trained_rows())),
         ("Before fine-tuning: LayerNorm and attention", HEADER, list(tables.rows(rest))),
     ]
+    apart = [difference for recipe in recipes for epochs in (1, 3) for difference in tables.starts_apart(epochs, recipe)]
+    starts = (
+        f"Fine-tuned from surgeon's model as cut and from the recovered one, of the same seed ({len(apart)} pairs): at most "
+        f"{max(apart, default=0):.2%} apart, {statistics.median(apart or [0]):.2%} in the median."
+    )
     text = "\n\n".join(f"## {title}\n\n{markdown(header, rows)}" for title, header, rows in parts if rows)
     write_result(
-        "recover", "Accuracy kept without training, and won back with little", text, [*NOTES, training] if parts[1][2] else NOTES
+        "recover",
+        "Accuracy kept without training, and won back with little",
+        text,
+        [*NOTES, starts, training] if parts[1][2] else NOTES,
     )
 
 

@@ -73,7 +73,6 @@ def measured(name: str) -> dict[str, Any]:
     return {
         "before": found.before, "refit": min(solved.before, solved.after), "after": found.after,
         "layers": [sum(fit.taken for fit in fits), len(fits)], "unseen": apart, "seconds": seconds,
-        "remarks": list(found.remarks), "left": sorted({fit.skipped for fit in fits if fit.skipped}),
     }  # fmt: skip
 
 
@@ -133,7 +132,12 @@ def main() -> None:
         return
     gains = [1 - row["unseen"][1] / row["unseen"][0] for row in fine]
     fitted, layers = (sum(row["layers"][i] for row in fine) for i in (0, 1))
+    nearer = sum(gain > 0 for gain in gains)
     notes = [
+        (
+            f"{len(fine)} of {len(rows)} are cut and recovered: {nearer} are nearer to the original on noise that recovery "
+            f"did not see, {sum(gain == 0 for gain in gains)} as far, {sum(gain < 0 for gain in gains)} farther."
+        ),
         (
             f"{sum(row[5] == 'yes' for row in rows)} of {len(rows)} work; of the distance on noise that recovery did not see a "
             f"median of {statistics.median(gains):.0%} is taken away. {fitted:,} of {layers:,} layers were refit."

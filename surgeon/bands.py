@@ -135,13 +135,6 @@ def _miss(side: list[Group], ratio: Callable[[Group], float]) -> float:
     return max(abs(min(round(share * steps), steps - 1) / steps - share) for steps, share in asked)
 
 
-def ratio_by_name(request: Request, group: Group) -> float | None:
-    """The share that a group is asked to lose by name; None where shares do not go by name."""
-    if isinstance(request.ratio, float | int | None):
-        return None
-    return of_pattern(request.ratio, producers(group), 0.0)
-
-
 def build(
     chosen: list[Group],
     links: Iterable[Link],
@@ -178,8 +171,9 @@ def _band(
     caps = [of_pattern(request.max_ratio, producers(group), 1.0) for group in groups]
     floor = max(min(1.0, request.min_channels / group.width) for group in groups)
     kept = max(strata, steps * (1 - min(caps)) - 1e-9, steps * floor - 1e-9)
-    named = [share for group in groups if (share := ratio_by_name(request, group)) is not None]
-    ratio = min(named) if named else None
+    ratio = None
+    if not isinstance(request.ratio, float | int | None):
+        ratio = min(of_pattern(request.ratio, producers(group), 0.0) for group in groups)
     blocks = [block_of(group) for group in groups]
     return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive)
 

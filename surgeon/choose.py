@@ -16,13 +16,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 
-from surgeon.bands import Band, Link, build, narrowed, ratio_by_name, sides, without_kept_heads
+from surgeon.bands import Band, Link, build, narrowed, producers, sides, without_kept_heads
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.groups import Group
 from surgeon.knapsack import solve as knapsack
 from surgeon.labels import Track
-from surgeon.request import Request, matches
+from surgeon.request import Request, matches, of_pattern
 
 Costs = Mapping[str, Callable[[Choice], float]]
 _UNITS = {"macs": "MACs", "size": "bytes", "memory": "bytes of activations"}
@@ -112,11 +112,8 @@ class _Planner:
         self._slots: dict[str, list[Track]] = {}
 
     def bands(self, ratio: float) -> list[Band]:
-        def asked(group: Group) -> float:
-            named = ratio_by_name(self.request, group)
-            return ratio if named is None else named
-
-        chosen = sides(self.groups, asked)
+        asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
+        chosen = sides(self.groups, lambda group: of_pattern(asked, producers(group), 0.0))
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
             found = build(chosen, self.links, self.score, self.request, self._block, self.additive)
