@@ -19,17 +19,22 @@ from surgeon.errors import InputError, PlanError
 Found = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
+def run(*arguments: str) -> None:
+    """Two processes of two_processes.py, which must end well."""
+    paths = os.pathsep.join([str(Path(surgeon.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", work.__file__, *arguments],
+        env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two processes wrote."""
     folder = tmp_path_factory.mktemp("both")
-    paths = os.pathsep.join([str(Path(surgeon.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", work.__file__, str(folder)],
-        env=environment, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    run(str(folder))
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     tensors = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [item["size"] for item in said] == [2, 2]
@@ -92,6 +97,18 @@ def test_statistics_are_the_same_in_the_end(both: Found) -> None:
     first, second = (found["seen"] for found in both[1])
     assert float(first["norm.running_mean"].abs().max()) > 0
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_thread_outlives_the_process_group(both: Found) -> None:
+    """One that does may drop a tensor while Python shuts down, which aborts the process."""
+    for before, after in (item["threads"] for item in both[0]):
+        assert not after
+        assert before or not Path("/proc/self/task").exists()
+
+
+def test_a_script_need_not_end_the_processes() -> None:
+    """Though a thread of the process group still drops a tensor when the script is done."""
+    run()
 
 
 def test_broadcast_without_processes() -> None:

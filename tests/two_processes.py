@@ -1,10 +1,14 @@
-"""What each of several processes does for test_distributed.py: `torchrun two_processes.py folder` writes there what it saw."""
+"""What each of several processes does for test_distributed.py.
+
+`torchrun two_processes.py folder` writes there what it saw; without a folder it ends right after a fine-tune.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +100,34 @@ class Seen(nn.Module):
         return self.norm(self.layer(x))
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+class Slow:
+    """Takes a second to go."""
+
+    def __del__(self) -> None:
+        time.sleep(1)
+
+
+def drop_slowly() -> None:
+    """Leave to a thread of the process group the last reference to a tensor, whose end needs Python for a while."""
+    tensor = torch.ones(1)
+    tensor.slow = Slow()  # type: ignore[attr-defined]  # a tensor takes any attribute
+    dist.all_reduce(tensor, async_op=True)
+
+
+def threads() -> list[str]:
+    """Of process groups; none where the system does not say."""
+    found = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in found if "gloo" in name]
+
+
+def short() -> None:
+    """A script that leaves it to `finetune` to set processes up, and says nothing of their end."""
+    surgeon.finetune(nn.Linear(2, 2), [(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))] * 2, epochs=1)
+    drop_slowly()
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     found: dict[str, Any] = {"size": dist.get_world_size()}
 
@@ -131,9 +161,11 @@ def main() -> None:
 
     tensors = {"gradients": averaged, "tuned": tuned.state_dict(), "alpha": alpha, "seen": seen.state_dict()}
     torch.save(tensors, folder / f"{rank}.pt")
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    found["threads"] = [threads()]
     dist.destroy_process_group()
+    found["threads"].append(threads())
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1])) if sys.argv[1:] else short()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from surgeon.errors import InputError, MissingExtraError
 from surgeon.training.batches import own_share
+
+if dist.is_available():
+    # Its functions have the process group of the moment as a default argument: imported later (DistributedDataParallel does it),
+    # they keep the group, and its threads, beyond `destroy_process_group`
+    import torch.distributed.nn
 
 
 class Processes:
@@ -31,7 +39,10 @@ class Processes:
         self._accelerate = accelerate
         # accelerate takes several processes without a GPU for single ones, unless it is told that they are meant to be on CPUs
         on_cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        set_up = dist.is_available() and dist.is_initialized()
         state = accelerate.PartialState(cpu=on_cpu)
+        if not set_up and state.num_processes > 1:
+            atexit.register(_leave)
         self.count: int = state.num_processes
         if self.count != (started := int(os.environ.get("WORLD_SIZE", "1"))):
             raise InputError(
@@ -88,6 +99,15 @@ class Processes:
         """Until all are here."""
         if self.count > 1:
             self._accelerate.PartialState().wait_for_everyone()
+
+
+def _leave() -> None:
+    """End the process group that was set up here: if Python shuts down first, a thread that drops its last tensor aborts it.
+
+    Not after an error: the others then wait for this process, and it would wait for them.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_type"):
+        dist.destroy_process_group()
 
 
 class _Share:
