@@ -41,7 +41,7 @@ def measured(tool: str, name: str) -> dict[str, Any]:
     row, small = _by_surgeon(model, inputs) if tool == "surgeon" else _by_torch_pruning(model, inputs)
     row |= {"seconds": time.perf_counter() - start, "mib": (_memory("VmHWM") - base) / 2**20}
     row["left"] = sum(p.numel() for p in small.parameters()) / before
-    _alive(small, inputs, name)
+    alive(small, inputs, name)
     return row
 
 
@@ -114,7 +114,7 @@ def _pictures(item: Any) -> bool:
 _EVAL_ONLY = ("kornia/LoFTR", "diffusers/FluxTransformer2DModel", "torch_geometric/", "spandrel/SeemoRe")
 
 
-def _alive(small: Any, inputs: Any, name: str) -> None:
+def alive(small: Any, inputs: Any, name: str) -> None:
     """Another batch size; training mode and a backward pass.
 
     Raises:

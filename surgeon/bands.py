@@ -168,12 +168,12 @@ def _band(
         else:
             total += ranked.mean(axis=0).reshape(steps, count).mean(axis=1) / len(groups)
     strata = max(max(len(np.unique(lane)) for lane in group.strata) / count for group, count in zip(groups, per, strict=True))
-    caps = [of_pattern(request.max_ratio, producers(group), 1.0) for group in groups]
+    caps = [of_pattern(request.max_ratio, group.producers, 1.0) for group in groups]
     floor = max(min(1.0, request.min_channels / group.width) for group in groups)
     kept = max(strata, steps * (1 - min(caps)) - 1e-9, steps * floor - 1e-9)
     ratio = None
     if not isinstance(request.ratio, float | int | None):
-        ratio = min(of_pattern(request.ratio, producers(group), 0.0) for group in groups)
+        ratio = min(of_pattern(request.ratio, group.producers, 0.0) for group in groups)
     blocks = [block_of(group) for group in groups]
     return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive)
 
@@ -183,11 +183,6 @@ def narrowed(block: int, width: int) -> int:
     while block > 1 and width < 2 * block:
         block //= 2
     return block
-
-
-def producers(group: Group) -> list[str]:
-    """Names of the tensors that make the group's channels (dim 0 of weights), as patterns see them; all if there is none."""
-    return [m.tensor for m in group.members if m.dim == 0] or [m.tensor for m in group.members]
 
 
 def _ranked(scores: Track, strata: Track) -> Track:

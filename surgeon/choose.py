@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import numpy as np
 
-from surgeon.bands import Band, Link, build, narrowed, producers, sides, without_kept_heads
+from surgeon.bands import Band, Link, build, narrowed, sides, without_kept_heads
 from surgeon.cost import Choice, Shapes, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.groups import Group
@@ -113,7 +113,7 @@ class _Planner:
 
     def bands(self, ratio: float) -> list[Band]:
         asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
-        chosen = sides(self.groups, lambda group: of_pattern(asked, producers(group), 0.0))
+        chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
             found = build(chosen, self.links, self.score, self.request, self._block, self.additive)

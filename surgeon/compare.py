@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,6 +88,20 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice,
                 fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
             ) from error
     return mode.notes
+
+
+def of_ones(calls: Iterable[Call], shapes: Shapes, choice: Choice) -> str:
+    """What else to do if a width of these ops is 1 now: code, and torch's own einsum, may treat it apart."""
+    for call in calls:
+        if _now_one(call, shapes.shape(call.node, choice)):
+            return "; or keep two channels everywhere with min_channels=2: a width is 1 now, which code may treat apart"
+    return ""
+
+
+def _now_one(call: Call, shape: Sequence[int]) -> bool:
+    """Whether a size of the op's output became 1."""
+    old = call.node.meta["spec"]
+    return isinstance(old, Spec) and any(now == 1 < was for was, now in zip(old.shape, shape, strict=True))
 
 
 class _SmallSizes(Sizes):
@@ -186,14 +200,7 @@ class _Comparer(Beside):
         )
 
     def _of_ones(self) -> str:
-        """What else to do if a width is 1 now: code, and torch's own einsum, may treat it apart."""
-        for call in self.calls[: self.at + 1]:
-            old = call.node.meta["spec"]
-            if isinstance(old, Spec) and any(
-                now == 1 < was for was, now in zip(old.shape, self.shapes.shape(call.node, self.choice), strict=True)
-            ):
-                return "; or keep two channels everywhere with min_channels=2: a width is 1 now, which code may treat apart"
-        return ""
+        return of_ones(self.calls[: self.at + 1], self.shapes, self.choice)
 
     def _belongs_later(self, call: Call, args: Any) -> bool:
         """Whether a slice is not this recorded one, but one of those right after it: torch left out those between."""
@@ -216,10 +223,14 @@ class _Comparer(Beside):
             got, new = args[position], value
             if isinstance(new, list):
                 got = [g if g != -1 else n for g, n in zip(got, new, strict=False)] if len(got) == len(new) else got
-            if got != new:
+            if got != new and not (alike(call.op) == "view" and self._moved_ones(call, got, new)):
                 self._note(call, old, new, got)
                 args[position] = value
         return args
+
+    def _moved_ones(self, call: Call, got: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether sizes are those expected but for where ones are: torch's einsum puts a width elsewhere that is 1 now."""
+        return _now_one(call, expected) and [n for n in got if n != 1] == [n for n in expected if n != 1]
 
     def _note(self, call: Call, old: Any, want: Any, got: Any, module: str | None = None) -> None:
         several = isinstance(want, list)
@@ -280,7 +291,7 @@ class _Comparer(Beside):
         if not isinstance(first, Tensor) or call.node.target is getitem:
             return
         expected = self.shapes.shape(call.node, self.choice)
-        if tuple(first.shape) != expected and first.numel():
+        if tuple(first.shape) != expected and first.numel() and not self._moved_ones(call, first.shape, expected):
             raise MendError(
                 f"op {op_name(call.node)} of the small model gives shape {tuple(first.shape)}, predicted was {expected}",
                 where=self.place(),

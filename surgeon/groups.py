@@ -47,6 +47,7 @@ class Group:
         grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a grid.
         batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows may well go.
         attention: "heads" or "head dims" of an attention, "" for everything else.
+        producers: names of the tensors in whose ops' outputs its channels are: its layers, as users name them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Group:
     grid: int = -1
     batched: bool = False
     attention: str = ""
+    producers: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -104,18 +106,43 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
         unit_of[lanes.ravel()] = np.arange(lanes.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
     kinds, grids = _kinds(solution, cells, groups_of, families)
+    made = outputs_of_tensors(propagation, solution)
     found = []
     for number, lanes in enumerate(families):
         if members[number]:
             first = members[number][0]
             name = f"{first.tensor}[{first.dim}]" + ("" if kinds[number] == "channels" else f" {kinds[number]}")
             batched = bool(solution.batched[lanes].any())
+            tensors = dict.fromkeys(member.tensor for member in members[number])
+            producers = tuple(tensor for tensor in tensors if tensor in made and np.isin(lanes, made[tensor]).any())
             part = (name, lanes, tuple(members[number]), stratum[lanes], kinds[number], grids[number], batched)
-            found.append(Group(*part, _attention(solution, lanes)))
+            found.append(Group(*part, _attention(solution, lanes), producers or tuple(tensors)))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
     found = _unique_names(found)
     return found, _stuck(groups_of, atoms, slot_of, slots)
+
+
+def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str, Track]:
+    """Atoms of the channels that the first op gives which meets a tensor, or what is computed from tensors alone, with data.
+
+    Which dim of a weight holds a layer's outputs is the op's matter: the first one of a convolution's, the second one of a
+    transposed convolution's, of an embedding's and of `x @ weight`.
+    """
+    owned: dict[fx.Node, set[str]] = {}
+    found: dict[str, list[Track]] = defaultdict(list)
+    for node, axes in propagation.axes.items():
+        sources = node.all_input_nodes
+        if node.op == "get_attr":
+            owned[node] = {str(node.target)}
+        elif node.op != "placeholder" and all(source in owned for source in sources):
+            owned[node] = set().union(*(owned[source] for source in sources))
+        elif names := set().union(*(owned.get(source, set()) for source in sources)):
+            tracks = [track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()]
+            atoms = [each for track in tracks for each in solution.atoms(np.unique(track))]
+            for name in names:
+                found[name] += atoms
+    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}
 
 
 def _attention(solution: Solution, lanes: Track) -> str:

@@ -12,7 +12,6 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from surgeon.bands import producers
 from surgeon.errors import BudgetError, InputError
 from surgeon.pipeline import inspect, prove
 from surgeon.plan import Plan
@@ -132,7 +131,7 @@ class Iteration:
             ratios: dict[str, float] = {}
             for group in surgery.groups_without(asked.get("ignore", ()), asked.get("ignore_inputs", ())):
                 wanted = widths.get(group.name, group.width) * (1 - self._ratio * share)
-                ratios |= dict.fromkeys(producers(group), max(0.0, 1 - wanted / group.width))
+                ratios |= dict.fromkeys(group.producers, max(0.0, 1 - wanted / group.width))
             return {**asked, "ratio": ratios}
         done = self.steps[-1].share if self.steps else 0.0
         return {**asked, "ratio": 1 - (1 - self._ratio * share) / (1 - self._ratio * done)}

@@ -18,11 +18,12 @@ import torch
 from torch import fx, nn
 
 from surgeon._alike import repeated
-from surgeon.compare import COMPARISONS, Note, compare
+from surgeon.compare import COMPARISONS, Note, compare, of_ones
 from surgeon.cost import Choice, Shapes
 from surgeon.edits import Edit, apply_edit
 from surgeon.errors import MendError
 from surgeon.graph import Graph, Spec, named_tensors, spec
+from surgeon.groups import outputs_of_tensors
 from surgeon.rules.registry import op_name
 from surgeon.suggest import integers, propose
 from surgeon.wanted import wanted
@@ -71,7 +72,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: 
             why="no integer attribute of the module and no number in its methods or its traced forward explains them"
             + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
             fix="compute the size from the tensor's shape in the model's forward, or keep "
-            f"the layers that give these channels, ignore={_layers(notes, runs, shapes, choice) or '[...]'}",
+            f"the layers that give these channels, ignore={_layers(notes, runs, shapes, choice) or '[...]'}"
+            + of_ones((call for graph in runs for call in repeated(graph)[: notes[-1].reached + 1]), shapes, choice),
         )
     return tuple(edits)
 
@@ -184,14 +186,10 @@ def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: Shapes, choice
                 gone[atoms[atoms >= 0]] = True
     gone &= choice
     found = []
-    for (name, dim), ids in shapes.propagation.slots.items():
-        if dim or not gone.any():
-            continue
-        own = [atoms[atoms >= 0] for atoms in shapes.solution.atoms(ids)]
-        if any(gone[atoms].any() for atoms in own):
+    for name, atoms in outputs_of_tensors(shapes.propagation, shapes.solution).items():
+        if gone[atoms].any():
             found.append(name.rpartition(".")[0] or name)
-            for atoms in own:
-                gone[atoms] = False
+            gone[atoms] = False
     return list(dict.fromkeys(found))
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from surgeon._quiet import output_of, quiet_run
-from surgeon.bands import producers
 from surgeon.errors import BudgetError, InputError, MissingExtraError
 from surgeon.graph import tensor_leaves
 from surgeon.inputs import normalize
@@ -114,7 +113,7 @@ def sensitivity(
     groups = surgery.groups_without(options.get("ignore", ()), options.get("ignore_inputs", ()))
     for group in groups:
         for ratio in ratios:
-            asked = {"*": 0.0, **dict.fromkeys(producers(group), ratio)}
+            asked = {"*": 0.0, **dict.fromkeys(group.producers, ratio)}
             try:
                 plan = surgery.plan(asked, **options).finished()
             except BudgetError:
@@ -129,7 +128,7 @@ def sensitivity(
     return Sensitivity(
         tuple(ratios),
         {name: tuple(values) for name, values in changes.items()},
-        {group.name: tuple(producers(group)) for group in groups},
+        {group.name: group.producers for group in groups},
         "outputs" if loss is None else "loss",
     )
 

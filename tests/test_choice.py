@@ -217,3 +217,31 @@ def test_a_ratio_by_name_takes_heads_or_dims_as_the_ratio_does(name: str, ratio:
     motif = next(m for m in MOTIFS if m.name == name)
     surgery = surgeon.inspect(motif.make(), torch.randn(motif.shape))
     assert surgery.plan({"*": ratio}, round_to=1).kept == surgery.plan(ratio, round_to=1).kept
+
+
+class Transposed(nn.Module):
+    """Layers whose weights hold the outputs in dim 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.head = nn.Embedding(9, 6), nn.ConvTranspose1d(6, 10, 2, bias=False), nn.Linear(8, 3)
+        self.mixed = nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head((self.up(self.table(words).mT).relu().mT @ self.mixed).relu())
+
+
+@pytest.mark.parametrize(("layer", "lost"), [("table", (3, 0, 0)), ("up", (0, 5, 0)), ("mixed", (0, 0, 4))])
+def test_a_name_means_the_outputs_of_a_layer(layer: str, lost: tuple[int, int, int]) -> None:
+    """Not what it reads, wherever its weight holds them: with ratios, caps and where each layer's share is measured."""
+    model, x = Transposed().eval(), torch.tensor([[1, 2, 3]])
+    surgery = surgeon.inspect(model, x)
+
+    def widths(plan: surgeon.Plan) -> tuple[int, ...]:
+        small = plan.apply(model)
+        return 6 - small.table.embedding_dim, 10 - small.up.out_channels, 8 - small.mixed.shape[1]
+
+    assert widths(surgery.plan({layer: 0.5}, round_to=1)) == lost
+    capped = surgery.plan(0.5, max_ratio={layer: 0.0}, round_to=1)
+    assert widths(capped) == tuple(0 if own else full for own, full in zip(lost, (3, 5, 4), strict=True))
+    assert surgery.groups[[bool(n) for n in lost].index(True)].producers == (f"{layer}.weight" if layer != "mixed" else "mixed",)

@@ -15,7 +15,6 @@ from test_motifs import prepared
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.bands import producers
 from surgeon.errors import InputError
 from surgeon.graph import tensor_leaves
 from surgeon.groups import Group
@@ -270,7 +269,7 @@ def test_closed_gates_are_a_cut(motif: Motif) -> None:
         surgery, reg = gates_of(twin, x)
         group = reg.groups[number]
         if any(
-            set(producers(group)) & set(producers(other)) for other in surgery.groups if other is not group and not group.batched
+            set(group.producers) & set(other.producers) for other in surgery.groups if other is not group and not group.batched
         ):
             continue  # a ratio by layer cannot say which of the two loses
         closed = [closing_one_step(g) if g is group else torch.full((g.units,), 9.0) for g in reg.groups]

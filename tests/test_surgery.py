@@ -136,12 +136,23 @@ def test_unused_parameters_are_said_and_kept() -> None:
     assert surgery.plan(0.5).apply(surgery.model).spare.weight.shape == (8, 8)
 
 
+class Columns(nn.Module):
+    """A linear layer whose weight holds the outputs in dim 1."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class OneSize(nn.Module):
     """One number for the parts of two widths, of which one is the model's output and stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 6)
+        self.a, self.b, self.c = nn.Linear(4, 8), kind(4, 8), nn.Linear(8, 6)
         self.d, self.size = nn.Linear(6, 3), 4
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,14 +162,15 @@ class OneSize(nn.Module):
         return a, self.d(self.c(b.tanh().flatten(1)).relu())
 
 
-def test_layers_that_are_to_stay_are_named() -> None:
+@pytest.mark.parametrize("kind", [nn.Linear, Columns])
+def test_layers_that_are_to_stay_are_named(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model, x = OneSize(), torch.randn(5, 4)
+    model, x = OneSize(kind), torch.randn(5, 4)
     with pytest.raises(MendError, match=re.escape("4 should be 2")) as caught:
         surgeon.shrink(model, 0.5, example_inputs=x)
     assert str(caught.value).endswith("keep the layers that give these channels, ignore=['b']")
     small = surgeon.shrink(model, 0.5, example_inputs=x, ignore=["b"])
-    assert small.b.out_features == 8
+    assert 8 in small.b.weight.shape
     assert small.c.out_features < 6
 
 
@@ -313,6 +325,32 @@ def test_widths_of_one_that_code_treats_apart() -> None:
         surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1)
     small = surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1, min_channels=2)
     assert small.slots.shape == (4, 2, 2)
+
+
+class Einsum(nn.Module):
+    """Attention whose heads torch's einsum multiplies one by one; a single head is one of its dims of size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dims = 2, 6
+        self.qkv, self.out = nn.Linear(5, 36), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, self.dims)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+        return self.out(torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(2))
+
+
+def test_a_single_head_is_left_to_einsum() -> None:
+    torch.manual_seed(0)
+    model, x = Einsum().eval(), torch.randn(3, 7, 5)
+    plan = surgeon.inspect(model, x).plan(0.5, heads="whole", round_to=1)
+    small = plan.apply(model)
+    assert (small.heads, small.dims) == (1, 6)
+    assert surgeon.verify(model, small, plan, x).error < 1e-12
+    assert small(torch.randn(2, 9, 5)).shape == (2, 9, 5)
+    with pytest.raises(MendError, match="min_channels=2"):  # one dim of each head is multiplied, not summed over
+        surgeon.shrink(model, 0.85, heads="dims", round_to=1, example_inputs=x)
 
 
 def test_print_out() -> None:

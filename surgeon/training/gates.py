@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.bands import producers
 from surgeon.calibration.consumers import Consumer, find_consumers
 from surgeon.errors import InputError
 from surgeon.groups import Group, Member
@@ -102,7 +101,7 @@ class Gates(Regularizer):
         """
         if group.name not in self._starts:
             asked = self.ratios()
-            if any(asked.get(name) for name in producers(group)):
+            if any(asked.get(name) for name in group.producers):
                 raise InputError(
                     "this group has no gates, but shares a layer with one that is to lose units",
                     where=group.name,
@@ -124,7 +123,7 @@ class Gates(Regularizer):
         for group in self.groups:
             start = self._starts[group.name]
             closed = float((rest[start : start + group.units] == 0).double().mean())
-            found |= {name: max(closed, found.get(name, 0.0)) for name in producers(group)}
+            found |= {name: max(closed, found.get(name, 0.0)) for name in group.producers}
         return found
 
     @torch.no_grad()
