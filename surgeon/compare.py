@@ -223,14 +223,15 @@ class _Comparer(Beside):
             got, new = args[position], value
             if isinstance(new, list):
                 got = [g if g != -1 else n for g, n in zip(got, new, strict=False)] if len(got) == len(new) else got
-            if got != new and not (alike(call.op) == "view" and self._moved_ones(call, got, new)):
+            if got != new and not (alike(call.op) == "view" and self._moved_ones(got, new)):
                 self._note(call, old, new, got)
                 args[position] = value
         return args
 
-    def _moved_ones(self, call: Call, got: Sequence[int], expected: Sequence[int]) -> bool:
-        """Whether sizes are those expected but for where ones are: torch's einsum puts a width elsewhere that is 1 now."""
-        return _now_one(call, expected) and [n for n in got if n != 1] == [n for n in expected if n != 1]
+    def _moved_ones(self, got: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether sizes are those expected but for where ones are: torch's einsum lays out both of its operands otherwise when a
+        width of one is 1 now."""
+        return [n for n in got if n != 1] == [n for n in expected if n != 1] and bool(self._of_ones())
 
     def _note(self, call: Call, old: Any, want: Any, got: Any, module: str | None = None) -> None:
         several = isinstance(want, list)
@@ -291,7 +292,7 @@ class _Comparer(Beside):
         if not isinstance(first, Tensor) or call.node.target is getitem:
             return
         expected = self.shapes.shape(call.node, self.choice)
-        if tuple(first.shape) != expected and first.numel() and not self._moved_ones(call, first.shape, expected):
+        if tuple(first.shape) != expected and first.numel() and not self._moved_ones(first.shape, expected):
             raise MendError(
                 f"op {op_name(call.node)} of the small model gives shape {tuple(first.shape)}, predicted was {expected}",
                 where=self.place(),

@@ -25,28 +25,39 @@ _TRIALS = 8  # of attributes that may have to change together
 
 
 def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
-    """For each module with notes an attribute of it or of one that holds it, else several, else a number in its code."""
+    """For each module with notes an attribute of it, else several; else of those that hold it; else a number in its code."""
     by_module: dict[str, list[Note]] = defaultdict(list)
     for note in notes:
         by_module[note.module].append(note)
     edits: dict[tuple[str, str, str], Edit] = {}
     for path, own in by_module.items():
-        one = _attribute(small, path, own, refused)
-        if one is None:
-            several = _together(small, path, own, refused)
-            one = None if several else _in_code(small, path, own, refused)
-        for found in several if one is None else [one]:
+        for found in _proposed(small, path, own, refused):
             edits.setdefault((found.module, found.kind, found.name), found)
     return list(edits.values())
 
 
-def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """An attribute of the module or of one that holds it: the one that explains most notes, exact matches first.
+def _proposed(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+    widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
+    owners = _owners(path)
+    for some in (owners[:1], owners):  # a model's config holds many numbers that could be it
+        one = _attribute(small, some, notes, refused, widths)
+        if one is None and some is owners:
+            one = _below_it(small, path, notes, refused) or _apart_by(small, path, notes, refused, widths)
+        found = _together(small, path, some, notes, refused) if one is None else [one]
+        if found:
+            return found
+    one = _in_code(small, path, notes, refused)
+    return [] if one is None else [one]
+
+
+def _attribute(
+    small: nn.Module, owners: list[str], notes: list[Note], refused: set[tuple[str, str, str]], widths: set[int]
+) -> Edit | None:
+    """An attribute of the first of the owners that has one: which explains most notes, exact matches first.
 
     Of those that are divided somewhere, those that become a width of the module's parameters come first.
     """
-    widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
-    for owner in _owners(path):
+    for owner in owners:
         best: tuple[tuple[bool, bool, int, int], Edit] | None = None
         for name, value in integers(small.get_submodule(owner)):
             if (owner, "attribute", name) in refused or value <= 0:
@@ -62,7 +73,7 @@ def _attribute(small: nn.Module, path: str, notes: list[Note], refused: set[tupl
                     best = (rank, Edit(owner, "attribute", name, value, new))
         if best is not None:
             return best[1]
-    return _below_it(small, path, notes, refused) or _apart_by(small, path, notes, refused, widths)
+    return None
 
 
 def _apart_by(
@@ -99,12 +110,14 @@ def _owners(path: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
-def _together(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+def _together(
+    small: nn.Module, path: str, owners: list[str], notes: list[Note], refused: set[tuple[str, str, str]]
+) -> list[Edit]:
     """Attributes that hold the old numbers, all changed at once: where each alone was refused, code may compute with several."""
     changes = sorted({(note.got, note.want) for note in notes})
     if len(changes) < 2:
         return []
-    held = [(owner, name, value) for owner in _owners(path) for name, value in integers(small.get_submodule(owner))]
+    held = [(owner, name, value) for owner in owners for name, value in integers(small.get_submodule(owner))]
     candidates = [
         [Edit(owner, "attribute", name, got, want) for owner, name, value in held if value == got] for got, want in changes
     ]

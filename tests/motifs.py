@@ -676,6 +676,23 @@ MOTIFS = [
         },
     ),
     Motif(
+        "heads_in_a_row",  # of two layers: all keep as many dims, and each layer loses heads of its own
+        net(
+            lambda s, x: s.o(torch.cat([s.two(s.a(x)), s.three(s.b(x)).relu()], 1).transpose(1, 2).flatten(2)),
+            a=lambda: nn.Linear(5, 16),
+            b=lambda: nn.Linear(5, 24),
+            two=lambda: Heads(2),
+            three=lambda: Heads(3),
+            o=lambda: nn.Linear(40, 4),
+        ),
+        SEQUENCE,
+        {
+            "a.weight[0] rows": "2x1: a.bias[0] a.weight[0] o.weight[1]",
+            "a.weight[0] columns": "8x5: a.bias[0] a.weight[0] b.bias[0] b.weight[0] o.weight[1]",
+            "b.weight[0] rows": "3x1: b.bias[0] b.weight[0] o.weight[1]",
+        },
+    ),
+    Motif(
         "separate_qkv",
         SeparateQKV,
         SEQUENCE,

@@ -211,7 +211,7 @@ def test_heads_that_are_kept_hold_the_widths_that_are_computed_from_them() -> No
         surgeon.inspect(model, x).plan(0.5, heads="keep")
 
 
-@pytest.mark.parametrize("name", ["separate_qkv", "convolution_over_heads"])
+@pytest.mark.parametrize("name", ["separate_qkv", "convolution_over_heads", "heads_in_a_row"])
 @pytest.mark.parametrize("ratio", [0.25, 1 / 3, 0.5, 0.75])
 def test_a_ratio_by_name_takes_heads_or_dims_as_the_ratio_does(name: str, ratio: float) -> None:
     motif = next(m for m in MOTIFS if m.name == name)

@@ -255,7 +255,13 @@ UNGATED = {
 }
 
 
-SHARED = ("grouped", "option_a", "channel_shuffle", "split_unequal")  # every group of these shares a layer with another one
+SHARED = (
+    "grouped",
+    "option_a",
+    "channel_shuffle",
+    "split_unequal",
+    "heads_in_a_row",
+)  # every group of these shares a layer with another one
 
 
 @pytest.mark.parametrize("motif", [m for m in MOTIFS if m.name not in UNGATED], ids=lambda m: m.name)

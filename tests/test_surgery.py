@@ -353,6 +353,41 @@ def test_a_single_head_is_left_to_einsum() -> None:
         surgeon.shrink(model, 0.85, heads="dims", round_to=1, example_inputs=x)
 
 
+class Divides(nn.Module):
+    """Attention whose code computes each size from two numbers, in a model that holds many more of the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(5, 112), Divided(112, 4), nn.Linear(112, 3)
+        self.labels = {f"label {n}": 4 for n in range(100)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.attention(x))
+
+
+class Divided(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.width // self.heads
+        q, k, v = (layer(x).view(*x.shape[:2], self.heads, size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = (q @ k.mT).softmax(-1) @ v
+        return y.transpose(1, 2).reshape(*x.shape[:2], self.heads * size)
+
+
+def test_numbers_of_the_module_itself_are_tried_together_before_those_of_the_model() -> None:
+    torch.manual_seed(0)
+    model, x = Divides(), torch.randn(3, 7, 5)
+    plan = surgeon.inspect(model, x).plan(0.25, heads="whole", round_to=1)
+    small = plan.apply(model)
+    assert (small.attention.width, small.attention.heads, small.labels) == (84, 3, model.labels)
+    assert surgeon.verify(model, small, plan, x).error < 1e-12
+
+
 def test_print_out() -> None:
     text = str(surgeon.inspect(FusedQKV("3hd"), torch.randn(2, 7, 5)))
     assert "qkv.weight[0] rows: " in text

@@ -84,7 +84,7 @@ def cat(site: Site) -> Axes:
                 for loose in kept:
                     site.ledger.freeze(loose, "is concatenated with a tensor whose size here is fixed")
             else:
-                result[d] = _cat_rows(site, kept, parts, dim)
+                result[d] = _cat_rows(site, kept, parts, d, dim)
             continue
         filled = []
         for part, found in zip(parts, tracks, strict=True):
@@ -99,7 +99,7 @@ def cat(site: Site) -> Axes:
     return result
 
 
-def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], dim: int) -> Track:
+def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], own: int, dim: int) -> Track:
     """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along it."""
     if all(t.shape[dim] == 1 for t in tracks):
         return beside(site.ledger, tracks)
@@ -108,7 +108,9 @@ def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], dim: int) -
     full = [
         np.broadcast_to(t, [size if i == dim else rows[i] for i in range(t.ndim)]) for t, size in zip(tracks, sizes, strict=True)
     ]
-    return np.concatenate(full, axis=dim)
+    joined = np.concatenate(full, axis=dim)
+    site.ledger.balance(joined, own)  # the rows of one part keep as many entries as those of the others
+    return joined
 
 
 @rule(Family.MOVEMENT, "stack")
