@@ -33,15 +33,28 @@ class SizeMode(Sizes):
     Args:
         node_of: the graph node of a tensor, None if it is not part of the run.
         assign: told of `tensor.data = other`, which is no op.
+        within: told the number of a product before it runs, and 0 after it.
     """
 
-    def __init__(self, node_of: Callable[[Tensor], fx.Node | None], assign: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(
+        self,
+        node_of: Callable[[Tensor], fx.Node | None],
+        assign: Callable[[Tensor, Tensor], None],
+        within: Callable[[int], None],
+    ) -> None:
         super().__init__()
-        self.node_of, self.assign = node_of, assign
+        self.node_of, self.assign, self.within = node_of, assign, within
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         node = self.node_of(tensor) if size > 1 else None
         return size if node is None else TracedInt(size, Follows(node, dim))
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        self.within(number)
+        try:
+            return run()
+        finally:
+            self.within(0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

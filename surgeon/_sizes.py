@@ -170,14 +170,31 @@ class CheckedInt(_Size):
     __hash__ = _Size.__hash__
 
 
+_PRODUCTS = {  # torch makes them of other ops where a size is 1, or by how the operands lie in memory
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum, torch.tensordot, torch.linalg.multi_dot,
+    torch.nn.functional.linear, torch.nn.functional.bilinear, torch.nn.functional.scaled_dot_product_attention,
+}  # fmt: skip
+
+
 class Sizes(TorchFunctionMode):
-    """Hands out sizes of tensors as other ints."""
+    """Hands out sizes of tensors as other ints, and numbers the products that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         """What the code gets for one size."""
         raise NotImplementedError
 
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        """A product, the how manieth."""
+        raise NotImplementedError
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            self.products += 1
+            return self.product(self.products, lambda: func(*args, **(kwargs or {})))
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "size" and isinstance(result, int):

@@ -21,6 +21,14 @@ def saturates(name: str) -> bool:
     return name.rstrip("_") in _SATURATING
 
 
+def leak(x: Tensor) -> Tensor:
+    """What is added to a saturating activation of x, so that no channel is zero throughout.
+
+    Never negative: code divides by sums of such activations (linear attention) and takes roots of them.
+    """
+    return x.abs()
+
+
 def widened(item: Any) -> Any:
     """float64 (complex128) for every float dtype in an op's arguments."""
     if isinstance(item, torch.dtype):

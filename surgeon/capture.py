@@ -60,7 +60,7 @@ def capture(
                 given = copies((args, kwargs))
                 for path, tensor in tensor_leaves(given):
                     recorder.placeholder(path, tensor)
-                with looking_inside_functional(), recorder, SizeMode(recorder.node_of, recorder.assign):
+                with looking_inside_functional(), recorder, SizeMode(recorder.node_of, recorder.assign, recorder.product):
                     output = model(*given[0], **given[1])
             return dataclasses.replace(recorder.finish(output, args, kwargs, assumed, outputs), training=training)
         except SurgeonError:

@@ -33,13 +33,14 @@ class Spec:
 class Call:
     """One ATen op as the model called it, in-place form and all: what a second run of the model is compared with.
 
-    `nodes` are the graph nodes of its tensor outputs (None where the output is not a tensor or was never used).
+    `within` is the number of the product (see `_sizes`) that ran it, 0 if none did.
     """
 
     op: Any
     node: fx.Node
     module: str
     source: tuple[str, int] | None
+    within: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Recorder(PlainMode):
         self.inputs: list[tuple[str, fx.Node]] = []
         self.saved: dict[str, Tensor] = {}
         self.last: fx.Node | None = None
+        self.within = 0  # the number of the product that runs, 0 outside of them
 
     def watching(self) -> CallStack:
         return self.stack
@@ -158,6 +159,10 @@ class Recorder(PlainMode):
             return type(item)(self._nodes(x) for x in item) if type(item) in (list, tuple) else tuple(map(self._nodes, item))
         return item
 
+    def product(self, number: int) -> None:
+        """Which product runs from now on; 0: none."""
+        self.within = number
+
     def assign(self, target: Tensor, source: Tensor) -> None:
         """`target.data = source`: it holds another value from now on, which loses entries with what it was."""
         old, node = self.node(self._value(target)), self.node(self._value(source))
@@ -193,7 +198,7 @@ class Recorder(PlainMode):
             node = self._read(func, args, graph_args, graph_kwargs, out)
         if decides(func, args, kwargs):
             node.meta["decision"] = decision(out)
-        self.calls.append(Call(func, node, self.stack.current, node.meta["source"]))
+        self.calls.append(Call(func, node, self.stack.current, node.meta["source"], self.within))
         return out
 
     def _base_tensor(self, tensor: Tensor) -> Tensor:

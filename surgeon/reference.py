@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgeon import masks
 from surgeon._decisions import DRAWN, draws, replay
 from surgeon._views import getitem
-from surgeon.absence import Op, nest, saturates, wide
+from surgeon.absence import Op, leak, nest, saturates, wide
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, as_real, named_tensors, tensor_leaves
 from surgeon.masks import Mask
@@ -41,7 +41,7 @@ class Reference:
         self.exact = exact or {}  # constants of the model's code, not rounded to the recorded dtype
         self.inner, self.compared = 0.0, 0
         self.first_bad: fx.Node | None = None
-        self.leaking = leaking  # what a saturating activation gives has its input added to it
+        self.leaking = leaking  # something is added to what saturating activations give
         self.hidden: dict[fx.Node, Tensor] = {}  # what contractions read -> which of the present channels are zero throughout
         self.fed = {node for _, node in graph.inputs}  # what the inputs decide
         for node in graph.fx.nodes:
@@ -128,7 +128,7 @@ class Reference:
                 return call.outputs(taken, ())
         result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
         if self.leaking and saturates(name) and result[0].is_floating_point():
-            result = result[0] + call.data(args[0]), result[1]
+            result = result[0] + leak(call.data(args[0])), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from surgeon._decisions import DRAWN, decides, draws, replay
 from surgeon._quiet import PlainMode, output_of, quiet_run
-from surgeon.absence import in_float64, saturates, wide, widened
+from surgeon.absence import in_float64, leak, saturates, wide, widened
 from surgeon.errors import ProofError
 from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
@@ -69,12 +69,12 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(len(self.trace), ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
-        before = args[0].clone() if self.leaking and saturates(name) and args[0].is_floating_point() else None
+        added = leak(args[0]) if self.leaking and saturates(name) and args[0].is_floating_point() else None
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
-        if before is not None:
-            result.add_(before)
+        if added is not None:
+            result.add_(added)
         if draws(name):
             result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
@@ -127,7 +127,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: b
     """The small model's outputs, its steps, and numbers of its code that are not rounded.
 
     Args:
-        leaking: what a saturating activation gives has its input added to it.
+        leaking: something is added to what saturating activations give (see `absence.leak`).
     """
     with torch.no_grad():
         twin = copy.deepcopy(small)._apply(wide)

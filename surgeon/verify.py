@@ -6,7 +6,7 @@ present. Nothing here knows of ids, groups or slicing; only the graph and `plan.
 wrongly changed size shows up as a difference.
 
 A run shows nothing of channels that are zero in it. So models with ReLUs or kin are run once more, with activations that leak:
-its input is added to what each gives. What stays zero is counted. A run in eval mode shows nothing of what only the
+the size of its input is added to what each gives. What stays zero is counted. A run in eval mode shows nothing of what only the
 training mode runs; where the model's code decides by it, or cut layers were not read, that run is compared as well.
 """
 

@@ -308,8 +308,24 @@ def test_a_decision_on_a_width_is_mended_where_the_number_is_in_the_code() -> No
 
 
 def test_widths_of_one_that_code_treats_apart() -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.width = nn.Linear(4, 4), nn.Linear(4, 3), 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(-1, 1, self.width).squeeze())
+
+    torch.manual_seed(0)
+    model, x = Squeezes(), torch.randn(2, 4)
+    with pytest.raises(MendError, match=r"keep two channels everywhere with min_channels=2"):
+        surgeon.shrink(model, 0.75, example_inputs=x, round_to=1)
+    assert surgeon.shrink(model, 0.75, example_inputs=x, round_to=1, min_channels=2).a.out_features == 2
+
+
+def test_widths_of_one_that_torch_treats_apart() -> None:
     class Slots(nn.Module):
-        """torch's einsum sums over a dim of one entry in another way."""
+        """einsum sums over a dim of one entry in another way."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -320,15 +336,27 @@ def test_widths_of_one_that_code_treats_apart() -> None:
             weights = torch.einsum("bmd,dnp->bmnp", x, self.slots)
             return self.b(torch.einsum("bnpd,bmnp->bmd", torch.einsum("bmd,bmnp->bnpd", x, weights), weights.softmax(1)))
 
+    class Mixes(nn.Module):
+        """A linear layer makes a view of what is one value wide, and copies what is wider."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.mix, self.b = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.mix(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
     torch.manual_seed(0)
-    with pytest.raises(MendError, match=r"keep two channels everywhere with min_channels=2"):
-        surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1)
-    small = surgeon.shrink(Slots(), 0.5, example_inputs=torch.randn(2, 5, 4), round_to=1, min_channels=2)
-    assert small.slots.shape == (4, 2, 2)
+    for model, x in ((Slots(), torch.randn(2, 5, 4)), (Mixes(), torch.randn(2, 3, 5, 5))):
+        surgery = surgeon.inspect(model, x)
+        plan = surgery.plan(0.8, round_to=1)
+        small = plan.apply(model)
+        assert surgeon.verify(model, small, plan, x).error < 1e-12
+        assert min(min(tensor.shape) for tensor in small.parameters()) == 1
 
 
 class Einsum(nn.Module):
-    """Attention whose heads torch's einsum multiplies one by one; a single head is one of its dims of size 1."""
+    """Attention whose heads torch's einsum multiplies one by one; a single head, or dim, is one of its dims of size 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,16 +369,15 @@ class Einsum(nn.Module):
         return self.out(torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(2))
 
 
-def test_a_single_head_is_left_to_einsum() -> None:
+@pytest.mark.parametrize(("ratio", "heads", "left"), [(0.5, "whole", (1, 6)), (0.85, "dims", (2, 1))])
+def test_a_single_head_is_left_to_einsum(ratio: float, heads: str, left: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model, x = Einsum().eval(), torch.randn(3, 7, 5)
-    plan = surgeon.inspect(model, x).plan(0.5, heads="whole", round_to=1)
+    plan = surgeon.inspect(model, x).plan(ratio, heads=heads, round_to=1)
     small = plan.apply(model)
-    assert (small.heads, small.dims) == (1, 6)
+    assert (small.heads, small.dims) == left
     assert surgeon.verify(model, small, plan, x).error < 1e-12
     assert small(torch.randn(2, 9, 5)).shape == (2, 9, 5)
-    with pytest.raises(MendError, match="min_channels=2"):  # one dim of each head is multiplied, not summed over
-        surgeon.shrink(model, 0.85, heads="dims", round_to=1, example_inputs=x)
 
 
 class Divides(nn.Module):
@@ -425,7 +452,16 @@ def test_results_that_are_not_finite_prove_nothing() -> None:
         surgeon.verify(model, plan.apply(model), plan, x)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish(), nn.Threshold(0.1, 0.0)])
+class Root(nn.Module):
+    """As of a variance: a number where nothing is negative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).sqrt()
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish(), nn.Threshold(0.1, 0.0), Root()]
+)
 def test_wrong_cuts_are_found_where_activations_are_zero(activation: nn.Module) -> None:
     """All channels are far below zero: only activations that leak show which of them the second layer reads."""
     torch.manual_seed(0)
@@ -465,7 +501,7 @@ def test_activations_that_overflow_when_they_leak_leave_the_first_run() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(self.a(x) - 1000)
-            return self.b(y) + torch.exp(-y).sum(1, keepdim=True)
+            return self.b(y) + torch.exp(y).sum(1, keepdim=True)
 
     torch.manual_seed(0)
     model, x = Steep(), torch.randn(2, 4)
