@@ -52,7 +52,7 @@ class Graph:
             `const` (the value of an index tensor), `follows` (dims whose size the model's code computed from another one),
             `repeated` (the same of dims that were of size 1), `cuts` (parts of dims that are as long as was computed so),
             `derived` (torch computed the sizes), `decided` (dims whose size the model's code compared with a number), `decision`
-            (what a deciding op gave, see `_decisions`).
+            (what a deciding op gave, see `_decisions`), `layout` (strides and offset of what `as_strided` reads).
         tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
         owned: the names in `tensors` that belong to the model and may be sliced.
         stored: those of them that a state dict holds: parameters, and buffers that are persistent.

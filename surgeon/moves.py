@@ -16,6 +16,8 @@ _TWO = {"slice_scatter", "select_scatter", "diagonal_scatter"}
 
 def movement(call: Op) -> Any:
     """Presence is moved as the entries are; what is nobody's is present, unless all that is written to its row is absent."""
+    if call.name == "as_strided":
+        return _strided(call)
     result = call.run(call.data)
     if not call.masked:
         return [(r, ()) for r in result] if isinstance(result, list | tuple) else (result, ())
@@ -46,6 +48,19 @@ def movement(call: Op) -> Any:
         found = [[masks.compress(part, exact=True) for part in op(f.expand(shape))] for f in call.mask(first)]
         return [(r, masks.tidy(f[i] for f in found)) for i, r in enumerate(result)]
     return result, masks.moved(call.mask(first), shape, op, exact)
+
+
+def _strided(call: Op) -> Any:
+    """What is read lies in memory as it did in the recorded run."""
+    x, size, stride, *given = call.args
+    strides, offset = call.node.meta["layout"]
+    start = given[0] - offset if given and given[0] is not None else 0
+
+    def op(tensor: Tensor) -> Tensor:
+        laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        return laid.as_strided(size, stride, start)
+
+    return op(call.data(x)), masks.moved(call.mask(x), call.data(x).shape, op, exact=True)
 
 
 def _padded(factor: Tensor, pads: list[int]) -> Tensor:

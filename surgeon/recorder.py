@@ -208,6 +208,8 @@ class Recorder(PlainMode):
     def _read(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, out: Any) -> fx.Node:
         spec = _specs(out)
         node = self._emit(func, graph_args, graph_kwargs, spec)
+        if func is torch.ops.aten.as_strided.default:  # says where in memory its entries lie
+            node.meta["layout"] = args[0].stride(), args[0].storage_offset()
         view = _views.is_view(func) and args and isinstance(args[0], Tensor)
         base = self._value(args[0]) if view else None
         rest = (graph_args[1:], graph_kwargs, spec) if view else None

@@ -13,6 +13,7 @@ from torch import fx
 from surgeon.cost import Choice, Shapes
 from surgeon.labels import Axes
 from surgeon.rules.indexing import normal_slice
+from surgeon.rules.movement import dense
 from surgeon.rules.registry import Site, op_name
 
 Want = Callable[[Shapes, Choice, Site], dict[int, Any]]
@@ -107,11 +108,26 @@ def _want_repeat(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     return {1: [new // size if size else 1 for new, size in zip(out, x, strict=True)]}
 
 
+def _want_as_strided(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+    """Each stride is so many steps along each dim of what is read."""
+    layout, x = site.node.meta["layout"][0], site.args[0]
+    before, after = dense(site.shape(x), layout), dense(shapes.shape(x, choice), layout)
+    strides = []
+    for stride in site.arg(2):
+        new, rest = 0, stride
+        for old, small in sorted(zip(before, after, strict=True), reverse=True):
+            count, rest = divmod(rest, old)
+            new += count * small
+        strides.append(new)
+    return {1: list(shapes.shape(site.node, choice)), 2: strides}
+
+
 _WANT: Mapping[str, Want] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"), _to_shape(1)),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _to_shape(1)),
     **dict.fromkeys(("zeros", "ones", "full", "empty"), _to_shape(0)),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _want_split),
+    "as_strided": _want_as_strided,
     "slice": _want_slice,
     "slice_scatter": _want_slice_scatter,
     "constant_pad_nd": _want_pad,

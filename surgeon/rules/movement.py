@@ -7,6 +7,7 @@ along and only renumbers the others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,46 @@ def expand(site: Site) -> Axes:
     axes = shift(site.axes(x), len(site.shape(x)), ndim)
     old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
     return {**axes, **_copies(site, old)}
+
+
+@rule(Family.MOVEMENT, "as_strided")
+def as_strided(site: Site) -> Axes:
+    """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no other one, pass."""
+    x, sizes, strides = site.args[:3]
+    shape = site.shape(x)
+    place = dict[int, int]()
+    layout, offset = site.node.meta["layout"]
+    steps = dense(shape, layout)
+    for dim, (size, step) in enumerate(zip(shape, steps, strict=True)):
+        own = [i for i, (n, t) in enumerate(zip(sizes, strides, strict=True)) if (n, t) == (size, step)]
+        rest = [(n, t) for i, (n, t) in enumerate(zip(sizes, strides, strict=True)) if n > 1 and i not in own]
+        inside = sum((n - 1) * t for n, t in rest if t < step)
+        if len(own) == 1 and inside < step and all(t < step or t % (size * step) == 0 for _, t in rest):
+            place[dim] = own[0]
+    gaps = any(n > 1 and step != found for n, step, found in zip(shape, steps, layout, strict=True))
+    if gaps or site.arg(3) not in (None, offset):
+        place = {}
+    axes = site.freeze(site.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
+    result: Axes = {}
+    for dim, track in axes.items():
+        for other in set(range(len(shape))) - set(place):
+            track = site.ledger.collapse(track, other)
+        order = sorted(place, key=place.__getitem__)
+        moved = track.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
+        wide = [1] * len(sizes)
+        for d in order:
+            wide[place[d]] = track.shape[d]
+        result[place[dim]] = moved.reshape(wide)
+    return result
+
+
+def dense(shape: Sequence[int], layout: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps whose dims lie in memory in the order of the strides `layout`."""
+    steps, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda d: (layout[d], -d)):
+        steps[dim] = step
+        step *= shape[dim]
+    return tuple(steps)
 
 
 @rule(Family.MOVEMENT, "cat", "concat")
