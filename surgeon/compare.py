@@ -93,15 +93,12 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice,
 def of_ones(calls: Iterable[Call], shapes: Shapes, choice: Choice) -> str:
     """What else to do if a width of these ops is 1 now: code, and torch's own einsum, may treat it apart."""
     for call in calls:
-        if _now_one(call, shapes.shape(call.node, choice)):
+        spec = call.node.meta["spec"]
+        if isinstance(spec, Spec) and any(
+            now == 1 < was for was, now in zip(spec.shape, shapes.shape(call.node, choice), strict=True)
+        ):
             return "; or keep two channels everywhere with min_channels=2: a width is 1 now, which code may treat apart"
     return ""
-
-
-def _now_one(call: Call, shape: Sequence[int]) -> bool:
-    """Whether a size of the op's output became 1."""
-    old = call.node.meta["spec"]
-    return isinstance(old, Spec) and any(now == 1 < was for was, now in zip(old.shape, shape, strict=True))
 
 
 class _SmallSizes(Sizes):

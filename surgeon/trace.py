@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, fx, nn
 
 from surgeon._decisions import DRAWN, decides, draws, replay
 from surgeon._quiet import PlainMode, output_of, quiet_run
+from surgeon._sizes import Sizes, looking_inside_functional
 from surgeon.absence import in_float64, leak, saturates, wide, widened
 from surgeon.errors import ProofError
-from surgeon.graph import Graph, Spec, named_tensors, spec, tensor_leaves
+from surgeon.graph import Call, Graph, Spec, named_tensors, spec, tensor_leaves
 from surgeon.plan import Plan
 from surgeon.reference import Rescaled
 from surgeon.rules.registry import FUSED_ATTENTION, Family, family, op_name
@@ -44,11 +46,15 @@ def float64() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One op of the small model's run: its name, the numbers among its arguments, its result if it is a contraction."""
+    """One op of the small model's run: its name, the numbers among its arguments, its result if it is a contraction.
+
+    `within` is the number of the product (see `_sizes`) that ran it, 0 if none did.
+    """
 
     name: str
     constants: dict[int | str, float]
     result: Tensor | None
+    within: int
 
 
 class _Upgrade(PlainMode):
@@ -59,6 +65,9 @@ class _Upgrade(PlainMode):
         self.leaking = leaking
         self.trace: list[Step] = []
         self.room = _KEEP
+        self.within = 0
+        self.at = 0  # the recorded op that comes next
+        self.ends = {call.within: place + 1 for place, call in enumerate(_traced(graph))}
         self.lifted = _lifted(graph)
         self.exact: dict[fx.Node, Tensor] = {}
         self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
@@ -66,7 +75,7 @@ class _Upgrade(PlainMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         args, kwargs = widened(args), {k: widened(v) for k, v in (kwargs or {}).items()}
-        for place, node in self.lifted.get(len(self.trace), ()):
+        for place, node in self.lifted.get(self.at, ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
         added = leak(args[0]) if self.leaking and saturates(name) and args[0].is_floating_point() else None
@@ -80,8 +89,18 @@ class _Upgrade(PlainMode):
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
             result = wide(result)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
-            self.trace.append(Step(name.rstrip("_"), _constants(args, kwargs), self._kept(name, result)))
+            self.trace.append(Step(name.rstrip("_"), _constants(args, kwargs), self._kept(name, result), self.within))
+            self.at += 1
         return result
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        """A product, of which torch may make other ops than it did in the recorded run."""
+        self.within = number
+        try:
+            return run()
+        finally:
+            self.within = 0
+            self.at = self.ends.get(number, self.at)
 
     def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The original's decision, so that both take one path; decisions come in the same order in both runs."""
@@ -95,6 +114,20 @@ class _Upgrade(PlainMode):
             return None
         self.room -= first.numel()
         return first.clone()
+
+
+class _Products(Sizes):
+    """Tells of the products that run."""
+
+    def __init__(self, told: Callable[[int, Callable[[], Any]], Any]) -> None:
+        super().__init__()
+        self.told = told
+
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        return size
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        return self.told(number, run)
 
 
 def _of_indices(dtypes: list[torch.dtype]) -> bool:
@@ -137,7 +170,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: b
         if attribute in module.__dict__:
             module.__dict__[attribute] = wide(tensor)
     mode = _Upgrade(graph, leaking)
-    with float64(), quiet_run(twin, seed=0, training=graph.training), mode:
+    with float64(), quiet_run(twin, seed=0, training=graph.training), looking_inside_functional(), mode, _Products(mode.product):
         try:
             output = output_of(twin, args, kwargs)
         except Exception as error:
@@ -149,16 +182,16 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: b
     return list(tensor_leaves(output)), mode.trace, _exact(graph, mode.exact)
 
 
-def _traced(graph: Graph) -> list[fx.Node]:
+def _traced(graph: Graph) -> list[Call]:
     """The recorded ops that a trace holds."""
-    return [c.node for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
+    return [c for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
 
 
 def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
     """Where ops read tensors that the model's code made of numbers: place in the trace -> (argument, node)."""
     found: dict[int, list[tuple[int, fx.Node]]] = {}
-    for index, node in enumerate(_traced(graph)):
-        for place, item in enumerate(node.args):
+    for index, call in enumerate(_traced(graph)):
+        for place, item in enumerate(call.node.args):
             if not isinstance(item, fx.Node) or item.op != "get_attr" or item.target in graph.owned:
                 continue
             if graph.tensors[str(item.target)].is_floating_point() and spec(item).shape:
@@ -176,15 +209,25 @@ def _exact(graph: Graph, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tenso
 
 
 def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
-    """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops."""
-    calls = _traced(graph)
-    alike = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view"}
-    if len(calls) != len(trace):
+    """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops.
+
+    Products of which torch made other ops are left out.
+    """
+    found: dict[fx.Node, Step] = {}
+    recorded = [list(calls) for _, calls in itertools.groupby(_traced(graph), lambda call: call.within)]
+    ran = [list(steps) for _, steps in itertools.groupby(trace, lambda step: step.within)]
+    if len(recorded) != len(ran):
         return {}
-    for node, step in zip(calls, trace, strict=True):
-        if alike.get(step.name, step.name) != alike.get(op_name(node), op_name(node)):
+    for calls, steps in zip(recorded, ran, strict=True):
+        if len(calls) == len(steps) and all(_alike(op_name(c.node)) == _alike(s.name) for c, s in zip(calls, steps, strict=True)):
+            found |= dict(zip((call.node for call in calls), steps, strict=True))
+        elif not calls[0].within or calls[0].within != steps[0].within:
             return {}
-    return dict(zip(calls, trace, strict=True))
+    return found
+
+
+def _alike(name: str) -> str:
+    return "view" if name in ("_unsafe_view", "_reshape_alias", "reshape") else name
 
 
 def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> Rescaled:

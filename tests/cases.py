@@ -99,6 +99,7 @@ CASES = [
     Case("pixel_shuffle", lambda a, b: F.pixel_shuffle(a, 2) + b, ((1, 8, 1, 1), (2, 1, 1)), "a1=b0/2"),
     Case("pixel_unshuffle", lambda a, b: F.pixel_unshuffle(a, 2) + b, ((1, 2, 2, 2), (8, 1, 1)), "a1=b0/2"),
     Case("slice_scatter", lambda a, b: torch.slice_scatter(a, b, 1, 0, 3), (S, (4, 3)), "a0=b0 a1/3 a1=b1/3"),
+    Case("write heads to part", lambda a, b: _headed(a, b), (M, (2, 5)), "a0.rows/2 a0.columns/3 a1=b1 b0"),
     Case("write to part", lambda a, b: _written(a, b), (S, (4, 2)), "a0=b0 a1=b1/2x3"),
     # contractions: the summed dim is joined and ends
     Case("mm", torch.mm, (S, M), "a0 a1=b0 b1"),
@@ -192,6 +193,15 @@ CASES = [
     Case("opaque", lambda a: torch.linalg.inv(a), ((4, 4),), ""),
     Case("sort", lambda a: a.sort(1).values, (S,), "a0"),
 ]
+
+
+def _headed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Three columns of two heads, and two columns that are the same for both."""
+    heads = a.reshape(2, -1, a.shape[1])
+    both = a.new_empty(2, heads.shape[1] + b.shape[0], a.shape[1])
+    both[:, : heads.shape[1]] = heads
+    both[:, heads.shape[1] :] = b
+    return both
 
 
 def _written(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

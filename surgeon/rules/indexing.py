@@ -135,7 +135,10 @@ def _scattered(site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, 
             if axes[d].shape[dim] == 1:
                 axes[d] = written
             elif site.ledger.is_free(written).any():
-                axes[d] = axes[d].copy()
+                rows = np.broadcast_shapes(
+                    *(tuple(1 if j == dim else n for j, n in enumerate(t.shape)) for t in (axes[d], written))
+                )
+                axes[d] = np.broadcast_to(axes[d], [n if j != dim else axes[d].shape[dim] for j, n in enumerate(rows)]).copy()
                 sliced(axes, dim, start, stop, step)[d][...] = written
         elif site.shape(child)[d] > 1:
             for side in (axes, inner):
