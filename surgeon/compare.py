@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon._alike import Beside, alike, same
 from surgeon._decisions import replay
@@ -101,6 +101,18 @@ def of_ones(calls: Iterable[Call], shapes: Shapes, choice: Choice) -> str:
     return ""
 
 
+def _used(graph: Graph) -> set[fx.Node]:
+    """Nodes that an output hangs on."""
+    found: set[fx.Node] = set()
+    todo = [node for _, node in graph.outputs]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
 class _SmallSizes(Sizes):
     """Hands out sizes that know what they were; catches reshapes that do not fit, which fail before they become an ATen op."""
 
@@ -134,6 +146,7 @@ class _Comparer(Beside):
         self.notes: list[Note] = []
         self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
         self.inside = False  # a product, whose ops are torch's matter
+        self.used = _used(graph)
         for name, tensor in named_tensors(small):
             if name in graph.tensors:
                 self._know(tensor, tuple(graph.tensors[name].shape))
@@ -244,10 +257,16 @@ class _Comparer(Beside):
             got, new = args[position], value
             if isinstance(new, list):
                 got = [g if g != -1 else n for g, n in zip(got, new, strict=False)] if len(got) == len(new) else got
-            if got != new:
+            if got != new and not (isinstance(new, list) and self._idle(call, old, new, got)):
                 self._note(call, old, new, got)
                 args[position] = value
         return args
+
+    def _idle(self, call: Call, old: Any, want: Sequence[int], got: Sequence[int]) -> bool:
+        """Whether sizes of a value that nobody uses change where the cut asks for no change: it may be of any size there."""
+        if call.node in self.used or not len(old) == len(want) == len(got):
+            return False
+        return all(found == new or before == new for before, new, found in zip(old, want, got, strict=True))
 
     def _note(self, call: Call, old: Any, want: Any, got: Any, module: str | None = None) -> None:
         several = isinstance(want, list)
@@ -308,7 +327,9 @@ class _Comparer(Beside):
         if not isinstance(first, Tensor) or call.node.target is getitem:
             return
         expected = self.shapes.shape(call.node, self.choice)
-        if tuple(first.shape) != expected and first.numel():
+        was = call.node.meta["spec"]
+        idle = isinstance(was, Spec) and self._idle(call, was.shape, expected, first.shape)
+        if tuple(first.shape) != expected and first.numel() and not idle:
             raise MendError(
                 f"op {op_name(call.node)} of the small model gives shape {tuple(first.shape)}, predicted was {expected}",
                 where=self.place(),

@@ -8,6 +8,7 @@ that was right shows when the model is run.
 from __future__ import annotations
 
 import itertools
+import math
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,24 +39,38 @@ def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, st
 
 def _proposed(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
     widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
-    owners = _owners(path)
-    for some in (owners[:1], owners):  # a model's config holds many numbers that could be it
-        one = _attribute(small, some, notes, refused, widths)
-        if one is None and some is owners:
-            one = _below_it(small, path, notes, refused) or _apart_by(small, path, notes, refused, widths)
-        found = _together(small, path, some, notes, refused) if one is None else [one]
-        if found:
-            return found
-    one = _in_code(small, path, notes, refused)
-    return [] if one is None else [one]
+    own, owners = [path], _owners(path)
+    one = (
+        _attribute(small, own, notes, refused, widths, exact=True)
+        or _source(small, path, notes, refused, near=0)
+        or _attribute(small, own, notes, refused, widths)
+    )
+    found = [one] if one else _together(small, path, own, notes, refused)
+    if not found:  # a model's config holds many numbers that could be it
+        one = (
+            _attribute(small, owners, notes, refused, widths)
+            or _below_it(small, path, notes, refused)
+            or _apart_by(small, path, notes, refused, widths)
+        )
+        found = [one] if one else _together(small, path, owners, notes, refused)
+    if not found:
+        one = _in_code(small, path, notes, refused)
+        found = [one] if one else []
+    return found
 
 
 def _attribute(
-    small: nn.Module, owners: list[str], notes: list[Note], refused: set[tuple[str, str, str]], widths: set[int]
+    small: nn.Module,
+    owners: list[str],
+    notes: list[Note],
+    refused: set[tuple[str, str, str]],
+    widths: set[int],
+    exact: bool = False,
 ) -> Edit | None:
     """An attribute of the first of the owners that has one: which explains most notes, exact matches first.
 
-    Of those that are divided somewhere, those that become a width of the module's parameters come first.
+    Of those that are divided somewhere, those that become a width of the module's parameters come first. `exact`: only one that
+    is the very number.
     """
     for owner in owners:
         best: tuple[tuple[bool, bool, int, int], Edit] | None = None
@@ -63,7 +78,7 @@ def _attribute(
             if (owner, "attribute", name) in refused or value <= 0:
                 continue
             for note in notes:
-                found = _solved(note, value)
+                found = None if exact and value != note.got else _solved(note, value)
                 if found is None or found[0] == value:
                     continue
                 new, times = found
@@ -181,10 +196,13 @@ def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: set[t
     return None
 
 
-def _source(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]) -> Edit | None:
-    """A number in the source of the module's methods: of those that are the old size the nearest to the line that was noted.
+def _source(
+    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]], near: float = math.inf
+) -> Edit | None:
+    """A number in the source of the module's methods: of those that are the old size the nearest to the line that was noted, at
+    most `near` lines away.
 
-    Else one of which the code passes a multiple, on that very line.
+    Else one of which the code passes a multiple, on that very line (not with `near` = 0: weaker evidence than an attribute is).
     """
     known = [
         (*where, f"{name}:{which}", value)
@@ -195,9 +213,9 @@ def _source(small: nn.Module, path: str, notes: list[Note], refused: set[tuple[s
     for note in notes:
         file, at = note.source or ("", 0)
         same = [(abs(line - at) if here == file else _FAR, name) for here, line, name, value in known if value == note.got]
-        if same:
+        if same and min(same)[0] <= near:
             return Edit(path, "source", min(same)[1], note.got, note.want)
-    for note, (file, line, name, value) in itertools.product(notes, known):
+    for note, (file, line, name, value) in itertools.product(notes, known if near else ()):
         solved = _solved(note, value) if value > 0 and (file, line) == note.source else None
         if solved is not None and solved[0] != value:
             return Edit(path, "source", name, value, solved[0])

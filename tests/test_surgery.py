@@ -406,6 +406,38 @@ class Divided(nn.Module):
         return y.transpose(1, 2).reshape(*x.shape[:2], self.heads * size)
 
 
+class Sums(nn.Module):
+    """A number on the very line, and a value that nobody uses, as long as there are heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = Divided(16, 4), Summed()
+        self.labels = {f"label {n}": 4 for n in range(100)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x)
+        y.mean(-1)[:, None].expand(-1, self.attention.heads, -1)
+        return self.last(y)
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 8), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).view(x.shape[:-1] + (2, 4)).sum(-1))
+
+
+def test_numbers_on_the_line_come_before_those_of_the_model_and_unused_values_have_any_size() -> None:
+    torch.manual_seed(0)
+    model, x = Sums(), torch.randn(3, 7, 16)
+    plan = surgeon.inspect(model, x).plan(0.5, heads="whole", round_to=1)
+    small = plan.apply(model)
+    assert (small.attention.heads, small.last.a.out_features, small.labels) == (2, 4, model.labels)
+    assert surgeon.verify(model, small, plan, x).error < 1e-12
+
+
 def test_numbers_of_the_module_itself_are_tried_together_before_those_of_the_model() -> None:
     torch.manual_seed(0)
     model, x = Divides(), torch.randn(3, 7, 5)
