@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 import numpy as np
 
 from surgeon.bands import Band, Link, build, narrowed, sides, without_kept_heads
-from surgeon.cost import Choice, Shapes, nothing
+from surgeon.cost import Choice, Shapes, needed_blocks, nothing
 from surgeon.errors import BudgetError, InputError
 from surgeon.groups import Group
 from surgeon.knapsack import solve as knapsack
@@ -110,17 +110,26 @@ class _Planner:
         self._narrow = False  # whether groups of convolutions that hold one block may keep a part of it
         self._bands: dict[tuple[str, ...], list[Band]] = {}
         self._slots: dict[str, list[Track]] = {}
+        self._needed = needed_blocks(shapes.graph)
 
     def bands(self, ratio: float) -> list[Band]:
         asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
         chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
-            found = build(chosen, self.links, self.score, self.request, self._block, self.additive)
+            found = self._built(chosen, self._block)
             if isinstance(self.request.round_to, str) and all(len(band.legal()) == 1 for band in found):
-                found = build(chosen, self.links, self.score, self.request, self._narrowed, self.additive)
+                found = self._built(chosen, self._narrowed)
             self._bands[key] = found
         return self._bands[key]
+
+    def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[Band]:
+        def whole(group: Group) -> int:
+            sizes = [(self._needed.get((m.tensor, m.dim), 1) * group.width, len(m.index)) for m in group.members]
+            needed = [size // math.gcd(size, own) for size, own in sizes if size > group.width]
+            return math.lcm(block(group), *needed)
+
+        return build(groups, self.links, self.score, self.request, whole, self.additive)
 
     def _narrowed(self, group: Group) -> int:
         return narrowed(self.block, group.width)

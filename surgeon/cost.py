@@ -245,6 +245,21 @@ def macs_of(graph: Graph) -> int:
     return total
 
 
+def needed_blocks(graph: Graph) -> dict[tuple[str, int], int]:
+    """Slot -> what its width must be a multiple of, whatever is asked for: products by expert want rows of 16 bytes."""
+    found: dict[tuple[str, int], int] = {}
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or op_name(node) != "_grouped_mm":
+            continue
+        tensor = node.args[1]
+        while isinstance(tensor, fx.Node) and tensor.op == "call_function":  # turned, or converted
+            tensor = tensor.args[0]
+        if isinstance(tensor, fx.Node):
+            block = max(1, 16 // spec(node.args[1]).dtype.itemsize)
+            found |= dict.fromkeys(((str(tensor.target), dim) for dim in (1, 2)), block)
+    return found
+
+
 def nothing(solution: Solution) -> Choice:
     """The choice that keeps everything."""
     return np.zeros(len(solution.root), dtype=bool)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from motifs import MOTIFS, GroupedQueries, MultiHead, RepeatedKeys, SeparateQKV
 from torch import Tensor, nn
 
@@ -245,3 +246,30 @@ def test_a_name_means_the_outputs_of_a_layer(layer: str, lost: tuple[int, int, i
     capped = surgery.plan(0.5, max_ratio={layer: 0.0}, round_to=1)
     assert widths(capped) == tuple(0 if own else full for own, full in zip(lost, (3, 5, 4), strict=True))
     assert surgery.groups[[bool(n) for n in lost].index(True)].producers == (f"{layer}.weight" if layer != "mixed" else "mixed",)
+
+
+class Experts(nn.Module):
+    """Products by expert, whose kernel wants rows of 16 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 24), nn.Linear(24, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 24, 40)), nn.Parameter(torch.randn(3, 24, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([3, 6, 9], dtype=torch.int32)
+        gate, up = F.grouped_mm(self.a(x), self.up, offs=ends).chunk(2, -1)
+        return self.b(F.grouped_mm(gate.relu() * up, self.down.mT, offs=ends))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.7, 0.8])
+@pytest.mark.parametrize("name", ["ratio", "macs"])
+def test_widths_that_a_kernel_wants_are_kept(ratio: float, name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Experts().eval(), torch.randn(9, 5)
+    plan = surgeon.inspect(model, x).plan(**{name: ratio}, round_to=1)
+    small = plan.apply(model)
+    assert {size % 4 for size in (*small.up.shape[1:], *small.down.shape[1:])} == {0}
+    assert surgeon.verify(model, small, plan, x).error < 1e-12
+    assert small.up.shape[2] == 2 * small.down.shape[2]
+    assert small.up.numel() < model.up.numel()
