@@ -188,7 +188,7 @@ class Sizes(TorchFunctionMode):
         raise NotImplementedError
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
-        """A product, the how manieth."""
+        """Run a product and give what it gives; `number` counts them from 1."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -91,7 +91,7 @@ def _compare_one(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice,
 
 
 def of_ones(calls: Iterable[Call], shapes: Shapes, choice: Choice) -> str:
-    """What else to do if a width of these ops is 1 now: code, and torch's own einsum, may treat it apart."""
+    """What else to do if a width of these ops is 1 now: code may treat it apart (`squeeze`)."""
     for call in calls:
         spec = call.node.meta["spec"]
         if isinstance(spec, Spec) and any(
