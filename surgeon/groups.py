@@ -139,7 +139,7 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
             owned[node] = set().union(*(owned[source] for source in sources))
         elif names := set().union(*(owned.get(source, set()) for source in sources)):
             tracks = [track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()]
-            atoms = [each for track in tracks for each in solution.atoms(np.unique(track))]
+            atoms = [each[each >= 0] for track in tracks for each in solution.atoms(np.unique(track))]
             for name in names:
                 found[name] += atoms
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}

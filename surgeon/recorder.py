@@ -132,6 +132,8 @@ class Recorder(PlainMode):
             version = value.root().version
             if value.seen != version:
                 node = self._emit(value.op, (self.node(value.base), *value.rest[0]), value.rest[1], value.rest[2])
+                if value.node is not None and "layout" in value.node.meta:
+                    node.meta["layout"] = value.node.meta["layout"]
                 value.node = node if value.index is None else self._item(node, value.index)
                 value.seen = version
         assert value.node is not None

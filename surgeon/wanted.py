@@ -110,6 +110,8 @@ def _want_repeat(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
 
 def _want_as_strided(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     """Each stride is so many steps along each dim of what is read."""
+    if "layout" not in site.node.meta:
+        return {}
     layout, x = site.node.meta["layout"][0], site.args[0]
     before, after = dense(site.shape(x), layout), dense(shapes.shape(x, choice), layout)
     strides = []

@@ -94,6 +94,8 @@ CASES = [
     Case("unfold dim", lambda a: a.unfold(1, 2, 2), (S,), "a0"),
     Case("windows of memory", lambda a: a.as_strided((2, 3, 4, 5), (40, 10, 5, 1)), ((2, 8, 5),), "a0 a2"),
     Case("windows that end within a row", lambda a: a.as_strided((3, 4), (6, 1)), (S,), ""),
+    Case("windows on what is written to", lambda a: _rewritten(a), ((2, 8, 5),), "a0 a2"),
+    Case("windows in place", lambda a: a.clone().as_strided_((2, 3, 4, 5), (40, 10, 5, 1)), ((2, 8, 5),), ""),
     Case("windows across", lambda a: a.mT.as_strided((6, 3, 2), (1, 6, 6)), (S,), "a1"),
     Case("windows with gaps", lambda a: a[:, ::2].as_strided((4, 3), (6, 2)), (S,), ""),
     Case("pixel_shuffle", lambda a, b: F.pixel_shuffle(a, 2) + b, ((1, 8, 1, 1), (2, 1, 1)), "a1=b0/2"),
@@ -193,6 +195,13 @@ CASES = [
     Case("opaque", lambda a: torch.linalg.inv(a), ((4, 4),), ""),
     Case("sort", lambda a: a.sort(1).values, (S,), "a0"),
 ]
+
+
+def _rewritten(a: torch.Tensor) -> torch.Tensor:
+    a = a.clone()
+    windows = a.as_strided((2, 3, 4, 5), (40, 10, 5, 1))
+    a.mul_(2)
+    return windows.sin()
 
 
 def _headed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import fx
 
 from surgeon.labels import Axes, Track
 from surgeon.rules.factory import free_axes
-from surgeon.rules.registry import Family, Site, beside, op_name, rule, shift
+from surgeon.rules.registry import Family, Site, beside, op_name, opaque, rule, shift
 from surgeon.rules.reshape import reshape
 
 
@@ -71,6 +71,8 @@ def expand(site: Site) -> Axes:
 @rule(Family.MOVEMENT, "as_strided")
 def as_strided(site: Site) -> Axes:
     """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no other one, pass."""
+    if "layout" not in site.node.meta:  # in place: what it was written to lies there no longer as it did
+        return dict(opaque(site))
     x, sizes, strides = site.args[:3]
     shape = site.shape(x)
     place = dict[int, int]()
