@@ -249,7 +249,8 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
         "Every model is cut at channel ratio 0.5 by l1 magnitude, with random weights and no hints. It works if the proof passes "
         "(1e-9 in float64), and if the small model runs on another batch size, in training mode and through a backward pass. "
         "*Frozen* is the share of output channels of weights that may not leave, the model's own outputs apart. Seconds are of "
-        "everything together: capture, plan, surgery and proof, on one thread; MiB is the peak above the loaded model."
+        "everything together: capture, plan, surgery and proof, on one thread; MiB is the peak above the loaded model. "
+        "Other ratios, with what attention loses chosen: [zoo_ratios.md](../benchmarks/results/zoo_ratios.md)."
     )
     lines = [
         "# Supported architectures",

@@ -231,6 +231,42 @@ class Shared(nn.Module):
         return x.transpose(1, 2) @ self.embed.weight.t()
 
 
+class Filled(nn.Module):
+    """Writes what two layers give into one tensor (as DeepSeek's attention makes its keys)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 4), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = x.new_empty(*x.shape[:-1], 12)
+        both[..., :8].copy_(self.a(x))
+        both[..., 8:].copy_(self.b(x))
+        return self.c(both.sin())
+
+
+def test_what_is_written_into_a_tensor_has_gradients() -> None:
+    torch.manual_seed(0)
+    model, data = Filled().double().eval(), [torch.randn(16, 6, dtype=torch.float64) for _ in range(4)]
+    small, plan = copy.deepcopy(model), surgeon.inspect(model, data[0]).plan(0.0)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = distilling(model, small, plan, data)
+    assert any("aten.copy." in str(node.target) for node in found.recording.small.fx.nodes)
+    leaves = [found.leaves[name] for name in sorted(found.leaves)]
+    gradients = torch.autograd.grad(found.loss(found.recording.pair(0)), leaves)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        way, sides = torch.randn_like(leaf), []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                leaf += step * way
+            sides.append(float(found.loss(found.recording.pair(0)).detach()))
+        with torch.no_grad():
+            leaf += 1e-5 * way
+        assert float((gradient * way).sum()) == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4)
+
+
 def test_all_weights_take_part() -> None:
     torch.manual_seed(0)
     model = Shared().eval()

@@ -104,7 +104,7 @@ class Run:
             self.values[node] = given.clone() if given.is_inference() and torch.is_grad_enabled() else given
         elif node.op == "call_function":
             args, kwargs = torch.utils._pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
-            found = replay(self.taken[node], args, kwargs) if node in self.taken else _attended(node, args, kwargs)
+            found = replay(self.taken[node], args, kwargs) if node in self.taken else _with_gradients(node, args, kwargs)
             self.values[node] = node.target(*args, **kwargs) if found is None else found  # type: ignore[operator]  # an op
             if not self.weights and node.target is not getitem and family(op_name(node)) is Family.CONTRACTION:
                 self._check(node, args)
@@ -138,13 +138,21 @@ class Run:
         return sum(found.values())
 
 
+def _with_gradients(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | tuple[Tensor] | None:
+    """What ops give that torch cannot differentiate as they are; None where no gradients are wanted, and of other ops."""
+    if not torch.is_grad_enabled():
+        return None
+    if op_name(node) == "copy":  # only the one in place has a gradient
+        written: Tensor = args[0].detach().clone()
+        return written.copy_(args[1])
+    return _attended(node, args, kwargs) if op_name(node) in FUSED_ATTENTION else None
+
+
 def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
-    """The results of fused attention, by the function that has all gradients; None where none are wanted, and of other ops.
+    """The results of fused attention, by the function that has all gradients; None if others than the first are read.
 
     The kernel that was recorded need not have the gradient of a mask that is learned, nor keep what gradients are computed from.
     """
-    if not torch.is_grad_enabled() or op_name(node) not in FUSED_ATTENTION:
-        return None
     schema = node.target._schema  # type: ignore[union-attr]  # an op
     if any(is_read(node, number) for number in range(1, len(schema.returns))):
         return None
