@@ -63,6 +63,7 @@ ADVICE = (
     ("imaginary part", "nothing: a complex number has both parts"),
     ("is sliced where", "use widths that have a divisor in common with the place where they are sliced"),
     ("unfolded", "unfold along a spatial dim"),
+    ("windows of memory", "let `as_strided` step through channels from end to end, with windows along other dims alone"),
     ("boolean index", "multiply with the mask instead of indexing by it"),
 )
 
