@@ -5,6 +5,7 @@ A script that sweeps runs itself with `--one ...` for each row, and there calls 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -31,6 +32,22 @@ def answer(measured: Callable[..., Row], *arguments: Any) -> None:
     except Exception as error:  # noqa: BLE001  # the row says what went wrong
         row = {"failed": first_line(error), "detail": str(error)[:1000]}
     print(json.dumps(row))
+
+
+def arguments(description: str | None, models: str) -> argparse.Namespace:
+    """What a sweep over the zoo's models can be asked for.
+
+    Args:
+        models: which ones the filter picks from, for the help.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="", metavar="PATTERN", help=f"{models}, as timm/*vit*; writes no table")
+    parser.add_argument("--limit", type=int, default=600, help="seconds for a model")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def in_process(script: str, arguments: Sequence[str], limit: int) -> Row:

@@ -11,13 +11,12 @@ benchmarks/.cache/recover_zoo.json, so that a run that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import statistics
 import time
 from typing import Any
 
-from apart import answer, sweep
+from apart import answer, arguments, sweep
 from results import markdown, write_result
 from zoo_models import names
 
@@ -109,14 +108,7 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run all models and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", metavar="PATTERN", help="other models of the zoo, as timm/*vit*; writes no table")
-    parser.add_argument("--limit", type=int, default=600)
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = arguments(__doc__, "other models of the zoo")
     if asked.one:
         answer(measured, asked.one)
         return

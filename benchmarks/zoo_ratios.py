@@ -11,11 +11,10 @@ process of its own with a time limit. Rows are kept in benchmarks/.cache/zoo_rat
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from typing import Any
 
-from apart import answer, sweep
+from apart import answer, arguments, sweep
 from results import first_line, markdown, write_result
 from zoo import alive
 from zoo_models import names
@@ -58,14 +57,7 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run all models and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", metavar="PATTERN", help="only names that match, as timm/*vit*; writes no table")
-    parser.add_argument("--limit", type=int, default=600)
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
-    parser.add_argument("--retry", action="store_true", help="measure again where a cut failed")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = arguments(__doc__, "only names that match")
     if asked.one:
         answer(measured, asked.one)
         return
