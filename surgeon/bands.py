@@ -29,7 +29,8 @@ class Band:
 
     `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of the band. At least
     `kept` steps stay. `blocks[i]` is what the kept width of group i is a multiple of, and `gives` says whether less will do where
-    nothing else fits; `ratio` is the share asked of this band, if one was. `additive` scores add up over bands to what is lost.
+    nothing else fits, but never less than `needed[i]`, which a kernel asks for; `ratio` is the share asked of this band, if one
+    was. `additive` scores add up over bands to what is lost.
     """
 
     groups: list[Group]
@@ -41,6 +42,7 @@ class Band:
     gives: bool = False
     ratio: float | None = None
     additive: bool = False
+    needed: Sequence[int] = ()
     _legal: Track | None = None
 
     @property
@@ -83,9 +85,10 @@ class Band:
     def _whole_blocks(self, shrunk: int) -> Track:
         counts = np.arange(max(self.steps - self.kept, 0) + 1)
         fits = np.ones(len(counts), dtype=bool)
-        for group, block in zip(self.groups, self.blocks, strict=True):
-            if block > shrunk:
-                fits &= (self.steps - counts) * group.width % (block // shrunk * self.steps) == 0
+        for group, block, needed in zip(self.groups, self.blocks, self.needed or [1] * len(self.blocks), strict=True):
+            whole = math.lcm(max(1, block // shrunk), needed)
+            if whole > 1:
+                fits &= (self.steps - counts) * group.width % (whole * self.steps) == 0
         fits[0] = True
         return counts[fits]
 
@@ -140,7 +143,7 @@ def build(
     links: Iterable[Link],
     score: Callable[[Group], Track],
     request: Request,
-    block_of: Callable[[Group], int],
+    block_of: Callable[[Group], tuple[int, int]],
     additive: bool = False,
 ) -> list[Band]:
     """The bands of these groups."""
@@ -153,7 +156,11 @@ def build(
 
 
 def _band(
-    groups: list[Group], score: Callable[[Group], Track], request: Request, block_of: Callable[[Group], int], additive: bool
+    groups: list[Group],
+    score: Callable[[Group], Track],
+    request: Request,
+    block_of: Callable[[Group], tuple[int, int]],
+    additive: bool,
 ) -> Band:
     steps = math.gcd(*[g.steps for g in groups])
     per = [g.steps // steps for g in groups]
@@ -174,8 +181,8 @@ def _band(
     ratio = None
     if not isinstance(request.ratio, float | int | None):
         ratio = min(of_pattern(request.ratio, group.producers, 0.0) for group in groups)
-    blocks = [block_of(group) for group in groups]
-    return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive)
+    blocks, needed = zip(*map(block_of, groups), strict=True)
+    return Band(groups, per, order, total, math.ceil(kept), blocks, isinstance(request.round_to, str), ratio, additive, needed)
 
 
 def narrowed(block: int, width: int) -> int:

@@ -124,10 +124,10 @@ class _Planner:
         return self._bands[key]
 
     def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[Band]:
-        def whole(group: Group) -> int:
+        def whole(group: Group) -> tuple[int, int]:
             sizes = [(self._needed.get((m.tensor, m.dim), 1) * group.width, len(m.index)) for m in group.members]
             needed = [size // math.gcd(size, own) for size, own in sizes if size > group.width]
-            return math.lcm(block(group), *needed)
+            return block(group), math.lcm(*needed)
 
         return build(groups, self.links, self.score, self.request, whole, self.additive)
 

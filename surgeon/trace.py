@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
+from surgeon._alike import ALIKE
 from surgeon._decisions import DRAWN, decides, draws, replay
 from surgeon._quiet import PlainMode, output_of, quiet_run
 from surgeon._sizes import Sizes, looking_inside_functional
@@ -213,21 +214,21 @@ def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
 
     Products of which torch made other ops are left out.
     """
+
+    def alike(name: str) -> str:
+        return ALIKE.get(name, name)
+
     found: dict[fx.Node, Step] = {}
     recorded = [list(calls) for _, calls in itertools.groupby(_traced(graph), lambda call: call.within)]
     ran = [list(steps) for _, steps in itertools.groupby(trace, lambda step: step.within)]
     if len(recorded) != len(ran):
         return {}
     for calls, steps in zip(recorded, ran, strict=True):
-        if len(calls) == len(steps) and all(_alike(op_name(c.node)) == _alike(s.name) for c, s in zip(calls, steps, strict=True)):
+        if len(calls) == len(steps) and all(alike(op_name(c.node)) == alike(s.name) for c, s in zip(calls, steps, strict=True)):
             found |= dict(zip((call.node for call in calls), steps, strict=True))
         elif not calls[0].within or calls[0].within != steps[0].within:
             return {}
     return found
-
-
-def _alike(name: str) -> str:
-    return "view" if name in ("_unsafe_view", "_reshape_alias", "reshape") else name
 
 
 def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> Rescaled:

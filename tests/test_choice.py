@@ -251,10 +251,10 @@ def test_a_name_means_the_outputs_of_a_layer(layer: str, lost: tuple[int, int, i
 class Experts(nn.Module):
     """Products by expert, whose kernel wants rows of 16 bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 20) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(5, 24), nn.Linear(24, 3)
-        self.up, self.down = nn.Parameter(torch.randn(3, 24, 40)), nn.Parameter(torch.randn(3, 24, 20))
+        self.up, self.down = nn.Parameter(torch.randn(3, 24, 2 * inner)), nn.Parameter(torch.randn(3, 24, inner))
 
     def forward(self, x: Tensor) -> Tensor:
         ends = torch.tensor([3, 6, 9], dtype=torch.int32)
@@ -273,3 +273,12 @@ def test_widths_that_a_kernel_wants_are_kept(ratio: float, name: str) -> None:
     assert surgeon.verify(model, small, plan, x).error < 1e-12
     assert small.up.shape[2] == 2 * small.down.shape[2]
     assert small.up.numel() < model.up.numel()
+
+
+def test_what_a_kernel_wants_is_not_given_up_where_blocks_are() -> None:
+    """Blocks are halved where a group holds none that could leave; a kernel takes no half ones."""
+    torch.manual_seed(0)
+    model, x = Experts(4).eval(), torch.randn(9, 5)
+    small = surgeon.shrink(model, 0.5, example_inputs=x)
+    assert small.down.shape[2] == 4
+    assert small.down.shape[1] in (8, 12, 16)
