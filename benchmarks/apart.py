@@ -34,18 +34,23 @@ def answer(measured: Callable[..., Row], *arguments: Any) -> None:
     print(json.dumps(row))
 
 
-def arguments(description: str | None, models: str) -> argparse.Namespace:
-    """What a sweep over the zoo's models can be asked for.
+def options(description: str | None, models: str = "only names that match") -> argparse.ArgumentParser:
+    """What every sweep over models can be asked for.
 
     Args:
-        models: which ones the filter picks from, for the help.
+        models: which ones the filter picks, for the help.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", metavar="PATTERN", help=f"{models}, as timm/*vit*; writes no table")
-    parser.add_argument("--limit", type=int, default=600, help="seconds for a model")
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    return parser
+
+
+def asked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The same, with a time limit, of a script whose rows have one name."""
+    parser.add_argument("--limit", type=int, default=600, help="seconds for a model")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import Any
 
-from apart import answer, arguments, sweep
+from apart import answer, asked, options, sweep
 from results import markdown, write_result
 from zoo_models import names
 
@@ -108,19 +108,19 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run all models and write the table."""
-    asked = arguments(__doc__, "other models of the zoo")
-    if asked.one:
-        answer(measured, asked.one)
+    chosen = asked(options(__doc__, "other models of the zoo"))
+    if chosen.one:
+        answer(measured, chosen.one)
         return
-    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, asked.filter or SHOWN)}
+    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, chosen.filter or SHOWN)}
     found = sweep(
-        "recover_zoo", __file__, wanted, limit=asked.limit, jobs=asked.jobs,
-        again=lambda row: asked.fresh or (asked.retry and "failed" in row),
+        "recover_zoo", __file__, wanted, limit=chosen.limit, jobs=chosen.jobs,
+        again=lambda row: chosen.fresh or (chosen.retry and "failed" in row),
         show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
     )  # fmt: skip
     rows = [cells(name, row) for name, row in found.items()]
     fine = [row for row in found.values() if "failed" not in row]
-    if asked.filter or not fine:
+    if chosen.filter or not fine:
         return
     gains = [1 - row["unseen"][1] / row["unseen"][0] for row in fine]
     fitted, layers = (sum(row["layers"][i] for row in fine) for i in (0, 1))

@@ -267,15 +267,9 @@ def document(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """What every sweep can be asked for."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """What the sweeps with torch-pruning beside surgeon can be asked for."""
+    parser = apart.options(description)
     parser.add_argument("--peer", action="store_true", help="torch-pruning as well")
-    parser.add_argument(
-        "--filter", default="", metavar="PATTERN", help="only names that match, as timm/*vit*; writes no document"
-    )
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     return parser
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-from apart import answer, arguments, sweep
+from apart import answer, asked, options, sweep
 from results import first_line, markdown, write_result
 from zoo import alive
 from zoo_models import names
@@ -57,17 +57,17 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run all models and write the table."""
-    asked = arguments(__doc__, "only names that match")
-    if asked.one:
-        answer(measured, asked.one)
+    chosen = asked(options(__doc__))
+    if chosen.one:
+        answer(measured, chosen.one)
         return
-    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, asked.filter or "*")}
+    wanted = {name: [name] for name in names() if fnmatch.fnmatch(name, chosen.filter or "*")}
     found = sweep(
-        "zoo_ratios", __file__, wanted, limit=asked.limit, jobs=asked.jobs,
-        again=lambda row: asked.fresh or (asked.retry and _failed(row)),
+        "zoo_ratios", __file__, wanted, limit=chosen.limit, jobs=chosen.jobs,
+        again=lambda row: chosen.fresh or (chosen.retry and _failed(row)),
         show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
     )  # fmt: skip
-    if asked.filter:
+    if chosen.filter:
         return
     notes = []
     for library in dict.fromkeys(name.partition("/")[0] for name in found):
@@ -78,6 +78,8 @@ def main() -> None:
             f"{library}: {len(proved)} of {len(cuts)} cuts work; all of them in {sum(not _failed(row) for row in own)} of "
             f"{len(own)} models; largest proof error {max(proved, default=0.0):.1e}."
         )
+    every = [cut for row in found.values() for cut in row.get("cuts", ["failed"] * len(CUTS))]
+    notes.append(f"In all {sum(not isinstance(cut, str) for cut in every):,} of {len(every):,} cuts work.")
     notes.append(
         "Channel ratio, and what attention loses: values of heads (dims), whole heads, or both. Channels drawn at random, random "
         "weights, no hints, no alignment. A number is the proof's error (float64; at most 1e-9)."
