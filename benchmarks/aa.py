@@ -1,4 +1,5 @@
-"""A/A: the same file against itself, many times. A 95 % interval that tells the truth holds 1 in about 19 of 20 runs.
+"""A/A: the same file against itself, many times. A 95 % interval that tells the truth holds 1 in about 19 of
+20 runs.
 
 pip install torchvision
 python benchmarks/aa.py [--model resnet18] [--runs 20] [--repeats 40] [--clock wall]
@@ -21,7 +22,9 @@ LEAST = 18  # of 20
 
 def main() -> None:
     """Measure, write the table, and fail if the interval misses 1 too often."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=40)
@@ -40,7 +43,13 @@ def main() -> None:
             inside = row.low <= 1 <= row.high
             held += inside
             rows.append(
-                [str(run), f"{row.p50:.2f}", f"{row.ratio:.4f}", f"[{row.low:.4f}, {row.high:.4f}]", "yes" if inside else "no"]
+                [
+                    str(run),
+                    f"{row.p50:.2f}",
+                    f"{row.ratio:.4f}",
+                    f"[{row.low:.4f}, {row.high:.4f}]",
+                    "yes" if inside else "no",
+                ]
             )
             print(rows[-1], flush=True)
     notes = [

@@ -3,9 +3,9 @@
     pip install torchvision torch-pruning==1.6.1
     python benchmarks/aligned.py [--models resnet50 mobilenet_v2] [--rounds 30]
 
-Each model is cut to the same share of MACs by each tool and measured in turns with the original on one thread by process CPU
-time: fused and exported in ONNX Runtime, and fused in eager torch. Efficiency is speed-up times share of MACs: 1 means that the
-time went down as the MACs did.
+Each model is cut to the same share of MACs by each tool and measured in turns with the original on one thread
+by process CPU time: fused and exported in ONNX Runtime, and fused in eager torch. Efficiency is speed-up
+times share of MACs: 1 means that the time went down as the MACs did.
 """
 
 from __future__ import annotations
@@ -27,11 +27,25 @@ import surgeon
 
 SHARES = (0.5, 0.25)
 EFFICIENT = 0.88  # asked of the time for ONNX Runtime, in the rows with a latency
-HEADER = ["model", "MACs", "widths", "MACs reached", "ONNX Runtime speed-up", "efficiency", "torch speed-up", "efficiency"]
+HEADER = [
+    "model",
+    "MACs",
+    "widths",
+    "MACs reached",
+    "ONNX Runtime speed-up",
+    "efficiency",
+    "torch speed-up",
+    "efficiency",
+]
 
 
 def ours(
-    model: nn.Module, image: Tensor, share: float, round_to: int | str = "auto", scope: str = "uniform", **more: float
+    model: nn.Module,
+    image: Tensor,
+    share: float,
+    round_to: int | str = "auto",
+    scope: str = "uniform",
+    **more: float,
 ) -> nn.Module:
     surgery = surgeon.inspect(model, image)
     plan = surgery.plan(macs=share, round_to=round_to, scope=scope, **more)
@@ -46,7 +60,11 @@ def theirs(model: nn.Module, image: Tensor, share: float, round_to: int | None) 
 
     def cut(ratio: float) -> tuple[float, nn.Module]:
         small = copy.deepcopy(model)
-        options = {"importance": tp.importance.MagnitudeImportance(p=1), "pruning_ratio": ratio, "round_to": round_to}
+        options = {
+            "importance": tp.importance.MagnitudeImportance(p=1),
+            "pruning_ratio": ratio,
+            "round_to": round_to,
+        }
         options |= {"ignored_layers": classifiers(small), "num_heads": heads_of(small)}
         tp.pruner.MagnitudePruner(small, image, **options).step()
         repair(small)
@@ -108,7 +126,10 @@ def rows_of(name: str, rounds: int, folder: Path) -> list[list[str]]:
         print(table)
         for row in table.rows:
             if row.ratio is not None:
-                cells[row.name] += [f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]", f"{row.ratio * shares[row.name]:.2f}"]
+                cells[row.name] += [
+                    f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]",
+                    f"{row.ratio * shares[row.name]:.2f}",
+                ]
     rows = []
     for share in SHARES:
         for variant in VARIANTS:
@@ -120,7 +141,9 @@ def rows_of(name: str, rounds: int, folder: Path) -> list[list[str]]:
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["resnet50", "mobilenet_v2"])
     parser.add_argument("--rounds", type=int, default=30)
     chosen = parser.parse_args()

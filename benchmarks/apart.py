@@ -1,4 +1,5 @@
-"""Sweeps: each row is measured in a process of its own that is stopped at a limit, and kept, so that a stopped sweep goes on.
+"""Sweeps: each row is measured in a process of its own that is stopped at a limit, and kept, so that a
+stopped sweep goes on.
 
 A script that sweeps runs itself with `--one ...` for each row, and there calls `answer`.
 """
@@ -40,8 +41,12 @@ def options(description: str | None, models: str = "only names that match") -> a
     Args:
         models: which ones the filter picks, for the help.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", metavar="PATTERN", help=f"{models}, as timm/*vit*; writes no table")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--filter", default="", metavar="PATTERN", help=f"{models}, as timm/*vit*; writes no table"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
@@ -65,7 +70,9 @@ def in_process(script: str, arguments: Sequence[str], limit: int) -> Row:
     environment["TORCHDYNAMO_DISABLE"] = "1"  # torchvision compiles its Python form of roi_align
     command = [sys.executable, script, "--one", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, env=environment, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"no answer within {limit} s"}
     lines = done.stdout.strip().splitlines()
@@ -98,7 +105,9 @@ def sweep(
     rows = kept(name)
     todo = [key for key in wanted if key not in rows or again(rows[key])]
     with ThreadPoolExecutor(jobs) as pool:
-        for key, row in zip(todo, pool.map(lambda key: in_process(script, wanted[key], limit), todo), strict=True):
+        for key, row in zip(
+            todo, pool.map(lambda key: in_process(script, wanted[key], limit), todo), strict=True
+        ):
             rows = keep(name, {key: row})
             show(key, row)
     return {key: rows[key] for key in wanted}

@@ -1,11 +1,13 @@
-"""Asked and reached: MACs, params, size and latency budgets; and whether predicted MACs and params are those of the small model.
+"""Asked and reached: MACs, params, size and latency budgets; and whether predicted MACs and params are those
+of the small model.
 
     pip install torchvision timm
     python benchmarks/budgets.py [--models resnet50 ...] [--latency 0.7 0.5] [--counts] [--fresh latency]
 
-Rows are kept in benchmarks/.cache/budgets.json, so that a run that was stopped goes on. Without --counts: five models at shares
-of 0.7, 0.5 and 0.3, and latencies on ONNX Runtime (one thread, fused, CPU time). With it: all models of the torchvision table
-and 20 timm families, predicted against counted (torch's flop counter, halved).
+Rows are kept in benchmarks/.cache/budgets.json, so that a run that was stopped goes on. Without --counts:
+five models at shares of 0.7, 0.5 and 0.3, and latencies on ONNX Runtime (one thread, fused, CPU time). With
+it: all models of the torchvision table and 20 timm families, predicted against counted (torch's flop counter,
+halved).
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def one(name: str) -> tuple[nn.Module, Tensor]:
 
 def counted(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
     """(MACs, params) without surgeon: half of what torch's flop counter says, attention by its products."""
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the counter knows the fused one on GPUs only
+    plain = torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    )  # the counter knows the fused one on GPUs only
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -99,7 +103,10 @@ def timed(
     """What was measured, with its interval."""
     told = surgery.plan(latency=share, round_to=round_to).request["measured"]
     low, high = told["interval"]
-    return f"{told['ms'] / told['original_ms']:.1%} [{low:.1%}, {high:.1%}], {told['candidates']} candidates", ""
+    return (
+        f"{told['ms'] / told['original_ms']:.1%} [{low:.1%}, {high:.1%}], {told['candidates']} candidates",
+        "",
+    )
 
 
 def count_rows() -> list[list[str]]:
@@ -115,7 +122,14 @@ def count_rows() -> list[list[str]]:
             exact = surgeon.inspect(small, image)
             same = (exact.macs, exact.params) == (plan.macs, plan.params) and params == plan.params
             rows.append(
-                [name, f"{plan.macs:,}", f"{macs:,}", f"{plan.macs / macs - 1:+.3%}", f"{plan.params:,}", "yes" if same else "NO"]
+                [
+                    name,
+                    f"{plan.macs:,}",
+                    f"{macs:,}",
+                    f"{plan.macs / macs - 1:+.3%}",
+                    f"{plan.params:,}",
+                    "yes" if same else "NO",
+                ]
             )
         except Exception as error:  # noqa: BLE001  # the table says what failed
             rows.append([name, first_line(error), *[""] * 4])
@@ -125,17 +139,32 @@ def count_rows() -> list[list[str]]:
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(FIVE))
-    parser.add_argument("--latency", nargs="*", type=float, default=[0.7, 0.5], help="shares of the original's")
+    parser.add_argument(
+        "--latency", nargs="*", type=float, default=[0.7, 0.5], help="shares of the original's"
+    )
     parser.add_argument("--counts", action="store_true")
-    parser.add_argument("--fresh", nargs="*", default=[], choices=[*KINDS, "latency"], help="measure these again")
+    parser.add_argument(
+        "--fresh", nargs="*", default=[], choices=[*KINDS, "latency"], help="measure these again"
+    )
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if chosen.counts:
-        header = ["model", "MACs predicted", "by torch's counter", "difference", "params predicted", "equal to the small model's"]
-        notes = ["Channel ratio 0.5. 'equal': MACs and params predicted before the cut are exactly those of the small model."]
+        header = [
+            "model",
+            "MACs predicted",
+            "by torch's counter",
+            "difference",
+            "params predicted",
+            "equal to the small model's",
+        ]
+        notes = [
+            "Channel ratio 0.5. 'equal': MACs and params predicted before the cut are exactly those of the small model."
+        ]
         write_result("counts", "Predicted and counted", markdown(header, count_rows()), notes)
         return
     rows = [row for name in chosen.models for row in budget_rows(name, chosen.latency, chosen.fresh)]

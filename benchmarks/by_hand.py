@@ -1,4 +1,6 @@
-"""What torch-pruning has to be told about attention, and what it leaves to its users after a cut; as in its own examples."""
+"""What torch-pruning has to be told about attention, and what it leaves to its users after a cut; as in its
+own examples.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def _attentions(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear], int]
 
 def heads_of(model: nn.Module) -> dict[nn.Module, int]:
     """The heads of every attention, by its projections."""
-    whole: dict[nn.Module, int] = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    whole: dict[nn.Module, int] = {
+        m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
     return whole | {layer: heads for _, layers, heads in _attentions(model) for layer in layers}
 
 

@@ -1,6 +1,8 @@
-"""ResNet-20 and ResNet-56 on CIFAR-10: what cutting channels costs before any recovery, and what it gains on this CPU.
+"""ResNet-20 and ResNet-56 on CIFAR-10: what cutting channels costs before any recovery, and what it gains on
+this CPU.
 
-Real weights and all 10,000 test images. The residual stream is cut with everything else, through the zero-padded shortcuts.
+Real weights and all 10,000 test images. The residual stream is cut with everything else, through the
+zero-padded shortcuts.
 
     python benchmarks/cifar.py [--data DIR]
 """
@@ -67,17 +69,24 @@ def read_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
 def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of the images that get their label."""
     with torch.inference_mode():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+        right = sum(
+            int((model(x).argmax(1) == y).sum())
+            for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
     return right / len(labels)
 
 
 def stream(model: CifarResNet) -> str:
     """Channels of the residual stream in the three stages."""
-    return " / ".join(str(layer.out_channels) for layer in (model.conv1, model.layer2[0].conv2, model.layer3[0].conv2))
+    return " / ".join(
+        str(layer.out_channels) for layer in (model.conv1, model.layer2[0].conv2, model.layer3[0].conv2)
+    )
 
 
 def speed_ups(models: dict[str, nn.Module], images: Tensor, folder: Path) -> dict[str, list[str]]:
-    """Name -> its speed-up over the first model in torch and ONNX Runtime, for each batch size; one thread."""
+    """Name -> its speed-up over the first model in torch and ONNX Runtime, for each batch size; one
+    thread.
+    """
     files = {}
     for name, model in models.items():
         files[name] = folder / f"{name}.onnx"
@@ -89,7 +98,9 @@ def speed_ups(models: dict[str, nn.Module], images: Tensor, folder: Path) -> dic
             print(table)
             for row in table.rows:
                 ms = f"{row.p50:.1f} ms"
-                found[row.name].append(ms if row.ratio is None else f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]")
+                found[row.name].append(
+                    ms if row.ratio is None else f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
+                )
     return found
 
 
@@ -108,7 +119,13 @@ def rows_of(kind: str, data: Path, images: Tensor, labels: Tensor) -> list[list[
         name = f"{kind} -{ratio:.0%}"
         models[name] = small
         params, macs = f"{plan.params / surgery.params:.1%}", f"{plan.macs / surgery.macs:.1%}"
-        cells[name] = [stream(small), f"{proof.error:.1e}", params, macs, f"{top1(small, images, labels):.2%}"]
+        cells[name] = [
+            stream(small),
+            f"{proof.error:.1e}",
+            params,
+            macs,
+            f"{top1(small, images, labels):.2%}",
+        ]
         print(name, cells[name])
     with tempfile.TemporaryDirectory() as folder:
         times = speed_ups(models, images, Path(folder))
@@ -117,9 +134,13 @@ def rows_of(kind: str, data: Path, images: Tensor, labels: Tensor) -> list[list[
 
 def main() -> None:
     """Measure both networks and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     data = parser.parse_args().data
     missing = [name for name in FILES if not (data / name).is_file()]
     if missing:

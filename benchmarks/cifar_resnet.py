@@ -1,7 +1,9 @@
-"""ResNet-20 and ResNet-56 for CIFAR-10 (He et al. 2015, section 4.2, option A), with the parameter names of the public weights.
+"""ResNet-20 and ResNet-56 for CIFAR-10 (He et al. 2015, section 4.2, option A), with the parameter names of
+the public weights.
 
-Option A has no weights in the shortcut: where a stage doubles the channels, the input is subsampled and padded with zeros on
-both sides of the channel dim. The widths of the padding are sizes in the model's code that surgery has to change.
+Option A has no weights in the shortcut: where a stage doubles the channels, the input is subsampled and
+padded with zeros on both sides of the channel dim. The widths of the padding are sizes in the model's code
+that surgery has to change.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Top-1 of a CIFAR-10 ResNet-56 right after the cut, by criterion, scope and MACs; next to torch-pruning at the same MACs.
+"""Top-1 of a CIFAR-10 ResNet-56 right after the cut, by criterion, scope and MACs; next to torch-pruning at
+the same MACs.
 
-No fine-tuning and no new batch-norm statistics, so the criterion is all that differs. Criteria that look at data get the first
-training images; top-1 is of a part of the test images. torch-pruning's ratio is searched until the MACs fit the budget.
+No fine-tuning and no new batch-norm statistics, so the criterion is all that differs. Criteria that look at
+data get the first training images; top-1 is of a part of the test images. torch-pruning's ratio is searched
+until the MACs fit the budget.
 
     pip install torch-pruning==1.6.1 matplotlib
-    python benchmarks/criteria.py [--data DIR] [--criteria l1 taylor] [--scopes global] [--budgets 0.7] [--rivals]
+    python benchmarks/criteria.py [--data DIR] [--criteria l1 taylor] [--scopes global] [--budgets 0.7]
+    [--rivals]
 """
 
 from __future__ import annotations
@@ -29,11 +32,15 @@ from torch import Tensor, nn
 import surgeon
 from surgeon import criteria
 from surgeon.errors import SurgeonError
-from surgeon.request import SCOPES
+from surgeon.selection.options import SCOPES
 
 BUDGETS = (0.9, 0.75, 0.6)
 WEIGHTS, TRAIN, TEST = "cifar10-resnet56-adapted.safetensors", "cifar10-train.npz", "cifar10-test.npz"
-CALIBRATION, BATCH, TESTED = 512, 64, (2000, 3500)  # the defaults of some criteria were chosen on the images before
+CALIBRATION, BATCH, TESTED = (
+    512,
+    64,
+    (2000, 3500),
+)  # the defaults of some criteria were chosen on the images before
 RIVALS = {
     "magnitude": lambda tp: tp.importance.GroupMagnitudeImportance(p=2),
     "bn_scale": lambda tp: tp.importance.BNScaleImportance(),
@@ -46,7 +53,9 @@ Pairs = list[tuple[Tensor, Tensor]]
 Row = tuple[str, str, list[float | str]]
 
 
-def by_surgeon(model: nn.Module, name: str, scopes: list[str], budgets: list[float], data: Pairs, test: Any) -> Iterator[Row]:
+def by_surgeon(
+    model: nn.Module, name: str, scopes: list[str], budgets: list[float], data: Pairs, test: Any
+) -> Iterator[Row]:
     """Top-1 at each budget, for each scope."""
     surgery = surgeon.inspect(model, data[0][0][:1])
     parts = {part: getattr(surgery, part) for part in ("model", "graph", "propagation", "solution", "groups")}
@@ -63,7 +72,9 @@ def by_surgeon(model: nn.Module, name: str, scopes: list[str], budgets: list[flo
 
 
 class Rival:
-    """torch-pruning with one importance; gradients are computed once and handed to every copy that is pruned."""
+    """torch-pruning with one importance; gradients are computed once and handed to every copy that is
+    pruned.
+    """
 
     def __init__(self, model: nn.Module, data: Pairs) -> None:
         import torch_pruning
@@ -78,7 +89,9 @@ class Rival:
             losses = F.cross_entropy(model(x), y, reduction="none")
             for loss in losses:
                 for (name, _), g in zip(
-                    model.named_parameters(), torch.autograd.grad(loss, list(model.parameters()), retain_graph=True), strict=True
+                    model.named_parameters(),
+                    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True),
+                    strict=True,
                 ):
                     self.gradient[name] += g / count
                     self.square[name] += g.square() / count
@@ -121,7 +134,12 @@ class Rival:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self.tp.pruner.BasePruner(
-                small, self.image, importance, pruning_ratio=ratio, global_pruning=everywhere, ignored_layers=[small.linear]
+                small,
+                self.image,
+                importance,
+                pruning_ratio=ratio,
+                global_pruning=everywhere,
+                ignored_layers=[small.linear],
             )
             pruner.step()
         return small.eval()
@@ -140,7 +158,9 @@ def draw(rows: list[Row], scopes: list[str], budgets: list[float], base: float, 
 
     figure, panels = pyplot.subplots(1, len(scopes), figsize=(5 * len(scopes), 4), sharey=True, squeeze=False)
     for panel, scope in zip(panels[0], scopes, strict=True):
-        lines = [row for row in rows if row[1].endswith(f", {scope}") and all(isinstance(v, float) for v in row[2])]
+        lines = [
+            row for row in rows if row[1].endswith(f", {scope}") and all(isinstance(v, float) for v in row[2])
+        ]
         ranked = sorted(lines, key=lambda row: -sum(v for v in row[2] if isinstance(v, float)))
         shown: list[Row] = []
         for tool in ("surgeon", "torch-pruning"):
@@ -151,7 +171,12 @@ def draw(rows: list[Row], scopes: list[str], budgets: list[float], base: float, 
             if row in shown:
                 place = shown.index(row)
                 label = f"{row[0]} {row[1].split(',')[0]}"
-                style = {"color": f"C{place}", "linestyle": "-" if row[0] == "surgeon" else "--", "label": label, "marker": "."}
+                style = {
+                    "color": f"C{place}",
+                    "linestyle": "-" if row[0] == "surgeon" else "--",
+                    "label": label,
+                    "marker": ".",
+                }
             panel.plot([1.0, *budgets], [base, *row[2]], **style)
         panel.set(title=scope, xlabel="MACs left", ylim=(0, 1), xlim=(1.02, min(budgets) - 0.02))
         panel.legend(fontsize=7)
@@ -163,9 +188,13 @@ def draw(rows: list[Row], scopes: list[str], budgets: list[float], base: float, 
 
 def main() -> None:
     """Measure and write the table and the chart."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     known = [name for name in criteria.BUILT_IN if name != "first"]
     parser.add_argument("--criteria", nargs="*", default=known)
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS))

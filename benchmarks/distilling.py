@@ -1,10 +1,12 @@
-"""What the step "distill" of surgeon.recover hangs on: the weight of the residual stream, the rate, and how long it goes on.
+"""What the step "distill" of surgeon.recover hangs on: the weight of the residual stream, the rate, and how
+long it goes on.
 
     python benchmarks/distilling.py [--data DIR] [--models resnet20 text]
 
-A ResNet-20 on CIFAR-10 and the language model over bytes of benchmarks/recover.py, cut by surgeon to 2.1x fewer MACs and
-recovered as there, then distilled on the same unlabelled samples; one choice differs at a time from what is built in. Measured
-on training data that was held out. Rows are kept in benchmarks/.cache/distilling.json, so that a run that was stopped goes on.
+A ResNet-20 on CIFAR-10 and the language model over bytes of benchmarks/recover.py, cut by surgeon to 2.1x
+fewer MACs and recovered as there, then distilled on the same unlabelled samples; one choice differs at a time
+from what is built in. Measured on training data that was held out. Rows are kept in
+benchmarks/.cache/distilling.json, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ from recover_tasks import Task
 from results import keep, kept, markdown, write_result
 
 import surgeon
-from surgeon.recovery import distill, split
+from surgeon.recovery.recover import distill, split
 
 REDUCTION, SEED = 2.1, 0
-STREAM, RATE, EPOCHS, STEPS = distill._STREAM, distill._RATE, distill._EPOCHS, distill._STEPS  # what is built in
+STREAM, RATE, EPOCHS, STEPS = (
+    distill._STREAM,
+    distill._RATE,
+    distill._EPOCHS,
+    distill._STEPS,
+)  # what is built in
 CHOICES: dict[str, dict[str, Any]] = {
     "as built in": {},
     **{f"stream {weight:g}": {"stream": weight} for weight in (0, STREAM / 10, STREAM * 10)},
@@ -47,7 +54,9 @@ NOTES = [
 ]
 
 
-def measured(task: Task, start: Start, stream: float = STREAM, rate: float = RATE, longer: float = 1) -> dict[str, float]:
+def measured(
+    task: Task, start: Start, stream: float = STREAM, rate: float = RATE, longer: float = 1
+) -> dict[str, float]:
     """A row: distilled with these options."""
     assert start.plan is not None
     distill._STREAM = stream
@@ -63,9 +72,13 @@ def measured(task: Task, start: Start, stream: float = STREAM, rate: float = RAT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     parser.add_argument("--models", nargs="+", choices=["resnet20", "text"], default=["resnet20", "text"])
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
     asked = parser.parse_args()
@@ -80,7 +93,11 @@ def main() -> None:
         for choice in todo:
             rows = keep("distilling", {f"{name}, {choice}": measured(task, start, **CHOICES[choice])})
             print(name, choice, rows[f"{name}, {choice}"], flush=True)
-        begin = {"distance": rows[f"{name}, {todo[0]}"]["before"], "score": task.held_out(start.model, SEED), "seconds": 0.0}
+        begin = {
+            "distance": rows[f"{name}, {todo[0]}"]["before"],
+            "score": task.held_out(start.model, SEED),
+            "seconds": 0.0,
+        }
         rows = keep("distilling", {f"{name}, {NOT}": begin})
     write_result("distilling", "What distilling hangs on", markdown(HEADER, cells(rows)), NOTES)
 
@@ -97,7 +114,9 @@ def cells(rows: dict[str, dict[str, float]]) -> list[list[str]]:
             row = rows.get(f"{name}, {choice}")
             if row is not None:
                 score = f"{scale * row['score']:.{digits}f}"
-                found.append([f"{name}, {metric}", choice, f"{row['distance']:.4f}", score, f"{row['seconds']:.0f}"])
+                found.append(
+                    [f"{name}, {metric}", choice, f"{row['distance']:.4f}", score, f"{row['seconds']:.0f}"]
+                )
     return found
 
 

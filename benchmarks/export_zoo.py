@@ -1,12 +1,14 @@
-"""Which architectures reach ONNX: shrunk at ratio 0.5, exported, and compared with torch in ONNX Runtime at two batch sizes.
+"""Which architectures reach ONNX: shrunk at ratio 0.5, exported, and compared with torch in ONNX Runtime at
+two batch sizes.
 
     pip install torchvision timm transformers
     python benchmarks/export_zoo.py [--filter PATTERN] [--limit SECONDS] [--fresh]
 
-A row works if the largest relative error is at most 1e-4 in fp32 and the parameters in the file are those of the small model
-(of the fused one, which holds its batch norms in the biases of its layers). Where forward fixes the batch size, the file is
-exported with that size, and the row says so. Each model runs in a process of its own with a time limit. Rows are kept in
-benchmarks/.cache/export_zoo.json, so that a run that was stopped goes on.
+A row works if the largest relative error is at most 1e-4 in fp32 and the parameters in the file are those of
+the small model (of the fused one, which holds its batch norms in the biases of its layers). Where forward
+fixes the batch size, the file is exported with that size, and the row says so. Each model runs in a process
+of its own with a time limit. Rows are kept in benchmarks/.cache/export_zoo.json, so that a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -23,8 +25,18 @@ from results import markdown, write_result
 from zoo_models import NAMES, TIMM
 
 RATIO, GOAL = 0.5, 0.95
-_LARGE = {"halonet_h1", "csatv2", "deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m", "nasnetalarge", "pnasnet5large"}
-TRANSFORMERS = ("bert roberta albert electra mpnet distilbert gpt2 gpt-neox opt llama mistral qwen2 vit dinov2 segformer").split()
+_LARGE = {
+    "halonet_h1",
+    "csatv2",
+    "deepseek_vit_412m",
+    "gemma4_vit_167m",
+    "qwen3_vit_88m",
+    "nasnetalarge",
+    "pnasnet5large",
+}
+TRANSFORMERS = (
+    "bert roberta albert electra mpnet distilbert gpt2 gpt-neox opt llama mistral qwen2 vit dinov2 segformer"
+).split()
 HEADER = ["model", "params left", "params in file", "folds", "relative error", "batch sizes", "exported"]
 
 
@@ -42,11 +54,13 @@ def measured(name: str) -> dict[str, Any]:
     from zoo_models import build
 
     import surgeon
-    from surgeon.capture import capture
+    from surgeon.capture.capture import capture
     from surgeon.errors import ExportError
 
     model, inputs = build(name)
-    for parameter in model.parameters():  # the exporter keeps one of several equal tensors, such as biases of zeros
+    for (
+        parameter
+    ) in model.parameters():  # the exporter keeps one of several equal tensors, such as biases of zeros
         parameter.data += 1e-3 * torch.randn(parameter.shape)
     before = sum(p.numel() for p in model.parameters())
     small = surgeon.shrink(model, RATIO, example_inputs=inputs, round_to=1)
@@ -62,8 +76,12 @@ def measured(name: str) -> dict[str, Any]:
         surgeon.export(fused, path, inputs, dynamic_batch=not fixed, simplify=False)
         tensors = {item.name: math.prod(item.dims) for item in onnx.load(str(path)).graph.initializer}
     spread = {name.rpartition(".")[0] for name in tensors if ".lifted_tensor" in name}
-    ahead = sum(size for name, size in wanted.items() if name not in tensors and name.rpartition(".")[0] in spread)
-    own = {name for name, _ in fused.named_parameters(remove_duplicate=False)}  # a tied one may go by either name
+    ahead = sum(
+        size for name, size in wanted.items() if name not in tensors and name.rpartition(".")[0] in spread
+    )
+    own = {
+        name for name, _ in fused.named_parameters(remove_duplicate=False)
+    }  # a tied one may go by either name
     params = sum(size for name, size in tensors.items() if name in own)
     return {
         "left": sum(p.numel() for p in small.parameters()) / before, "params": params, "wanted": sum(wanted.values()) - ahead,
@@ -91,7 +109,9 @@ def cells(name: str, found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run all models and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--filter", default="*")
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")

@@ -1,9 +1,11 @@
-"""What criterion "kfac" says that the outputs lose, next to what they lose: one group cut at a time, recovered without training.
+"""What criterion "kfac" says that the outputs lose, next to what they lose: one group cut at a time,
+recovered without training.
 
     python benchmarks/foretold.py [--data DIR] [--model resnet20] [--ratio 0.25]
 
-A loss is the squared distance of a sample's logits from the base's, in the mean over 2,000 training images that are not among
-those to calibrate by. "factors alone" is what the Kronecker factors say without the losses that are measured on the samples.
+A loss is the squared distance of a sample's logits from the base's, in the mean over 2,000 training images
+that are not among those to calibrate by. "factors alone" is what the Kronecker factors say without the losses
+that are measured on the samples.
 """
 
 from __future__ import annotations
@@ -41,12 +43,16 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model.eval()(x) for x in images.split(250)])
 
 
-def prepared(criterion: str | criteria.Criterion, surgery: surgeon.Surgery, batches: Batches) -> criteria.Criterion:
+def prepared(
+    criterion: str | criteria.Criterion, surgery: surgeon.Surgery, batches: Batches
+) -> criteria.Criterion:
     parts = {part: getattr(surgery, part) for part in ("model", "graph", "propagation", "solution", "groups")}
     return criteria.prepare(criterion, **parts, data=batches)
 
 
-def foretold(kfac: criteria.Criterion, surgery: surgeon.Surgery, group: Any, count: int, samples: int) -> float:
+def foretold(
+    kfac: criteria.Criterion, surgery: surgeon.Surgery, group: Any, count: int, samples: int
+) -> float:
     """The sum of the least scores, per sample."""
     return float(np.sort(criteria.scores(kfac, group, surgery.graph.tensors).ravel())[:count].sum()) / samples
 
@@ -55,15 +61,21 @@ def recovered(
     task: Task, kfac: criteria.Criterion, surgery: surgeon.Surgery, layer: str, ratio: float, batches: Batches
 ) -> nn.Module:
     """Recovered without a share of this layer's filters."""
-    others = [name for name, module in task.base.named_modules() if isinstance(module, nn.Conv2d) and name != layer]
+    others = [
+        name for name, module in task.base.named_modules() if isinstance(module, nn.Conv2d) and name != layer
+    ]
     plan = surgery.plan(ratio, criterion=kfac, round_to=1, ignore=others)
     return surgeon.recover(plan.apply(task.base), plan, task.base, batches).model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     parser.add_argument("--model", choices=list(MODELS), default="resnet20")
     parser.add_argument("--ratio", type=float, default=0.25, help="of a group's units that leave")
     asked = parser.parse_args()
@@ -71,7 +83,9 @@ def main() -> None:
     task: Task = TASKS[asked.model](asked.model, asked.data)
     batches = [x for x, _ in task.calibration(0)]
     pixels, _ = pixels_of(asked.data / "cifar10-train.npz")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))  # the first of these calibrate
+    order = torch.randperm(
+        len(pixels), generator=torch.Generator().manual_seed(0)
+    )  # the first of these calibrate
     images = normalised(pixels[order[-JUDGED:]])
     surgery = surgeon.inspect(task.base, batches[0][:1])
     ours, factors = (prepared(which, surgery, batches) for which in ("kfac", FactorsAlone()))
@@ -84,9 +98,24 @@ def main() -> None:
         small = recovered(task, ours, surgery, layer, asked.ratio, batches)
         lost = float((logits(small, images) - base).square().sum(1).mean())
         said = [foretold(which, surgery, group, count, samples) for which in (ours, factors)]
-        rows.append([layer, str(group.units), f"{lost:.2f}", *(f"{x:.2f}" for value in said for x in (value, value / lost))])
+        rows.append(
+            [
+                layer,
+                str(group.units),
+                f"{lost:.2f}",
+                *(f"{x:.2f}" for value in said for x in (value, value / lost)),
+            ]
+        )
         print(rows[-1], flush=True)
-    header = ["filters of", "units", "lost", "foretold", "foretold / lost", "factors alone", "factors alone / lost"]
+    header = [
+        "filters of",
+        "units",
+        "lost",
+        "foretold",
+        "foretold / lost",
+        "factors alone",
+        "factors alone / lost",
+    ]
     length = float(base.square().sum(1).mean())
     notes = [
         f"{asked.model}: {asked.ratio:.0%} of one layer's filters leave, chosen by 'kfac' on 2,000 images; then surgeon.recover.",

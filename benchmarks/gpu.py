@@ -1,10 +1,13 @@
-"""One command for a machine with a GPU: shrink, fuse, and time in torch (eager, compiled, CUDA graphs) and ONNX Runtime CUDA.
+"""One command for a machine with a GPU: shrink, fuse, and time in torch (eager, compiled, CUDA graphs) and
+ONNX Runtime CUDA.
 
     pip install torchvision transformers onnxruntime-gpu
-    python benchmarks/cuda.py [--models resnet50 llama] [--precisions fp32 fp16 bf16] [--batches 1 8 64] [--device cuda]
+    python benchmarks/cuda.py [--models resnet50 llama] [--precisions fp32 fp16 bf16] [--batches 1 8 64]
+    [--device cuda]
 
-Every original is timed against its shrunk and fused form on the same backend, in turns, by CUDA events; inputs lie on the device.
-With --device cpu the same code runs on the CPU, without CUDA graphs: it shows that it works, its times mean nothing.
+Every original is timed against its shrunk and fused form on the same backend, in turns, by CUDA events;
+inputs lie on the device. With --device cpu the same code runs on the CPU, without CUDA graphs: it shows that
+it works, its times mean nothing.
 """
 
 from __future__ import annotations
@@ -21,23 +24,40 @@ from results import markdown, write_result
 from torch import nn
 
 import surgeon
-from surgeon.export import PRECISIONS
+from surgeon.onnx.export import PRECISIONS
 
 MODELS = "resnet50 mobilenet_v2 vit_b_16 convnext_tiny llama".split()
 BACKENDS = {"cuda": ("torch", "compile", "cudagraph"), "cpu": ("torch",)}
 BATCHES = (1, 8, 64)
-HEADER = ["model", "precision", "batch", "backend", "before ms", "after ms", "speed-up", "peak MB before", "peak MB after"]
+HEADER = [
+    "model",
+    "precision",
+    "batch",
+    "backend",
+    "before ms",
+    "after ms",
+    "speed-up",
+    "peak MB before",
+    "peak MB after",
+]
 
 
 def built(name: str) -> tuple[nn.Module, Any]:
-    """A model on the CPU and inputs; "llama" is a stack of decoder blocks of the size of a model of one billion weights."""
+    """A model on the CPU and inputs; "llama" is a stack of decoder blocks of the size of a model of one
+    billion weights.
+    """
     if name != "llama":
         from zoo_models import build
 
         return build(name)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     config = LlamaConfig(num_hidden_layers=16, vocab_size=8192, use_cache=False, **sizes)
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(128)[None] % 8192}
@@ -68,7 +88,9 @@ def timed(
     return rows
 
 
-def exported(models: tuple[nn.Module, nn.Module], inputs: Any, batches: Any, rounds: int, folder: Path) -> list[list[str]]:
+def exported(
+    models: tuple[nn.Module, nn.Module], inputs: Any, batches: Any, rounds: int, folder: Path
+) -> list[list[str]]:
     """Rows of ONNX Runtime CUDA in fp32 and fp16."""
     rows = []
     for precision in ("fp32", "fp16"):
@@ -78,7 +100,14 @@ def exported(models: tuple[nn.Module, nn.Module], inputs: Any, batches: Any, rou
                 surgeon.export(model, file, inputs, precision=precision)
             for batch in batches:
                 options = {"batch_size": batch, "repeats": rounds, "backends": ["onnxruntime-cuda"]}
-                rows.append([precision, str(batch), "onnxruntime-cuda", *_figures(surgeon.bench(files, inputs, **options))])
+                rows.append(
+                    [
+                        precision,
+                        str(batch),
+                        "onnxruntime-cuda",
+                        *_figures(surgeon.bench(files, inputs, **options)),
+                    ]
+                )
         except surgeon.errors.SurgeonError as error:
             rows.append([precision, "-", "onnxruntime-cuda", refusal(error), *[""] * 4])
     return rows
@@ -118,7 +147,9 @@ def rows_of(name: str, model: nn.Module, inputs: Any, chosen: Any) -> list[list[
 
 def main(args: list[str] | None = None) -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
@@ -139,7 +170,9 @@ def main(args: list[str] | None = None) -> None:
         "speed-up: original time / shrunk time on the same backend, median of interleaved rounds with a 95 % interval.",
         "CUDA times by events, inputs on the device; CUDA graphs and ONNX Runtime (IO binding) apart.",
     ]
-    write_result("cuda" if chosen.device != "cpu" else "cuda-on-cpu", "GPU latency", markdown(HEADER, rows), notes)
+    write_result(
+        "cuda" if chosen.device != "cpu" else "cuda-on-cpu", "GPU latency", markdown(HEADER, rows), notes
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Latency before and after: shrunk, fused, int8; on ONNX Runtime and torch, next to torch-pruning at the same MACs.
+"""Latency before and after: shrunk, fused, int8; on ONNX Runtime and torch, next to torch-pruning at the same
+MACs.
 
     pip install torchvision transformers torch-pruning==1.6.1
     python benchmarks/latency.py [--models resnet18 resnet50] [--rounds 30] [--share 0.5] [--fresh]
 
-All models are cut to the same share of MACs and exported in the same way (fused, simplified). Each ratio is the original's time
-over the variant's, from interleaved rounds, with a 95 % interval. What torch-pruning leaves to its users (sizes of attention that
-the code reads) is set by hand. Rows are kept in benchmarks/.cache/latency.json, so that a run that was stopped goes on.
+All models are cut to the same share of MACs and exported in the same way (fused, simplified). Each ratio is
+the original's time over the variant's, from interleaved rounds, with a 95 % interval. What torch-pruning
+leaves to its users (sizes of attention that the code reads) is set by hand. Rows are kept in
+benchmarks/.cache/latency.json, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -71,14 +73,21 @@ def macs_left(name: str, share: float) -> list[str]:
 
 
 def files_of(made: dict[str, nn.Module], inputs: Any, folder: Path) -> dict[str, Path]:
-    """The same as files; "shrunk" is exported without fusing, all others with it, and there is an int8 file."""
+    """The same as files; "shrunk" is exported without fusing, all others with it, and there is an int8
+    file.
+    """
     files = {}
     for number, (name, module) in enumerate(made.items()):
         files[name] = folder / f"{number}.onnx"
         print(surgeon.export(module, files[name], inputs, fuse=name != "shrunk"), flush=True)
     method = "dynamic" if isinstance(inputs, dict) else "static"
     files["shrunk + fused + int8"] = folder / "int8.onnx"
-    print(surgeon.quantize(files["shrunk + fused"], files["shrunk + fused + int8"], _batches(inputs), method=method), flush=True)
+    print(
+        surgeon.quantize(
+            files["shrunk + fused"], files["shrunk + fused + int8"], _batches(inputs), method=method
+        ),
+        flush=True,
+    )
     return files
 
 
@@ -103,14 +112,27 @@ def rows_of(name: str, share: float, rounds: int, folder: Path) -> list[list[str
             ahead = None if against is None or row.ratio is None else row.ratio / against
             shown = "reference" if row.ratio is None else f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
             said = "-" if ahead is None or row.name == RIVAL else f"{ahead:.2f}"
-            rows.append([name, runtime, row.name, str(row.batch_size), str(row.threads), f"{row.p50:.2f}", shown, said])
+            rows.append(
+                [
+                    name,
+                    runtime,
+                    row.name,
+                    str(row.batch_size),
+                    str(row.threads),
+                    f"{row.p50:.2f}",
+                    shown,
+                    said,
+                ]
+            )
     rows += [[name, "-", variant, "-", "-", "-", why, "-"] for variant, why in failed.items()]
     return rows
 
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--share", type=float, default=0.5, help="of MACs that stays")
@@ -124,7 +146,9 @@ def main() -> None:
         known = {} if chosen.fresh else kept("latency")
         if key not in known:
             with tempfile.TemporaryDirectory() as folder:
-                known = keep("latency", {key: {"rows": rows_of(name, chosen.share, chosen.rounds, Path(folder))}})
+                known = keep(
+                    "latency", {key: {"rows": rows_of(name, chosen.share, chosen.rounds, Path(folder))}}
+                )
         rows += known[key]["rows"]
         if f"{key} MACs" not in known:
             known = keep("latency", {f"{key} MACs": {"row": macs_left(name, chosen.share)}})

@@ -1,11 +1,18 @@
-"""Models of other libraries at channel ratio 0.5, with proof: diffusers, MONAI, ultralytics, segmentation models, open_clip, ...
+"""Models of other libraries at channel ratio 0.5, with proof: diffusers, MONAI, ultralytics, segmentation
+models, open_clip, ...
 
-    pip install --no-deps diffusers monai segmentation_models_pytorch open_clip_torch ultralytics ultralytics-thop pytorchvideo
-    pip install --no-deps kornia kornia_rs efficientnet_pytorch fvcore iopath yacs parameterized av ftfy wcwidth polars scipy
-    pip install --no-deps opencv-python-headless requests charset_normalizer urllib3 idna certifi httpx httpcore anyio h11
-    pip install --no-deps importlib_metadata zipp portalocker termcolor tabulate vit-pytorch dynamic_network_architectures torchsr
-    pip install --no-deps torch_geometric xxhash aiohttp multidict yarl propcache aiosignal frozenlist attrs aiohappyeyeballs
-    pip install --no-deps spandrel x-transformers loguru einx frozendict neuraloperator tensorly tensorly-torch torch-harmonics
+    pip install --no-deps diffusers monai segmentation_models_pytorch open_clip_torch ultralytics
+    ultralytics-thop pytorchvideo
+    pip install --no-deps kornia kornia_rs efficientnet_pytorch fvcore iopath yacs parameterized av ftfy
+    wcwidth polars scipy
+    pip install --no-deps opencv-python-headless requests charset_normalizer urllib3 idna certifi httpx
+    httpcore anyio h11
+    pip install --no-deps importlib_metadata zipp portalocker termcolor tabulate vit-pytorch
+    dynamic_network_architectures torchsr
+    pip install --no-deps torch_geometric xxhash aiohttp multidict yarl propcache aiosignal frozenlist attrs
+    aiohappyeyeballs
+    pip install --no-deps spandrel x-transformers loguru einx frozendict neuraloperator tensorly
+    tensorly-torch torch-harmonics
     pip install --no-deps opt-einsum denoising-diffusion-pytorch ema-pytorch performer-pytorch local-attention
     pip install --no-deps axial-positional-embedding hyper-connections torch-einops-utils
     python benchmarks/libraries.py [--peer] [--filter PATTERN] [--fresh | --retry] [--jobs 2]
@@ -41,7 +48,11 @@ def main() -> None:
     said = [line for tool in tools for line in summary(found, rows, tool)]
     print("\n".join(said))
     if not chosen.filter:
-        print(write_result("libraries", "Models of other libraries", table_of(found, rows, tools), [*said, *NOTES]))
+        print(
+            write_result(
+                "libraries", "Models of other libraries", table_of(found, rows, tools), [*said, *NOTES]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""INT8 and FP16 of the CIFAR-10 ResNet-56 through ONNX Runtime: top-1 on the real test images and size, before and after.
+"""INT8 and FP16 of the CIFAR-10 ResNet-56 through ONNX Runtime: top-1 on the real test images and size,
+before and after.
 
     python benchmarks/quantized.py [--data DIR] [--images 10000]
 
@@ -33,9 +34,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Quantise in every way and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     parser.add_argument("--images", type=int, default=10_000)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -46,7 +51,8 @@ def main() -> None:
 
     def top1(run: Any) -> float:
         right = sum(
-            int((run(x)[0].argmax(1) == y.numpy()).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True)
+            int((run(x)[0].argmax(1) == y.numpy()).sum())
+            for x, y in zip(images.split(250), labels.split(250), strict=True)
         )
         return right / len(labels)
 
@@ -55,14 +61,34 @@ def main() -> None:
         source = Path(folder) / "float.onnx"
         print(surgeon.export(model, source, images[:1]))
         for name, options in VARIANTS.items():
-            report = surgeon.quantize(source, Path(folder) / "small.onnx", calibration, evaluate=top1, **options)
+            report = surgeon.quantize(
+                source, Path(folder) / "small.onnx", calibration, evaluate=top1, **options
+            )
             print(name, report, flush=True)
             assert report.score_before is not None and report.score_after is not None
             lost = f"{100 * (report.score_before - report.score_after):.2f}"
             share = f"{report.size_after / report.size_before:.3f}"
             worst = f"{report.layers[0].name} ({report.layers[0].added:.3f})"
-            rows.append([name, f"{report.score_after:.2%}", lost, f"{report.size_after:,}", share, f"{report.error:.3f}", worst])
-    header = ["file", "top-1", "points lost", "bytes", "share of float", "output error", "layer that adds most"]
+            rows.append(
+                [
+                    name,
+                    f"{report.score_after:.2%}",
+                    lost,
+                    f"{report.size_after:,}",
+                    share,
+                    f"{report.error:.3f}",
+                    worst,
+                ]
+            )
+    header = [
+        "file",
+        "top-1",
+        "points lost",
+        "bytes",
+        "share of float",
+        "output error",
+        "layer that adds most",
+    ]
     rows.insert(0, ["float32", f"{report.score_before:.2%}", "-", f"{report.size_before:,}", "1", "-", "-"])
     notes = [
         f"{len(labels):,} test images of CIFAR-10 (lossy JPEG); ranges from {CALIBRATION} training images.",

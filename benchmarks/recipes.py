@@ -1,11 +1,12 @@
-"""Which fine-tuning wins most back in little time: compared on training images that were held out of it, not on test images.
+"""Which fine-tuning wins most back in little time: compared on training images that were held out of it, not
+on test images.
 
     pip install accelerate timm
     python benchmarks/recipes.py [--data DIR] [--only Muon]
 
-ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, then fine-tuned a little. Rows
-are kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on; two runs with different rows can go side by
-side.
+ResNet-56 on CIFAR-10, cut by surgeon to 2.1x fewer MACs and recovered as in benchmarks/recover.py, then
+fine-tuned a little. Rows are kept in benchmarks/.cache/recipes.json, so that a run that was stopped goes on;
+two runs with different rows can go side by side.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ JOBS = {
     for recipe, plan, (images, epochs) in [
         *((recipe, "", SHORT) for recipe in COMPARED),
         *((FROZEN, plan, SHORT) for plan in PLANS if plan),
-        *((recipe, "", LONG) for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, rate=0.004), MIXED, TURNED)),
+        *(
+            (recipe, "", LONG)
+            for recipe in (BLOCKS, FROZEN, dataclasses.replace(FROZEN, rate=0.004), MIXED, TURNED)
+        ),
         *((FROZEN, plan, LONG) for plan in PLANS if "most" in plan),
         (TURNED, "", LONGER),
     ]
@@ -135,7 +139,9 @@ def start(data: Path, plan: str) -> Start:
     return by_surgeon(task_of("resnet56", data), REDUCTION, 0, **PLANS[plan])[METHODS["surgeon"][1]]
 
 
-def trained(task: Task, begin: Start, recipe: Recipe, images: int, epochs: int, held_out: Measured) -> dict[str, float | str]:
+def trained(
+    task: Task, begin: Start, recipe: Recipe, images: int, epochs: int, held_out: Measured
+) -> dict[str, float | str]:
     """A row, or why there is none."""
     try:
         done = finetuned(begin.model, task, begin.plan, recipe, epochs=epochs, images=images, seed=0)
@@ -153,9 +159,13 @@ def cells_of(row: Mapping[str, float | str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     parser.add_argument("--only", default="", help="run the rows whose name has this in it")
     parser.add_argument("--table", action="store_true", help="only write the table from the cache")
     asked = parser.parse_args()
@@ -169,10 +179,14 @@ def main() -> None:
         held_out = Measured(images, labels[-HELD_OUT:], outputs(task.base, images))
         for key in ("base", "start"):
             if key not in rows:
-                rows = keep("recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, "").model)})
+                rows = keep(
+                    "recipes", {key: held_out.of(task.base if key == "base" else start(asked.data, "").model)}
+                )
         for key in todo:
             recipe, plan, count, epochs = JOBS[key]
-            rows = keep("recipes", {key: trained(task, start(asked.data, plan), recipe, count, epochs, held_out)})
+            rows = keep(
+                "recipes", {key: trained(task, start(asked.data, plan), recipe, count, epochs, held_out)}
+            )
             print(key, rows[key], flush=True)
     shown = {"base": "base", "recovered, not trained": "start", **{key: key for key in JOBS}}
     cells = [[name, *cells_of(rows[key])] for name, key in shown.items() if key in rows]

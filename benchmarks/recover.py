@@ -1,13 +1,16 @@
-"""What is left after a cut, what is won back without training, and after little of it; next to torch-pruning at the same MACs.
+"""What is left after a cut, what is won back without training, and after little of it; next to torch-pruning
+at the same MACs.
 
     pip install torch-pruning==1.6.1 accelerate timm
-    python benchmarks/recover.py [--data DIR] [--models resnet20 vit] [--reductions 2.1] [--seeds 0] [--epochs 0 1]
+    python benchmarks/recover.py [--data DIR] [--models resnet20 vit] [--reductions 2.1] [--seeds 0] [--epochs
+    0 1]
 
-ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are trained here for some
-minutes. Before fine-tuning, both tools see the same samples (torch-pruning also their labels), and surgeon's targets are the
-base's own outputs; fine-tuning is the same for both. Test data is looked at when a cell is done. Cells are kept in
-benchmarks/results/recover.json, so that a run that was stopped goes on (in the middle of an epoch, too), and the table is
-written from them: "-" is a cell that was not run. --fresh measures anew.
+ResNet-20 and ResNet-56 on CIFAR-10, and a small vision transformer and a language model over bytes that are
+trained here for some minutes. Before fine-tuning, both tools see the same samples (torch-pruning also their
+labels), and surgeon's targets are the base's own outputs; fine-tuning is the same for both. Test data is
+looked at when a cell is done. Cells are kept in benchmarks/results/recover.json, so that a run that was
+stopped goes on (in the middle of an epoch, too), and the table is written from them: "-" is a cell that was
+not run. --fresh measures anew.
 """
 
 from __future__ import annotations
@@ -64,13 +67,18 @@ def jobs_of(
                     found.append(Job(model, 1.0, seed, "base", count, recipe))
                 wanted = [STARTS[start] for start in starts] if count else [1]
                 for reduction, start in itertools.product(reductions or REDUCTIONS[model], wanted):
-                    found += [Job(model, reduction, seed, tool, count, recipe, start) for tool in ("torch-pruning", "surgeon")]
+                    found += [
+                        Job(model, reduction, seed, tool, count, recipe, start)
+                        for tool in ("torch-pruning", "surgeon")
+                    ]
     return sorted(found, key=lambda job: job.urgency)
 
 
 @dataclasses.dataclass
 class Start:
-    """A model before fine-tuning: how it was made, how to make it again, and surgeon's plan (None: the streams are whole)."""
+    """A model before fine-tuning: how it was made, how to make it again, and surgeon's plan (None: the
+    streams are whole).
+    """
 
     model: nn.Module
     how: str = ""
@@ -104,19 +112,24 @@ def by_surgeon(task: Task, reduction: float, seed: int, **options: Any) -> Made:
 
 def small_batches(task: Task, seed: int) -> list[Tensor]:
     """The samples, without labels, about 25 to a batch."""
-    return [part for x, _ in task.calibration(seed) for part in x.split(math.ceil(len(x) / (len(x) // 25 or 1)))]
+    return [
+        part for x, _ in task.calibration(seed) for part in x.split(math.ceil(len(x) / (len(x) // 25 or 1)))
+    ]
 
 
 def distilled(task: Task, start: Start, seed: int) -> Start:
     """What was recovered, or cut by the rival, distilled on the same samples; without labels."""
     plan = plan_of(task, start.model) if start.plan is None else start.plan
-    done = surgeon.recover(start.model, plan, task.base, small_batches(task, seed), steps=("distill",), seed=seed)
+    done = surgeon.recover(
+        start.model, plan, task.base, small_batches(task, seed), steps=("distill",), seed=seed
+    )
     print(done, flush=True)
     return Start(done.model, f"distance {done.before:.3f} -> {done.after:.3f}", plan=plan)
 
 
 def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) -> Made:
-    """The best of what torch-pruning offers, as cut and after batch-norm re-estimation, by samples that were held out.
+    """The best of what torch-pruning offers, as cut and after batch-norm re-estimation, by samples that were
+    held out.
 
     Args:
         known: cells of this network, reduction and seed: a choice that was made is not made again.
@@ -126,7 +139,10 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
     if rival.norms and cut in known and renewed in known:
         choices = {method: Choice(**known[method]["again"]) for method in (cut, renewed)}
         models = {cut: rival.cut(choices[cut]), renewed: reestimated(rival.cut(choices[renewed]), rival.data)}
-        return {method: Start(models[method], str(choice), known[method]["again"]) for method, choice in choices.items()}
+        return {
+            method: Start(models[method], str(choice), known[method]["again"])
+            for method, choice in choices.items()
+        }
     best: dict[str, tuple[float, Choice, nn.Module]] = {}
     for found in rival.candidates(1 / reduction):
         if isinstance(found, str):
@@ -136,10 +152,16 @@ def by_rival(task: Task, reduction: float, seed: int, known: Mapping[str, Any]) 
         models = {cut: small, renewed: reestimated(small, rival.data)} if rival.norms else {cut: small}
         for method, model in models.items():
             score = task.held_out(model, seed)
-            print(f"    {method}: {choice}, ratio {choice.ratio:.3f}: {score:.4f} on held-out samples", flush=True)
+            print(
+                f"    {method}: {choice}, ratio {choice.ratio:.3f}: {score:.4f} on held-out samples",
+                flush=True,
+            )
             if not math.isnan(score) and (method not in best or (score - best[method][0]) * task.sign > 0):
                 best[method] = score, choice, model
-    return {method: Start(model, str(choice), dataclasses.asdict(choice)) for method, (_, choice, model) in best.items()}
+    return {
+        method: Start(model, str(choice), dataclasses.asdict(choice))
+        for method, (_, choice, model) in best.items()
+    }
 
 
 @functools.lru_cache(maxsize=2)
@@ -151,7 +173,9 @@ def _prepared(tool: str, model: str, reduction: float, seed: int, data: Path) ->
     if tool == "surgeon":
         return by_surgeon(task, reduction, seed)
     cells, keys = load_cells(), Job(model, reduction, seed, tool, 0).keys
-    return by_rival(task, reduction, seed, {method: cells[key] for method, key in keys.items() if key in cells})
+    return by_rival(
+        task, reduction, seed, {method: cells[key] for method, key in keys.items() if key in cells}
+    )
 
 
 def run(job: Job, data: Path, images: int, recipe: Recipe | None) -> dict[str, dict[str, Any]]:
@@ -174,12 +198,26 @@ def run(job: Job, data: Path, images: int, recipe: Recipe | None) -> dict[str, d
         if recipe is not None:
             checkpoint = checkpoint_of(key)
             done = finetuned(
-                model, task, start.plan, recipe, epochs=job.epochs, images=images, seed=job.seed, checkpoint=checkpoint
+                model,
+                task,
+                start.plan,
+                recipe,
+                epochs=job.epochs,
+                images=images,
+                seed=job.seed,
+                checkpoint=checkpoint,
             )
-            print("   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True)
+            print(
+                "   ", *(f"epoch {epoch.number}: loss {epoch.loss:.3f}" for epoch in done.history), flush=True
+            )
             checkpoint.unlink(missing_ok=True)
             model = done.model
-        cells[key] = {"value": task.test(model), "macs": macs_of(model, example), "how": start.how, "again": start.again}
+        cells[key] = {
+            "value": task.test(model),
+            "macs": macs_of(model, example),
+            "how": start.how,
+            "again": start.again,
+        }
     for cell in cells.values():
         cell["seconds"] = round(time.perf_counter() - begun, 1)
     return cells
@@ -191,16 +229,31 @@ def checkpoint_of(key: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).resolve().parents[1]
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data")))
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("SURGEON_DATA", here.parent / "shared" / "data"))
+    )
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--reductions", nargs="+", type=float, help="times fewer MACs (default: 1.5 2.1 2.6, LayerNorm 1.5 2.1)")
+    parser.add_argument(
+        "--reductions",
+        nargs="+",
+        type=float,
+        help="times fewer MACs (default: 1.5 2.1 2.6, LayerNorm 1.5 2.1)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", nargs="+", type=int, default=[0, 1, 3], help="of fine-tuning; 0 is none")
-    parser.add_argument("--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these")
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="of fine-tuning")
-    parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS), help="of fine-tuning")
+    parser.add_argument(
+        "--tools", nargs="+", choices=list(METHODS), default=list(METHODS), help="run only these"
+    )
+    parser.add_argument(
+        "--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="of fine-tuning"
+    )
+    parser.add_argument(
+        "--starts", nargs="+", choices=list(STARTS), default=list(STARTS), help="of fine-tuning"
+    )
     parser.add_argument("--finetune-images", type=int, default=50_000)
     parser.add_argument("--fresh", action="store_true", help="measure again what is asked for")
     parser.add_argument("--table", action="store_true", help="only write the table from the cells")

@@ -43,7 +43,14 @@ class Job:
         if not self.epochs:
             return (int(self.model not in MODELS), list(TASKS).index(self.model), self.seed)
         place = {2.1: 2, 1.0: 3}.get(self.reduction, 4)
-        return (place, self.seed, list(TASKS).index(self.model), list(METHODS).index(self.tool), self.epochs, 1 - self.start)
+        return (
+            place,
+            self.seed,
+            list(TASKS).index(self.model),
+            list(METHODS).index(self.tool),
+            self.epochs,
+            1 - self.start,
+        )
 
 
 load_cells = partial(kept, "recover", folder=RESULTS)

@@ -1,6 +1,8 @@
-"""Two small networks with LayerNorm, trained here on real data: a vision transformer and a language model over bytes.
+"""Two small networks with LayerNorm, trained here on real data: a vision transformer and a language model
+over bytes.
 
-`trained(kind, train)` gives the weights that benchmarks/.cache holds, or trains for a few minutes of one core and keeps them.
+`trained(kind, train)` gives the weights that benchmarks/.cache holds, or trains for a few minutes of one core
+and keeps them.
 """
 
 from __future__ import annotations
@@ -23,11 +25,22 @@ from torch import Tensor, nn
 import surgeon
 
 LENGTH = 128  # bytes of a text
-_NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
+_NO_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+}
 
 
 class Attention(nn.Module):
-    """Heads that attend over all tokens, or over those before; the dims of a head follow from the weights, the scale does not."""
+    """Heads that attend over all tokens, or over those before; the dims of a head follow from the weights,
+    the scale does not.
+    """
 
     def __init__(self, dim: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -36,11 +49,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        query, key, value = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
         logits = query @ key.transpose(-2, -1) * self.scale
         if self.causal:
             tokens = x.shape[1]
-            logits = logits.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
+            logits = logits.masked_fill(
+                torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1), float("-inf")
+            )
         return self.out((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
 
@@ -90,7 +107,8 @@ class TextTransformer(nn.Module):
 class Shuffled:
     """Batches of a data set in a new order for every epoch, each made by a function of its indices.
 
-    Order and noise come from torch's global generator, so that `surgeon.finetune` goes on exactly where it was stopped.
+    Order and noise come from torch's global generator, so that `surgeon.finetune` goes on exactly where it
+    was stopped.
     """
 
     def __init__(self, size: int, batch: int, make: Callable[[Tensor], Any]) -> None:
@@ -116,8 +134,12 @@ KINDS: dict[str, tuple[type[nn.Module], int, float]] = {  # class, epochs, highe
 }
 
 
-def trained(kind: str, train: Callable[[], Iterable[Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
-    """A network with the weights of the cache, or trained now by AdamW (seed 0) on what `train` gives, and kept."""
+def trained(
+    kind: str, train: Callable[[], Iterable[Any]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> nn.Module:
+    """A network with the weights of the cache, or trained now by AdamW (seed 0) on what `train` gives, and
+    kept.
+    """
     make, epochs, rate = KINDS[kind]
     torch.manual_seed(0)
     model = make()
@@ -131,7 +153,14 @@ def trained(kind: str, train: Callable[[], Iterable[Any]], loss: Callable[[Tenso
     CACHE.mkdir(exist_ok=True)
     resumed = path.with_suffix(".ckpt")
     done = surgeon.finetune(
-        model, train(), epochs=epochs, loss=loss, rate=rate, checkpoint=resumed, checkpoint_steps=200, **options
+        model,
+        train(),
+        epochs=epochs,
+        loss=loss,
+        rate=rate,
+        checkpoint=resumed,
+        checkpoint_steps=200,
+        **options,
     )
     save_file(model.state_dict(), path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
@@ -143,7 +172,8 @@ def trained(kind: str, train: Callable[[], Iterable[Any]], loss: Callable[[Tenso
 def documentation() -> tuple[Tensor, Tensor]:
     """Texts [N, LENGTH + 1] of bytes to learn from, and such to test: Python's own documentation.
 
-    The docstrings of the standard library and the topics of `help()`; every tenth module and topic is for the test.
+    The docstrings of the standard library and the topics of `help()`; every tenth module and topic is for the
+    test.
     """
     from pydoc_data.topics import topics
 
@@ -157,9 +187,14 @@ def docstrings() -> list[list[str]]:
     """Those of each module of the standard library, by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    paths = [path for path in sorted(root.rglob("*.py")) if not _NO_LIBRARY & set(path.relative_to(root).parts)]
+    paths = [
+        path for path in sorted(root.rglob("*.py")) if not _NO_LIBRARY & set(path.relative_to(root).parts)
+    ]
     trees = [ast.walk(ast.parse(path.read_bytes())) for path in paths]
-    return [[text for node in tree if isinstance(node, kinds) and (text := ast.get_docstring(node))] for tree in trees]
+    return [
+        [text for node in tree if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+        for tree in trees
+    ]
 
 
 def _texts(text: str) -> Tensor:

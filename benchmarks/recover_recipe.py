@@ -1,4 +1,6 @@
-"""The fine-tuning of benchmarks/recover.py, the same for all tools; its choices are compared by benchmarks/recipes.py."""
+"""The fine-tuning of benchmarks/recover.py, the same for all tools; its choices are compared by
+benchmarks/recipes.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ STAGES = ["layer1", "layer2", "layer3"]  # of the ResNets
 
 
 def muon(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Steps along the orthogonalised momentum of each filter bank (Jordan et al., 2024); NAdamW for vectors."""
+    """Steps along the orthogonalised momentum of each filter bank (Jordan et al., 2024); NAdamW for
+    vectors.
+    """
     torchvision_models()  # timm needs it
     return importlib.import_module("timm.optim").Muon(parameters, lr=lr, momentum=0.9, nesterov=True)
 
@@ -68,9 +72,15 @@ class Recipe:
 
 def turned(images: Tensor) -> Tensor:
     """Each image turned by up to 0.3 radians, scaled by up to 15 % and moved by up to 5 % of its width."""
-    angle, scale, moved = 0.6 * torch.rand(len(images)) - 0.3, 0.85 + 0.3 * torch.rand(len(images)), torch.rand(len(images), 2)
+    angle, scale, moved = (
+        0.6 * torch.rand(len(images)) - 0.3,
+        0.85 + 0.3 * torch.rand(len(images)),
+        torch.rand(len(images), 2),
+    )
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    maps = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1), 0.2 * moved - 0.1], 2)  # [N, 2, 3]
+    maps = torch.stack(
+        [torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1), 0.2 * moved - 0.1], 2
+    )  # [N, 2, 3]
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
@@ -117,14 +127,18 @@ def finetuned(
         train = altered(train, share, alter) if share else train
     surgery = surgeon.inspect(task.base, task.calibration(seed)[0][0][:1])
     modules = STAGES if recipe.where == "stage" else None
-    features = Features(surgery, surgery.plan(0.0) if plan is None else plan, modules) if recipe.features else None
+    features = (
+        Features(surgery, surgery.plan(0.0) if plan is None else plan, modules) if recipe.features else None
+    )
     return surgeon.finetune(
         copy.deepcopy(model).to(memory_format=torch.channels_last),  # faster on CPUs
         train,
         epochs=epochs,
         loss=task.loss,
         teacher=copy.deepcopy(task.base).to(memory_format=torch.channels_last),
-        distillation=Distillation(temperature=4, weight=recipe.soft, features=features, feature_weight=recipe.features),
+        distillation=Distillation(
+            temperature=4, weight=recipe.soft, features=features, feature_weight=recipe.features
+        ),
         optimizer=lambda parameters: OPTIMIZERS[recipe.optimizer](parameters, lr=recipe.rate),
         warmup=min(WARMUP, len(train) // 5),
         precision="bf16",

@@ -1,4 +1,6 @@
-"""torch-pruning at given MACs: each of its criteria, locally and globally, with the residual stream and without."""
+"""torch-pruning at given MACs: each of its criteria, locally and globally, with the residual stream and
+without.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,17 @@ def reestimated(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> nn.Modul
 
 
 def plan_of(task: Task, small: nn.Module) -> surgeon.Plan:
-    """Surgeon's plan of the inner channels that torch-pruning left, found by their filters: for what takes a plan.
+    """Surgeon's plan of the inner channels that torch-pruning left, found by their filters: for what takes a
+    plan.
 
     Raises:
         ValueError: it is not what was cut.
     """
-    left = {name: filters for name, filters in small.named_parameters() if task.inner(name.removesuffix(".weight"))}
+    left = {
+        name: filters
+        for name, filters in small.named_parameters()
+        if task.inner(name.removesuffix(".weight"))
+    }
     stays, ratios = {}, {"*": 0.0}
     for name, filters in left.items():
         whole = task.base.get_parameter(name)
@@ -76,11 +83,17 @@ def plan_of(task: Task, small: nn.Module) -> surgeon.Plan:
         scores = torch.zeros(group.units)
         for member in group.members:
             if member.tensor in stays and member.dim == 0:
-                scores[torch.from_numpy(member.unit)] = stays[member.tensor][torch.from_numpy(member.index)].float()
+                scores[torch.from_numpy(member.unit)] = stays[member.tensor][
+                    torch.from_numpy(member.index)
+                ].float()
         return scores
 
-    plan = surgeon.inspect(task.base, task.calibration(0)[0][0][:1]).plan(ratios, criterion=criterion, round_to=1)
-    for (name, ours), theirs in zip(plan.apply(task.base).named_parameters(), small.parameters(), strict=True):
+    plan = surgeon.inspect(task.base, task.calibration(0)[0][0][:1]).plan(
+        ratios, criterion=criterion, round_to=1
+    )
+    for (name, ours), theirs in zip(
+        plan.apply(task.base).named_parameters(), small.parameters(), strict=True
+    ):
         if not torch.equal(ours, theirs):
             raise ValueError(f"{name} is not what torch-pruning left")
     return plan
@@ -142,7 +155,11 @@ class Rival:
             p.grad = self.gradients[name].clone()
         modules = dict(small.named_modules())
         last = [module for module in modules.values() if isinstance(module, nn.Linear)][-1:]
-        stream = [m for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear) and not self.task.inner(name)]
+        stream = [
+            m
+            for name, m in modules.items()
+            if isinstance(m, nn.Conv2d | nn.Linear) and not self.task.inner(name)
+        ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self.tp.pruner.BasePruner(

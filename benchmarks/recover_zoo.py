@@ -1,12 +1,14 @@
-"""Which transformers can be recovered: cut at ratio 0.25, then refit, batch norms re-estimated, and distilled, on noise.
+"""Which transformers can be recovered: cut at ratio 0.25, then refit, batch norms re-estimated, and
+distilled, on noise.
 
     pip install torchvision transformers
     python benchmarks/recover_zoo.py [--filter PATTERN] [--limit SECONDS] [--retry | --fresh]
 
-Weights are random and inputs are noise: the table says what recovery reaches, recover.md what it wins on real data. A row works
-if the proof of the cut passes, recovery ends, and the model's distance from the original on noise that recovery never saw is not
-more than that of the model as cut. Each model runs in a process of its own with a time limit. Rows are kept in
-benchmarks/.cache/recover_zoo.json, so that a run that was stopped goes on.
+Weights are random and inputs are noise: the table says what recovery reaches, recover.md what it wins on real
+data. A row works if the proof of the cut passes, recovery ends, and the model's distance from the original on
+noise that recovery never saw is not more than that of the model as cut. Each model runs in a process of its
+own with a time limit. Rows are kept in benchmarks/.cache/recover_zoo.json, so that a run that was stopped
+goes on.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def measured(name: str) -> dict[str, Any]:
     from zoo_models import build
 
     import surgeon
-    from surgeon.recovery import Recovery
+    from surgeon.recovery.recover import Recovery
 
     model, inputs = build(name)
     count = BATCHES if name.startswith("transformers/") else IMAGES
@@ -93,7 +95,13 @@ def _distance(model: Any, other: Any, batches: list[Any]) -> float:
 
 
 def _answer(model: Any, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, tuple) else model(batch)
+    return (
+        model(**batch)
+        if isinstance(batch, dict)
+        else model(*batch)
+        if isinstance(batch, tuple)
+        else model(batch)
+    )
 
 
 def cells(name: str, row: dict[str, Any]) -> list[str]:
@@ -103,7 +111,13 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
     before, after = row["unseen"]
     works = "yes" if after <= before else f"no: {before:.1%} -> {after:.1%} on unseen noise"
     layers = f"{row['layers'][0]} of {row['layers'][1]}"
-    return [name, *(f"{row[key]:.1%}" for key in ("before", "refit", "after")), layers, works, f"{row['seconds']:.0f}"]
+    return [
+        name,
+        *(f"{row[key]:.1%}" for key in ("before", "refit", "after")),
+        layers,
+        works,
+        f"{row['seconds']:.0f}",
+    ]
 
 
 def main() -> None:

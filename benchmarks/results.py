@@ -1,6 +1,8 @@
-"""write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run it again.
+"""write_result(name, title, markdown_table, notes) -> benchmarks/results/NAME.md, with what is needed to run
+it again.
 
-`kept` and `keep`: rows of a long run, in benchmarks/.cache; in benchmarks/results, if they hold wherever they are measured.
+`kept` and `keep`: rows of a long run, in benchmarks/.cache; in benchmarks/results, if they hold wherever they
+are measured.
 """
 
 from __future__ import annotations
@@ -30,8 +32,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_result(name: str, title: str, markdown_table: str, notes: Sequence[str] = ()) -> Path:
-    """Write the table, what to know about it and the conditions; a reader sees the old file or the new one, never a part."""
-    text = "\n".join([f"# {title}", "", markdown_table, "", *[f"- {note}" for note in notes], "", conditions(), ""])
+    """Write the table, what to know about it and the conditions; a reader sees the old file or the new one,
+    never a part.
+    """
+    text = "\n".join(
+        [f"# {title}", "", markdown_table, "", *[f"- {note}" for note in notes], "", conditions(), ""]
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.md"
     with tempfile.NamedTemporaryFile("w", dir=RESULTS, prefix=f".{name}.", delete=False) as file:

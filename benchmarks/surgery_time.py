@@ -1,7 +1,9 @@
-"""How long the surgery takes: surgeon (without its proof, and the proof apart) against torch-pruning, in turns in one process.
+"""How long the surgery takes: surgeon (without its proof, and the proof apart) against torch-pruning, in
+turns in one process.
 
-Both get a copy of the model and one image, and return when the model is small: they record the model, find what belongs
-together, score it by l1 and cut half of the channels. Peak memory is measured apart, in a process for each tool and model.
+Both get a copy of the model and one image, and return when the model is small: they record the model, find
+what belongs together, score it by l1 and cut half of the channels. Peak memory is measured apart, in a
+process for each tool and model.
 
     pip install torch-pruning==1.6.1
     python benchmarks/surgery_time.py [--models resnet50 vit_b_32]
@@ -67,7 +69,10 @@ def by_torch_pruning(model: nn.Module, image: Tensor) -> nn.Module:
     return model
 
 
-TOOLS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {"surgeon": by_surgeon, "torch-pruning": by_torch_pruning}
+TOOLS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "surgeon": by_surgeon,
+    "torch-pruning": by_torch_pruning,
+}
 
 
 @contextlib.contextmanager
@@ -90,7 +95,11 @@ def limited(seconds: int) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """No warnings, log lines or prints of the tools; they would be timed, too."""
     logging.disable(logging.CRITICAL)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -110,8 +119,12 @@ def timed(tool: str, model: nn.Module, image: Tensor) -> tuple[float, nn.Module]
         return time.perf_counter() - start, small
 
 
-def times_of(model: nn.Module, image: Tensor) -> tuple[dict[str, list[float]], dict[str, str], dict[str, float]]:
-    """For each tool: seconds by round, or why it failed (it is not run again then), and the share of params left."""
+def times_of(
+    model: nn.Module, image: Tensor
+) -> tuple[dict[str, list[float]], dict[str, str], dict[str, float]]:
+    """For each tool: seconds by round, or why it failed (it is not run again then), and the share of params
+    left.
+    """
     seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
     failed: dict[str, str] = {}
     left: dict[str, float] = {}
@@ -148,7 +161,9 @@ def proof_time(model: nn.Module, image: Tensor) -> float:
 
 
 def peak_kib(field: str) -> int:
-    """VmHWM (the peak) or VmRSS (now) of this process. Like getrusage's ru_maxrss, but that one starts at the parent's peak."""
+    """VmHWM (the peak) or VmRSS (now) of this process. Like getrusage's ru_maxrss, but that one starts at the
+    parent's peak.
+    """
     return int(STATUS.read_text().partition(f"{field}:")[2].split()[0])
 
 
@@ -159,7 +174,9 @@ def memory_child(tool: str, name: str) -> None:
     with quiet():
         if tool == "torch-pruning":
             import torch_pruning  # noqa: F401  # loaded before the level is taken
-        TOOLS[tool](nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval(), image[:, :, :8, :8])  # lazy imports, too
+        TOOLS[tool](
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval(), image[:, :, :8, :8]
+        )  # lazy imports, too
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = peak_kib("VmRSS")
@@ -197,7 +214,9 @@ def chain_rows() -> list[list[str]]:
     rows = []
     for blocks in CHAINS:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Residual(8) for _ in range(blocks)), nn.Conv2d(8, 4, 1)).eval()
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 1), *(Residual(8) for _ in range(blocks)), nn.Conv2d(8, 4, 1)
+        ).eval()
         image = torch.randn(1, 3, 8, 8)
         times = []
         for _ in range(ROUNDS):
@@ -211,7 +230,12 @@ def chain_rows() -> list[list[str]]:
             marks.append(time.perf_counter())
             times.append([b - a for a, b in itertools.pairwise(marks)])
         stages = [statistics.median(column) for column in zip(*times, strict=True)]
-        row = [str(blocks), *[f"{s:.2f}" for s in stages], f"{sum(stages):.2f}", f"{sum(stages) / blocks * 1e3:.2f}"]
+        row = [
+            str(blocks),
+            *[f"{s:.2f}" for s in stages],
+            f"{sum(stages):.2f}",
+            f"{sum(stages) / blocks * 1e3:.2f}",
+        ]
         print("chain", *row, flush=True)
         rows.append(row)
     return rows
@@ -240,22 +264,39 @@ def row_of(name: str, ratios: list[float]) -> list[str]:
 
 def main() -> None:
     """Time the models one after the other, then the chains, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--memory-of", nargs=2, metavar=("TOOL", "MODEL"), help="print the peak memory of one run and stop")
+    parser.add_argument(
+        "--memory-of", nargs=2, metavar=("TOOL", "MODEL"), help="print the peak memory of one run and stop"
+    )
     args = parser.parse_args()
     if args.memory_of:
         memory_child(*args.memory_of)
         return
     torch.set_num_threads(1)
-    timed("surgeon", *sample("squeezenet1_0")), timed("torch-pruning", *sample("squeezenet1_0"))  # lazy imports
-    chains = markdown(["blocks", "inspect s", "plan s", "apply s", "sum s", "ms per block"], chain_rows())  # on a clean heap
+    (
+        timed("surgeon", *sample("squeezenet1_0")),
+        timed("torch-pruning", *sample("squeezenet1_0")),
+    )  # lazy imports
+    chains = markdown(
+        ["blocks", "inspect s", "plan s", "apply s", "sum s", "ms per block"], chain_rows()
+    )  # on a clean heap
     ratios: list[float] = []
     rows = []
     for name in args.models:
         rows.append(row_of(name, ratios))
         print(*rows[-1], sep="  ", flush=True)
-    header = ["model", "surgeon s", "torch-pruning s", "times faster", "proof s", "params: surgeon", "params: torch-pruning"]
+    header = [
+        "model",
+        "surgeon s",
+        "torch-pruning s",
+        "times faster",
+        "proof s",
+        "params: surgeon",
+        "params: torch-pruning",
+    ]
     header += ["surgeon MiB", "torch-pruning MiB"]
     mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
     worst = f", least {min(ratios):.2f}, most {max(ratios):.2f}" if ratios else ""

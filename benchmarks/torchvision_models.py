@@ -1,4 +1,5 @@
-"""Half of the channels out of 15 torchvision models: what is left, the proof, batch norms folded, the ONNX file checked.
+"""Half of the channels out of 15 torchvision models: what is left, the proof, batch norms folded, the ONNX
+file checked.
 
 python benchmarks/torchvision_models.py [--models resnet50 vit_b_32]
 """
@@ -19,19 +20,30 @@ from torch import Tensor, nn
 from zoo_models import NAMES, build, classifiers
 
 import surgeon
-from surgeon.fuse import fusable_pairs
+from surgeon.fusion.fuse import fusable_pairs
 
 RATIO = 0.5
 EXPLAIN_ABOVE = 0.32  # share of params left from which the reason is looked for; (1 - RATIO)^2 is 0.25
 OTHER_BATCH = 4  # surgeon.export itself compares on 2 and 3
 BATCH_OF_NORMS = 4
-HEADER = ["model", "params", "MACs", "proof error", "surgery s", "verify s", "pairs", "fuse error", "ONNX error"]
+HEADER = [
+    "model",
+    "params",
+    "MACs",
+    "proof error",
+    "surgery s",
+    "verify s",
+    "pairs",
+    "fuse error",
+    "ONNX error",
+]
 
 
 def train_norms(model: nn.Module, image: Tensor) -> None:
     """Batch norms as after training: random scales and shifts, statistics of a few random images.
 
-    Without this, most of a deep random network is close to constant, and neither a wrong cut nor a wrong fold would show.
+    Without this, most of a deep random network is close to constant, and neither a wrong cut nor a wrong fold
+    would show.
     """
     generator = torch.Generator().manual_seed(1)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -59,7 +71,9 @@ def fuse_error(small: nn.Module, image: Tensor) -> tuple[int, float]:
 
 
 def onnx_error(small: nn.Module, image: Tensor) -> float:
-    """max |onnx - torch| / max |torch| on fresh images of a batch size that the file was not exported with."""
+    """max |onnx - torch| / max |torch| on fresh images of a batch size that the file was not exported
+    with.
+    """
     x = torch.randn(OTHER_BATCH, *image.shape[1:], generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.onnx"
@@ -86,10 +100,15 @@ def why_large(model: nn.Module, surgery: surgeon.Surgery, share: float) -> str:
 def rest(surgery: surgeon.Surgery) -> str:
     """The steps of the groups, and the frozen part of the print-out without kernels and classes."""
     coarse = [group for group in surgery.groups if group.steps < group.width]
-    ties = [f"`{g.name}` {g.width} channels in {g.steps} steps" for g in sorted(coarse, key=lambda g: -g.width)[:4]]
+    ties = [
+        f"`{g.name}` {g.width} channels in {g.steps} steps"
+        for g in sorted(coarse, key=lambda g: -g.width)[:4]
+    ]
     text = f"{len(coarse)} of {len(surgery.groups)} groups leave in steps of several channels"
     frozen = [
-        f"`{item.slots[0][0]}[{item.slots[0][1]}]` ({item.reason})" for item in surgery.frozen if "kernel" not in item.reason
+        f"`{item.slots[0][0]}[{item.slots[0][1]}]` ({item.reason})"
+        for item in surgery.frozen
+        if "kernel" not in item.reason
     ]
     return text + (f" ({', '.join(ties)})" if ties else "") + f". Frozen: {', '.join(frozen[:4])}."
 
@@ -119,7 +138,9 @@ def row_of(name: str) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     """Run the models one after the other and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     torch.set_num_threads(1)  # steady times on a busy machine
     rows, reasons = [], []
@@ -142,7 +163,9 @@ def main() -> None:
             "max |difference| / max |torch|."
         ),
     ]
-    write_result("torchvision", "15 torchvision models, half of the channels", markdown(HEADER, rows), notes + reasons)
+    write_result(
+        "torchvision", "15 torchvision models, half of the channels", markdown(HEADER, rows), notes + reasons
+    )
 
 
 if __name__ == "__main__":

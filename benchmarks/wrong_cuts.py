@@ -3,10 +3,10 @@
     pip install torchvision timm transformers
     python benchmarks/wrong_cuts.py [--filter PATTERN] [--fresh] [--jobs 2]
 
-Each model is cut in half at random and proved; then, in tensors drawn at random, one kept index is exchanged for a removed one,
-and the small model is cut accordingly: it runs, and every tensor holds what its plan says. Such a plan must fail the proof. An
-exchange of two channels with equal numbers in that tensor is no fault and is not tried. Rows are kept in
-benchmarks/.cache/wrong_cuts.json.
+Each model is cut in half at random and proved; then, in tensors drawn at random, one kept index is exchanged
+for a removed one, and the small model is cut accordingly: it runs, and every tensor holds what its plan says.
+Such a plan must fail the proof. An exchange of two channels with equal numbers in that tensor is no fault and
+is not tried. Rows are kept in benchmarks/.cache/wrong_cuts.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from zoo_models import build, names
 
 import surgeon
-from surgeon.rewrite import shrink_module
+from surgeon.cut.slice import shrink_module
 
 LIMIT = 300  # seconds for a model
 CUTS = 6  # of each model
@@ -58,7 +58,13 @@ def measured(name: str) -> dict[str, Any]:
     surgery = surgeon.inspect(model, example_inputs=inputs)
     plan = surgery.plan(0.5, criterion="random", seed=0, round_to=1)
     proof = surgeon.verify(model, plan.apply(model), plan, graph=surgery.graph)
-    row: dict[str, Any] = {"error": proof.error, "hidden": proof.hidden, "tried": 0, "found": 0, "slipped": []}
+    row: dict[str, Any] = {
+        "error": proof.error,
+        "hidden": proof.hidden,
+        "tried": 0,
+        "found": 0,
+        "slipped": [],
+    }
     for place, bad in exchanges(model, plan):
         small = shrink_module(model, bad.kept, bad.edits or ())
         row["tried"] += 1
@@ -95,8 +101,12 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="*", metavar="PATTERN", help="only names that match, as timm/*vit*")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--filter", default="*", metavar="PATTERN", help="only names that match, as timm/*vit*"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)

@@ -1,11 +1,13 @@
-"""Which architectures can be shrunk: every model of the zoo at channel ratio 0.5, with proof; with --peer also by torch-pruning.
+"""Which architectures can be shrunk: every model of the zoo at channel ratio 0.5, with proof; with --peer
+also by torch-pruning.
 
     pip install torchvision timm transformers torch-pruning==1.6.1
     python benchmarks/zoo.py [--peer] [--filter PATTERN] [--all] [--fresh | --retry] [--jobs 2]
 
-Each model runs in a process of its own with a time limit. Results are kept in benchmarks/.cache/zoo.json, so that a sweep
-that was stopped goes on, and docs/zoo.md is written from them (not with --filter). A row works if the proof passes, and if the
-small model runs on another batch size, in training mode and through a backward pass.
+Each model runs in a process of its own with a time limit. Results are kept in benchmarks/.cache/zoo.json, so
+that a sweep that was stopped goes on, and docs/zoo.md is written from them (not with --filter). A row works
+if the proof passes, and if the small model runs on another batch size, in training mode and through a
+backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ STATUS = Path("/proc/self/status")
 TOOLS = ("surgeon", "torch-pruning")
 
 
-# -- one model, in its own process ----------------------------------------------------------------------------------
+# -- one model, in its own process ---------------------------------------------------------------------------
 
 
 def measured(tool: str, name: str) -> dict[str, Any]:
@@ -57,7 +59,9 @@ def _by_surgeon(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _by_torch_pruning(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
-    """As in its own examples: the output layer is ignored, heads are declared, and their number is put right afterwards."""
+    """As in its own examples: the output layer is ignored, heads are declared, and their number is put right
+    afterwards.
+    """
     import torch_pruning as tp
     from torch import nn
     from zoo_models import classifiers
@@ -68,8 +72,18 @@ def _by_torch_pruning(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
         if isinstance(module, nn.MultiheadAttention):
             heads[module] = module.num_heads
             continue
-        count = next((getattr(module, a) for a in ("num_heads", "num_attention_heads", "n_heads") if hasattr(module, a)), None)
-        layers = [getattr(module, a, None) for a in ("qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q", "k", "v")]
+        count = next(
+            (
+                getattr(module, a)
+                for a in ("num_heads", "num_attention_heads", "n_heads")
+                if hasattr(module, a)
+            ),
+            None,
+        )
+        layers = [
+            getattr(module, a, None)
+            for a in ("qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q", "k", "v")
+        ]
         for layer in layers:
             if isinstance(layer, nn.Linear) and isinstance(count, int):
                 heads[layer] = count
@@ -97,7 +111,9 @@ def _by_torch_pruning(model: Any, inputs: Any) -> tuple[dict[str, Any], Any]:
             inner = getattr(module, layer, None)
             if isinstance(inner, nn.Linear) and inner in pruner.num_heads:
                 count = pruner.num_heads[inner]
-                for attribute, value in zip(attributes, (count, inner.out_features // count, inner.out_features), strict=True):
+                for attribute, value in zip(
+                    attributes, (count, inner.out_features // count, inner.out_features), strict=True
+                ):
                     if hasattr(module, attribute):
                         owners.append((module, attribute, value))
     for module, attribute, value in owners:
@@ -110,7 +126,8 @@ def _pictures(item: Any) -> bool:
     return isinstance(item, list) and all(picture.dim() == 3 for picture in item)
 
 
-# LoFTR wants matches to train on, Flux's positions are those of one batch, a graph is one sample, and SeemoRe runs one image
+# LoFTR wants matches to train on, Flux's positions are those of one batch, a graph is one sample, and SeemoRe
+# runs one image
 _EVAL_ONLY = ("kornia/LoFTR", "diffusers/FluxTransformer2DModel", "torch_geometric/", "spandrel/SeemoRe")
 
 
@@ -135,7 +152,9 @@ def alive(small: Any, inputs: Any, name: str) -> None:
         boxes["masks"] = torch.zeros(1, *inputs[0][0].shape[-2:], dtype=torch.uint8)
         boxes["keypoints"] = torch.tensor([[[60.0, 60.0, 1.0]] * 17])
         args = (args[0], [boxes for _ in args[0]])
-    total = sum(t.float().mean() for t in tensors(small(*args, **kwargs)) if t.is_floating_point() and t.requires_grad)
+    total = sum(
+        t.float().mean() for t in tensors(small(*args, **kwargs)) if t.is_floating_point() and t.requires_grad
+    )
     total.backward()  # type: ignore[union-attr]  # a model without a float output fails here, as it should
     if not any(p.grad is not None and bool(p.grad.isfinite().all()) for p in small.parameters()):
         raise ValueError("no gradient arrives")
@@ -177,7 +196,7 @@ def _memory(key: str = "VmRSS") -> float:
     return 0.0
 
 
-# -- the sweep ------------------------------------------------------------------------------------------------------
+# -- the sweep -----------------------------------------------------------------------------------------------
 
 
 def sweep(names: list[str], tools: list[str], asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -209,7 +228,11 @@ def summary(names: list[str], rows: Mapping[str, Mapping[str, Any]], tool: str) 
     """Counts and medians of one tool, by library."""
     said = []
     for library in dict.fromkeys(name.partition("/")[0] for name in names):
-        own = [rows[f"{tool} {name}"] for name in names if name.startswith(f"{library}/") and f"{tool} {name}" in rows]
+        own = [
+            rows[f"{tool} {name}"]
+            for name in names
+            if name.startswith(f"{library}/") and f"{tool} {name}" in rows
+        ]
         fine = [row for row in own if "failed" not in row]
         if not fine:
             said.append(f"{tool}, {library}: 0 of {len(own)} work.")
@@ -219,7 +242,9 @@ def summary(names: list[str], rows: Mapping[str, Mapping[str, Any]], tool: str) 
             text += f", most {max(row['left'] for row in fine):.1%}"
             text += f"; median of frozen output channels {_median(fine, 'frozen'):.1%}"
             text += f"; largest proof error {max(row['error'] for row in fine):.1e}"
-        said.append(f"{text}; median {_median(fine, 'seconds'):.1f} s, most {max(row['seconds'] for row in fine):.0f} s.")
+        said.append(
+            f"{text}; median {_median(fine, 'seconds'):.1f} s, most {max(row['seconds'] for row in fine):.0f} s."
+        )
     return said
 
 
@@ -234,7 +259,11 @@ def table_of(names: list[str], rows: Mapping[str, Mapping[str, Any]], tools: lis
         row = cells(name, rows[f"surgeon {name}"])
         if len(tools) > 1:
             peer = rows.get(f"torch-pruning {name}", {"failed": "not run yet"})
-            row.append(peer["failed"][:80] if "failed" in peer else f"{peer['left']:.1%} left, {peer['seconds']:.1f} s")
+            row.append(
+                peer["failed"][:80]
+                if "failed" in peer
+                else f"{peer['left']:.1%} left, {peer['seconds']:.1f} s"
+            )
         table.append(row)
     if len(tools) > 1:
         header.append("torch-pruning")
@@ -275,7 +304,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--all", action="store_true", help="all of torchvision's models, not the smallest of each family")
+    parser.add_argument(
+        "--all", action="store_true", help="all of torchvision's models, not the smallest of each family"
+    )
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "NAME"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:

@@ -1,4 +1,5 @@
-"""Models of libraries beyond torchvision, timm and transformers: small configurations, random weights, nothing is downloaded.
+"""Models of libraries beyond torchvision, timm and transformers: small configurations, random weights,
+nothing is downloaded.
 
 `NAMES`: `diffusers/NAME`, `monai/NAME`, ...; `build(name)` -> (a model in eval mode, example inputs).
 """
@@ -20,7 +21,7 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
 
-# -- diffusers ------------------------------------------------------------------------------------------------------
+# -- diffusers -----------------------------------------------------------------------------------------------
 
 _STEPS = {"timestep": torch.tensor([3, 7])}
 _TOKENS = {"encoder_hidden_states": (2, 7, 32)}
@@ -28,8 +29,19 @@ _AUTOENCODER = {
     "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 8,
 }  # fmt: skip
-_CROSS = {"cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8, "block_out_channels": (32, 64)}
-_HEADS = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "in_channels": 4, "sample_size": 16}
+_CROSS = {
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "block_out_channels": (32, 64),
+}
+_HEADS = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "in_channels": 4,
+    "sample_size": 16,
+}
 
 _DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "UNet2DModel": (
@@ -78,10 +90,12 @@ _DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def _diffusers(name: str) -> Built:
     options, inputs = _DIFFUSERS[name]
     model: nn.Module = getattr(importlib.import_module("diffusers"), name)(**options)
-    return model, {key: _noise(*value) if isinstance(value, tuple) else value for key, value in inputs.items()}
+    return model, {
+        key: _noise(*value) if isinstance(value, tuple) else value for key, value in inputs.items()
+    }
 
 
-# -- monai ----------------------------------------------------------------------------------------------------------
+# -- monai ---------------------------------------------------------------------------------------------------
 
 _VOLUME, _SLICE = (1, 1, 32, 32, 32), (1, 1, 64, 64)
 _SCAN = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
@@ -119,11 +133,14 @@ def _monai(name: str) -> Built:
     return model, (_noise(*shape), torch.tensor([3, 7])) if name == "DiffusionModelUNet" else _noise(*shape)
 
 
-# -- segmentation_models_pytorch ------------------------------------------------------------------------------------
+# -- segmentation_models_pytorch -----------------------------------------------------------------------------
 
 _DECODERS = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet DeepLabV3 DeepLabV3Plus PAN UPerNet Segformer".split()
 _ENCODERS = "mobilenet_v2 mit_b0 timm-efficientnet-b0 se_resnet50 xception dpn68 vgg11_bn densenet121 tu-convnext_atto".split()
-_SEGMENTATION = [*(f"{decoder}-resnet18" for decoder in _DECODERS), *(f"Unet-{encoder}" for encoder in _ENCODERS)]
+_SEGMENTATION = [
+    *(f"{decoder}-resnet18" for decoder in _DECODERS),
+    *(f"Unet-{encoder}" for encoder in _ENCODERS),
+]
 
 
 def _segmentation(name: str) -> Built:
@@ -132,7 +149,7 @@ def _segmentation(name: str) -> Built:
     return kind(encoder_name=encoder, encoder_weights=None, classes=5), _noise(2, 3, 128, 128)
 
 
-# -- open_clip, ultralytics, pytorchvideo, kornia, efficientnet_pytorch ---------------------------------------------
+# -- open_clip, ultralytics, pytorchvideo, kornia, efficientnet_pytorch --------------------------------------
 
 _CLIP = "RN50 ViT-B-32 coca_ViT-B-32 convnext_base ViT-B-32-SigLIP2-256 MobileCLIP-S1 EVA02-B-16".split()
 _YOLO = (
@@ -176,12 +193,22 @@ def _kornia(name: str) -> Built:
 
 
 def _efficientnet(name: str) -> Built:
-    return importlib.import_module("efficientnet_pytorch").EfficientNet.from_name(name), _noise(2, 3, 224, 224)
+    return importlib.import_module("efficientnet_pytorch").EfficientNet.from_name(name), _noise(
+        2, 3, 224, 224
+    )
 
 
-# -- vit_pytorch, dynamic_network_architectures (nnU-Net), torchsr, torch_geometric ---------------------------------
+# -- vit_pytorch, dynamic_network_architectures (nnU-Net), torchsr, torch_geometric --------------------------
 
-_PLAIN = {"image_size": 64, "patch_size": 16, "num_classes": 10, "dim": 64, "depth": 2, "heads": 4, "mlp_dim": 128}
+_PLAIN = {
+    "image_size": 64,
+    "patch_size": 16,
+    "num_classes": 10,
+    "dim": 64,
+    "depth": 2,
+    "heads": 4,
+    "mlp_dim": 128,
+}
 _STAGES = {"num_classes": 10, "depth": (1, 1, 1, 1), "window_size": 7}
 _VIT: dict[str, dict[str, Any]] = {
     "vit.ViT": _PLAIN, "simple_vit.SimpleViT": _PLAIN, "deepvit.DeepViT": _PLAIN, "cait.CaiT": {**_PLAIN, "cls_depth": 1},
@@ -210,17 +237,23 @@ _RESOLUTION = "edsr_baseline rcan rdn ninasr_b0 carn_m vdsr".split()
 def _vit_pytorch(name: str) -> Built:
     module, _, kind = name.partition(".")
     size = 224 if "window_size" in _VIT[name] else 64
-    return getattr(importlib.import_module(f"vit_pytorch.{module}"), kind)(**_VIT[name]), _noise(2, 3, size, size)
+    return getattr(importlib.import_module(f"vit_pytorch.{module}"), kind)(**_VIT[name]), _noise(
+        2, 3, size, size
+    )
 
 
 def _nnunet(name: str) -> Built:
     kind = getattr(importlib.import_module("dynamic_network_architectures.architectures.unet"), name)
     norm = {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"affine": True}, "nonlin": nn.LeakyReLU}
-    return kind(1, 3, (8, 16, 32), nn.Conv3d, 3, (1, 2, 2), (1, 1, 1), 2, (1, 1), **norm), _noise(1, 1, 16, 16, 16)
+    return kind(1, 3, (8, 16, 32), nn.Conv3d, 3, (1, 2, 2), (1, 1, 1), 2, (1, 1), **norm), _noise(
+        1, 1, 16, 16, 16
+    )
 
 
 def _torchsr(name: str) -> Built:
-    return getattr(importlib.import_module("torchsr.models"), name)(scale=2, pretrained=False), _noise(1, 3, 16, 16)
+    return getattr(importlib.import_module("torchsr.models"), name)(scale=2, pretrained=False), _noise(
+        1, 3, 16, 16
+    )
 
 
 def _torch_geometric(name: str) -> Built:
@@ -229,7 +262,7 @@ def _torch_geometric(name: str) -> Built:
     return model, (_noise(6, 10), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]]))
 
 
-# -- spandrel (image restoration), x_transformers, neuralop, denoising_diffusion_pytorch, performer_pytorch ----------
+# -- spandrel (image restoration), x_transformers, neuralop, denoising_diffusion_pytorch, performer_pytorch --
 
 _IMAGES, _HEADED = {"img_size": 32, "embed_dim": 32}, {"num_heads": [2, 2]}
 _SHIFTED = {**_IMAGES, **_HEADED, "depths": [2, 2], "window_size": 4}
@@ -257,7 +290,11 @@ _DECODERS: dict[str, dict[str, Any]] = {
 
 def _spandrel(name: str) -> Built:
     found = vars(importlib.import_module(f"spandrel.architectures.{name}"))
-    kind: Any = next(v for k, v in found.items() if k.endswith("Arch") and isinstance(v, type)).__orig_bases__[0].__args__[0]
+    kind: Any = (
+        next(v for k, v in found.items() if k.endswith("Arch") and isinstance(v, type))
+        .__orig_bases__[0]
+        .__args__[0]
+    )
     kind = getattr(kind, "__args__", (kind,))[0]  # of a union, the first
     size = 64 if name in ("RealCUGAN", "Uformer", "SCUNet", "FBCNN", "MixDehazeNet") else 32
     batch = 1 if name == "SeemoRe" else 2  # more it cannot run itself
@@ -267,7 +304,9 @@ def _spandrel(name: str) -> Built:
 def _x_transformers(name: str) -> Built:
     library: Any = importlib.import_module("x_transformers")
     layers = library.Decoder(**{"dim": 64, "depth": 2, "heads": 4, "attn_dim_head": 32, **_DECODERS[name]})
-    return library.TransformerWrapper(num_tokens=100, max_seq_len=32, attn_layers=layers), torch.randint(0, 100, (2, 16))
+    return library.TransformerWrapper(num_tokens=100, max_seq_len=32, attn_layers=layers), torch.randint(
+        0, 100, (2, 16)
+    )
 
 
 def _neuralop(name: str) -> Built:
@@ -278,14 +317,22 @@ def _neuralop(name: str) -> Built:
 def _denoising(name: str) -> Built:
     kind = getattr(importlib.import_module("denoising_diffusion_pytorch"), name)
     if name == "KarrasUnet":
-        return kind(image_size=32, dim=32, dim_max=64, num_downsamples=1), (_noise(2, 4, 32, 32), torch.rand(2))
+        return kind(image_size=32, dim=32, dim_max=64, num_downsamples=1), (
+            _noise(2, 4, 32, 32),
+            torch.rand(2),
+        )
     more = {"channels": 3} if name == "Unet1D" else {}
-    return kind(dim=16, dim_mults=(1, 2), **more), (_noise(2, 3, *(32,) * (1 if more else 2)), torch.tensor([3, 4]))
+    return kind(dim=16, dim_mults=(1, 2), **more), (
+        _noise(2, 3, *(32,) * (1 if more else 2)),
+        torch.tensor([3, 4]),
+    )
 
 
 def _performer(name: str) -> Built:
     kind = getattr(importlib.import_module("performer_pytorch"), name)
-    return kind(num_tokens=100, max_seq_len=32, dim=64, depth=2, heads=4, dim_head=16), torch.randint(0, 100, (2, 32))
+    return kind(num_tokens=100, max_seq_len=32, dim=64, depth=2, heads=4, dim_head=16), torch.randint(
+        0, 100, (2, 32)
+    )
 
 
 _LIBRARIES: dict[str, tuple[list[str], Callable[[str], Built]]] = {

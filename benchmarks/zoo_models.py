@@ -1,10 +1,12 @@
 """build(name) -> (a model in eval mode with seeded random weights, example inputs); nothing is downloaded.
 
-Names are `torchvision/NAME`, `timm/NAME` and `transformers/NAME`, and those of zoo_libraries.py; a bare name is torchvision's.
+Names are `torchvision/NAME`, `timm/NAME` and `transformers/NAME`, and those of zoo_libraries.py; a bare name
+is torchvision's.
 
-torchvision binds fake kernels to its own C++ operators when it is imported; beside a build of torch that it was not made for,
-those operators are missing and the import fails. Their schemas are declared here then, and non-maximum suppression, the only one
-that a model in eval mode needs and that torchvision has no Python form of, is written out.
+torchvision binds fake kernels to its own C++ operators when it is imported; beside a build of torch that it
+was not made for, those operators are missing and the import fails. Their schemas are declared here then, and
+non-maximum suppression, the only one that a model in eval mode needs and that torchvision has no Python form
+of, is written out.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ _FEW = {  # candidates of random weights are many, and suppressing them in Pytho
 }
 _VIDEOS = ("mc3", "mvit", "r2plus1d", "r3d", "s3d", "swin3d")
 _UNINITIALISED = ("inception_v3", "googlenet")  # their own initialisation takes a minute
-_SMALLER = {"gemma4_vit_167m": 192, "qwen3_vit_88m": 192, "deepseek_vit_412m": 224}  # pictures of 768 pixels take minutes
+_SMALLER = {
+    "gemma4_vit_167m": 192,
+    "qwen3_vit_88m": 192,
+    "deepseek_vit_412m": 224,
+}  # pictures of 768 pixels take minutes
 _libraries: list[torch.library.Library] = []  # the schemas live as long as these do
 
 
@@ -78,7 +84,9 @@ def names(every: bool = False) -> list[str]:
 
 
 def build(name: str, **options: Any) -> tuple[nn.Module, Any]:
-    """One model and inputs for it (a tensor, a tuple or a dict), both seeded; `options` go to torchvision's constructor."""
+    """One model and inputs for it (a tensor, a tuple or a dict), both seeded; `options` go to torchvision's
+    constructor.
+    """
     library, _, name = name.rpartition("/")
     torch.manual_seed(0)
     if library == "transformers":
@@ -107,7 +115,9 @@ def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
         size = 320 if "320" in name else 300
         for part in model.modules():
             if hasattr(part, "score_thresh"):
-                part.score_thresh = 0.0  # random weights are sure of nothing; a detector that finds nothing hides its heads
+                part.score_thresh = (
+                    0.0  # random weights are sure of nothing; a detector that finds nothing hides its heads
+                )
             if hasattr(part, "min_size") and hasattr(part, "max_size"):
                 part.min_size, part.max_size = (size,), size
         return model, ([torch.rand(3, size, size)],)
@@ -131,7 +141,9 @@ def _timm(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def fill_zero_weights(model: nn.Module) -> None:
-    """Random numbers for weights that start as zeros (the head of vit) or as nothing: outputs of zero would hide all errors."""
+    """Random numbers for weights that start as zeros (the head of vit) or as nothing: outputs of zero would
+    hide all errors.
+    """
     for parameter in model.parameters():
         if (parameter.dim() > 1 and not parameter.any()) or not parameter.isfinite().all():
             nn.init.normal_(parameter, std=0.02)
@@ -146,7 +158,9 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
 def torchvision_models() -> Any:
     """`torchvision.models`, also beside a torch that its C++ operators were not built for."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision says that its image reader is missing; nothing here reads images
+        warnings.simplefilter(
+            "ignore"
+        )  # torchvision says that its image reader is missing; nothing here reads images
         try:
             importlib.import_module("torchvision")
         except RuntimeError:  # "operator torchvision::nms does not exist"
@@ -161,7 +175,8 @@ def torchvision_models() -> Any:
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression: of boxes that overlap by more than the threshold, the one with the best score stays.
+    """Non-maximum suppression: of boxes that overlap by more than the threshold, the one with the best score
+    stays.
 
     boxes [N, 4] as x1, y1, x2, y2; returns the indices that stay, best first.
     """

@@ -1,12 +1,14 @@
-"""Which architectures can be cut at other ratios than the zoo's: every model at five ratios and kinds of heads, with proof.
+"""Which architectures can be cut at other ratios than the zoo's: every model at five ratios and kinds of
+heads, with proof.
 
     pip install torchvision timm transformers
     python benchmarks/zoo_ratios.py [--filter PATTERN] [--limit SECONDS] [--retry | --fresh]
 
-zoo.py cuts at 0.5, where widths stay even and one number in a model's code often stands for two widths that are halved
-together. Here channels are drawn at random, and attention loses values of heads, whole heads, or both. A cut works if the proof
-passes, and if the small model runs on another batch size, in training mode and through a backward pass. Each model runs in a
-process of its own with a time limit. Rows are kept in benchmarks/.cache/zoo_ratios.json, so that a run that was stopped goes on.
+zoo.py cuts at 0.5, where widths stay even and one number in a model's code often stands for two widths that
+are halved together. Here channels are drawn at random, and attention loses values of heads, whole heads, or
+both. A cut works if the proof passes, and if the small model runs on another batch size, in training mode and
+through a backward pass. Each model runs in a process of its own with a time limit. Rows are kept in
+benchmarks/.cache/zoo_ratios.json, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations

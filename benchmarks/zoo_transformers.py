@@ -1,8 +1,10 @@
-"""build(name) -> (a small transformers model in eval mode with seeded random weights, keyword inputs of batch 2); no downloads.
+"""build(name) -> (a small transformers model in eval mode with seeded random weights, keyword inputs of batch
+2); no downloads.
 
-Every row of `ROWS` is one architecture: the class with its head, the inputs, and the sizes in which it differs from its kin. The
-shapes are those of the real models, only smaller: few layers, narrow, and so few words and classes that the body holds most of
-the parameters. Sizes that mean different things are different numbers where the architecture allows it.
+Every row of `ROWS` is one architecture: the class with its head, the inputs, and the sizes in which it
+differs from its kin. The shapes are those of the real models, only smaller: few layers, narrow, and so few
+words and classes that the body holds most of the parameters. Sizes that mean different things are different
+numbers where the architecture allows it.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ LENGTH = 12  # of a text
 IMAGE = 64  # height and width
 FRAMES = 4  # of a video
 MELS = 40  # frequencies of a spectrogram
-SPREAD = 0.06  # of the weights; the usual 0.02 is for layers ten times as wide, and would let the signal fade in these
+# of the weights; the usual 0.02 is for layers ten times as wide, and would let the signal fade in these
+SPREAD = 0.06
 Inputs = Callable[[], dict[str, Tensor]]
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture: the name of its class in transformers, what makes its inputs, and the options of its config."""
+    """One architecture: the name of its class in transformers, what makes its inputs, and the options of its
+    config.
+    """
 
     model: str
     inputs: Inputs
@@ -52,7 +57,9 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _settle_norms(model: nn.Module, inputs: Inputs) -> None:
-    """Batch norms as after training, with statistics of a few batches: else the signal fades on its way through random layers."""
+    """Batch norms as after training, with statistics of a few batches: else the signal fades on its way
+    through random layers.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -86,7 +93,10 @@ def _text_to_text() -> dict[str, Tensor]:
 
 
 def _text_from_one_word() -> dict[str, Tensor]:
-    return {"input_ids": _ids(), "global_attention_mask": (torch.arange(LENGTH) == 0).long().expand(BATCH, -1).clone()}
+    return {
+        "input_ids": _ids(),
+        "global_attention_mask": (torch.arange(LENGTH) == 0).long().expand(BATCH, -1).clone(),
+    }
 
 
 def _text_on_page() -> dict[str, Tensor]:
@@ -132,7 +142,13 @@ BODY = {
     "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 320,
     "initializer_range": SPREAD,
 }  # fmt: skip
-WORDS = {"vocab_size": VOCAB, "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
+WORDS = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 48,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
 ENCODER = {**BODY, **WORDS}
 DECODER = {**ENCODER, "use_cache": False}
 GROUPED = {**DECODER, "num_key_value_heads": 2}
@@ -142,7 +158,15 @@ TWO_STACKS = {
     "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 288, "init_std": SPREAD,
 }  # fmt: skip
 TRANSLATOR = {**WORDS, **TWO_STACKS, "decoder_start_token_id": 0, "use_cache": False}
-T5 = {"vocab_size": VOCAB, "d_model": 96, "d_kv": 24, "d_ff": 320, "num_layers": 2, "num_heads": 4, "use_cache": False}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 96,
+    "d_kv": 24,
+    "d_ff": 320,
+    "num_layers": 2,
+    "num_heads": 4,
+    "use_cache": False,
+}
 WAVE = {
     **BODY, "vocab_size": 32, "conv_dim": (48, 48, 48, 48), "conv_stride": (5, 2, 2, 2), "conv_kernel": (10, 3, 3, 2),
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 56,

@@ -2,8 +2,9 @@
 
     python examples/demo.py --out demo
 
-Handwritten digits (8x8 pixels, scikit-learn carries them) and a small residual network with everything that makes cutting hard:
-residual additions, grouped convolutions, squeeze-and-excitation. Takes one to two minutes on two CPU cores.
+Handwritten digits (8x8 pixels, scikit-learn carries them) and a small residual network with everything that
+makes cutting hard: residual additions, grouped convolutions, squeeze-and-excitation. Takes one to two minutes
+on two CPU cores.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import surgeon
 Data = tuple[Tensor, Tensor]  # images, labels
 
 
-# -- the model: nothing here knows of pruning --------------------------------------------------------------------------
+# -- the model: nothing here knows of pruning ----------------------------------------------------------------
 
 
 class SqueezeExcite(nn.Module):
@@ -53,7 +54,9 @@ class Block(nn.Module):
         self.excite = SqueezeExcite(outputs)
         self.skip: nn.Module = nn.Identity()
         if inputs != outputs or stride != 1:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -72,7 +75,7 @@ class DigitNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-# -- an ordinary training loop: before and after the surgery the same --------------------------------------------------
+# -- an ordinary training loop: before and after the surgery the same ----------------------------------------
 
 
 def train(model: nn.Module, data: Data, epochs: int, rate: float, title: str) -> None:
@@ -106,16 +109,20 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def digits() -> tuple[Data, Data]:
     """Train and test split."""
     pixels, labels = load_digits(return_X_y=True)
-    split = train_test_split(pixels.reshape(-1, 1, 8, 8) / 16, labels, test_size=0.3, random_state=0, stratify=labels)
+    split = train_test_split(
+        pixels.reshape(-1, 1, 8, 8) / 16, labels, test_size=0.3, random_state=0, stratify=labels
+    )
     x_train, x_test, y_train, y_test = (torch.from_numpy(part) for part in split)
     return (x_train.float(), y_train), (x_test.float(), y_test)
 
 
-# -- the surgery -------------------------------------------------------------------------------------------------------
+# -- the surgery ---------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, cut, prove, fine-tune, export and measure a small network.")
+    parser = argparse.ArgumentParser(
+        description="Train, cut, prove, fine-tune, export and measure a small network."
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # one epoch: for the tests
@@ -163,7 +170,9 @@ def main() -> None:
     say(f"test accuracy {after:.2%}\n")
 
     say("[bold]7. Save and export[/bold], batch norms folded into the convolutions")
-    plan.save(out / "plan.json")  # to make the small model again: Plan.load(path).apply(DigitNet()), then load its weights
+    plan.save(
+        out / "plan.json"
+    )  # to make the small model again: Plan.load(path).apply(DigitNet()), then load its weights
     safetensors.torch.save_model(small, str(out / "small.safetensors"))
     original_file = surgeon.export(surgeon.fuse(model, x), out / "original.onnx", x)
     small_file = surgeon.export(surgeon.fuse(small, x), out / "small.onnx", x)
@@ -183,7 +192,11 @@ def main() -> None:
     rows = [
         ("test accuracy", f"{before:.2%}", f"{after:.2%}"),
         ("  as cut; recovered", "", f"{as_cut:.2%}; {recovered:.2%}"),
-        ("parameters", f"{plan.params_before:,}", f"{plan.params:,} ({plan.params / plan.params_before:.0%})"),
+        (
+            "parameters",
+            f"{plan.params_before:,}",
+            f"{plan.params:,} ({plan.params / plan.params_before:.0%})",
+        ),
         ("MACs per picture", f"{plan.macs_before:,}", f"{plan.macs:,} ({plan.macs / plan.macs_before:.0%})"),
         ("ONNX file, bytes", f"{original_file.size_bytes:,}", f"{small_file.size_bytes:,}"),
         ("latency, torch, ms", f"{p50['original, torch']:.2f}", f"{p50['small, torch']:.2f}"),
@@ -196,7 +209,15 @@ def main() -> None:
 
     lines = ["# Digits, half of the channels removed", "", "| | original | small |", "| --- | ---: | ---: |"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Surgery {proof}.", "", "ONNX files, against torch:", "", f"- {original_file}", f"- {small_file}"]
+    lines += [
+        "",
+        f"Surgery {proof}.",
+        "",
+        "ONNX files, against torch:",
+        "",
+        f"- {original_file}",
+        f"- {small_file}",
+    ]
     lines += ["", "## Latency", "", times.markdown(), ""]
     (out / "report.md").write_text("\n".join(lines))
     say(f"written: {', '.join(sorted(file.name for file in out.iterdir()))} in {out}/")

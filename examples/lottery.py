@@ -2,12 +2,13 @@
 
     python examples/lottery.py
 
-A plan fits other weights of the same model. So a plan made from trained weights and applied to the model as it was *before*
-training is a ticket: `plan.apply(start)`. Iterative rewinding repeats it: train the ticket, cut half of the rest, rewind
-(Frankle and Carbin, The Lottery Ticket Hypothesis, 2019); `compose` makes one plan of those of all rounds. Late rewinding goes
-back to a few steps after the start (Frankle et al., Stabilizing the Lottery Ticket Hypothesis, 2019). Three rivals of the same
-shape tell whether the channels or the weights matter: random channels with their starting weights, the ticket's channels with
-fresh weights, and the trained weights themselves, fine-tuned.
+A plan fits other weights of the same model. So a plan made from trained weights and applied to the model as
+it was *before* training is a ticket: `plan.apply(start)`. Iterative rewinding repeats it: train the ticket,
+cut half of the rest, rewind (Frankle and Carbin, The Lottery Ticket Hypothesis, 2019); `compose` makes one
+plan of those of all rounds. Late rewinding goes back to a few steps after the start (Frankle et al.,
+Stabilizing the Lottery Ticket Hypothesis, 2019). Three rivals of the same shape tell whether the channels or
+the weights matter: random channels with their starting weights, the ticket's channels with fresh weights, and
+the trained weights themselves, fine-tuned.
 
 Handwritten digits (scikit-learn carries them); some seconds a seed on one core.
 """
@@ -49,8 +50,12 @@ def train(model: nn.Module, data: Data, seed: int, epochs: int, steps: int | Non
     ).model
 
 
-def plans(start: nn.Module, data: Data, seed: int, epochs: int, rounds: int) -> tuple[list[surgeon.Plan], nn.Module]:
-    """Train, cut half of the channels of every group by the trained weights, rewind, again; and the last trained weights, cut."""
+def plans(
+    start: nn.Module, data: Data, seed: int, epochs: int, rounds: int
+) -> tuple[list[surgeon.Plan], nn.Module]:
+    """Train, cut half of the channels of every group by the trained weights, rewind, again; and the last
+    trained weights, cut.
+    """
     found = []
     for _ in range(rounds):
         trained = train(start, data, seed, epochs)
@@ -63,16 +68,24 @@ def random_plans(start: nn.Module, data: Data, seed: int, rounds: int) -> list[s
     """Of the same widths, but blind."""
     found = []
     for number in range(rounds):
-        found.append(surgeon.inspect(start, data[0][:1]).plan(0.5, round_to=1, criterion="random", seed=100 * seed + number))
+        found.append(
+            surgeon.inspect(start, data[0][:1]).plan(
+                0.5, round_to=1, criterion="random", seed=100 * seed + number
+            )
+        )
         start = found[-1].apply(start)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare structured lottery tickets with random ones of the same shape.")
+    parser = argparse.ArgumentParser(
+        description="Compare structured lottery tickets with random ones of the same shape."
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="each halves every width")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # one seed, few epochs: for the tests
+    parser.add_argument(
+        "--quick", action="store_true", help=argparse.SUPPRESS
+    )  # one seed, few epochs: for the tests
     options = parser.parse_args()
     seeds, rounds, epochs = (1, 2, 1) if options.quick else (options.seeds, options.rounds, 6)
     console = Console()
@@ -87,7 +100,9 @@ def main() -> None:
         late_plans, _ = plans(late, train_data, seed, epochs, rounds)
         blind = random_plans(start, train_data, seed, rounds)
         whole = surgeon.inspect(start, train_data[0][:1])
-        early_ticket, late_ticket, blind_ticket = (whole.compose(found) for found in (early_plans, late_plans, blind))
+        early_ticket, late_ticket, blind_ticket = (
+            whole.compose(found) for found in (early_plans, late_plans, blind)
+        )
         rivals = {
             "whole network": start,
             "ticket, rewound to the start": early_ticket.apply(start),
@@ -96,15 +111,26 @@ def main() -> None:
             "the ticket's channels, fresh weights": early_ticket.apply(fresh(1000 + seed)),
             "trained weights, fine-tuned": trained,
         }
-        widths = {tuple(tuple(p.shape) for p in model.parameters()) for name, model in rivals.items() if name != "whole network"}
+        widths = {
+            tuple(tuple(p.shape) for p in model.parameters())
+            for name, model in rivals.items()
+            if name != "whole network"
+        }
         assert len(widths) == 1, "all rivals have the same shape"
         for name, model in rivals.items():
             scores.setdefault(name, []).append(accuracy(train(model, train_data, seed, epochs), test_data))
         params = {name: sum(p.numel() for p in model.parameters()) for name, model in rivals.items()}
 
-    table = Table("", "params", "test accuracy", "worst and best", title=f"{epochs} epochs each, {seeds} seeds")
+    table = Table(
+        "", "params", "test accuracy", "worst and best", title=f"{epochs} epochs each, {seeds} seeds"
+    )
     for name, found in scores.items():
-        table.add_row(name, f"{params[name]:,}", f"{statistics.mean(found):.2%}", f"{min(found):.2%} to {max(found):.2%}")
+        table.add_row(
+            name,
+            f"{params[name]:,}",
+            f"{statistics.mean(found):.2%}",
+            f"{min(found):.2%} to {max(found):.2%}",
+        )
     say(table)
 
 

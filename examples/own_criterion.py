@@ -1,8 +1,8 @@
 """Your own criterion, and layers that must stay as they are.
 
-A criterion is a function (group, tensors) -> one score per unit of the group; units with low scores leave first. A group's
-members say which entries of which tensors belong to each unit: tensor `member.tensor`, dim `member.dim`, and for every entry
-`member.index[i]` of that dim the unit `member.unit[i]` that it belongs to.
+A criterion is a function (group, tensors) -> one score per unit of the group; units with low scores leave
+first. A group's members say which entries of which tensors belong to each unit: tensor `member.tensor`, dim
+`member.dim`, and for every entry `member.index[i]` of that dim the unit `member.unit[i]` that it belongs to.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.groups import Group
+from surgeon.coupling.groups import Group
 
 
 def loudest_weight(group: Group, tensors: Mapping[str, Tensor]) -> np.ndarray:
@@ -39,7 +39,11 @@ plan = surgery.plan(ratio=0.5, criterion=loudest_weight, ignore=["2"])  # or ign
 small = plan.apply(model)
 
 print(plan)
-print("widths:", [layer.out_features for layer in small if isinstance(layer, nn.Linear)], "(layer 2 keeps its 48)")
+print(
+    "widths:",
+    [layer.out_features for layer in small if isinstance(layer, nn.Linear)],
+    "(layer 2 keeps its 48)",
+)
 kept = plan.kept["0.weight"][0]
 print("neuron 7 stays:", 7 in kept, "- neuron 9 leaves:", 9 not in kept)
 print(surgeon.verify(model, small, plan, x))

@@ -14,7 +14,9 @@ class TinyViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, width, kernel_size=8, stride=8)
         self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, dim_feedforward=4 * width, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, dim_feedforward=4 * width, batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
 
@@ -28,7 +30,11 @@ def sizes(model: TinyViT) -> str:
     layer = model.encoder.layers[0]
     attention = layer.self_attn
     embedding = attention.out_proj.out_features
-    heads, embedding, neurons = attention.num_heads, attention.out_proj.out_features, layer.linear1.out_features
+    heads, embedding, neurons = (
+        attention.num_heads,
+        attention.out_proj.out_features,
+        layer.linear1.out_features,
+    )
     return f"{heads} heads of {attention.head_dim}, {neurons} neurons, embedding {embedding}"
 
 

@@ -16,7 +16,9 @@ class SurgeonError(Exception):
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
         self.what, self.where, self.why, self.fix = what, where, why, fix
         lines = [what]
-        lines += [f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("do", fix)) if text]
+        lines += [
+            f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("do", fix)) if text
+        ]
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -1,6 +1,8 @@
-"""Criteria from what the consumers of a group read: x_j is entry j of a consumer's data, W_:j are the weights that multiply it.
+"""Criteria from what the consumers of a group read: x_j is entry j of a consumer's data, W_:j are the weights
+that multiply it.
 
-E is the mean over samples and positions. A unit that takes several entries along sums what they add and averages what they are.
+E is the mean over samples and positions. A unit that takes several entries along sums what they add and
+averages what they are.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from surgeon.calibration.evidence import Reading
+from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.measured import FromReadings
 from surgeon.errors import InputError
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 
 class TaylorActivation(FromReadings):
-    """What the loss changes to first order if a map is cleared: mean over samples of |mean over positions of x_j * dL/dx_j|.
+    """What the loss changes to first order if a map is cleared: mean over samples of |mean over positions of
+    x_j * dL/dx_j|.
 
     (Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017.)
     """
@@ -33,7 +36,8 @@ class TaylorActivation(FromReadings):
 class ActivationMean(FromReadings):
     """E |x_j|: after a ReLU the mean activation.
 
-    (As compared in Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017.)
+    (As compared in Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference,
+    2017.)
     """
 
     name = "activation_mean"
@@ -47,7 +51,8 @@ class ActivationMean(FromReadings):
 class ActivationNorm(FromReadings):
     """sqrt(E x_j^2) * sum |W_:j|: how much a consumer can hear of a channel.
 
-    (Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), 2024; there for single weights.)
+    (Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), 2024; there for
+    single weights.)
     """
 
     name = "activation_l2"
@@ -78,8 +83,8 @@ class Variance(FromReadings):
 class HighRank(FromReadings):
     """Mean rank of the feature maps x_j [height, width] over the samples, with torch's usual tolerance.
 
-    Where no convolution reads a group's channels as maps, their last maps are looked at (before a classifier's pooling, say).
-    (Lin et al., HRank: Filter Pruning using High-Rank Feature Map, 2020.)
+    Where no convolution reads a group's channels as maps, their last maps are looked at (before a
+    classifier's pooling, say). (Lin et al., HRank: Filter Pruning using High-Rank Feature Map, 2020.)
     """
 
     name = "hrank"
@@ -93,7 +98,8 @@ class HighRank(FromReadings):
 
 
 class Entropy(FromReadings):
-    """Entropy over the samples of each channel's mean activation: -sum p log p of a histogram between its smallest and largest.
+    """Entropy over the samples of each channel's mean activation: -sum p log p of a histogram between its
+    smallest and largest.
 
     (Luo and Wu, An Entropy-based Pruning Method for CNN Compression, 2017.)
     """
@@ -110,7 +116,10 @@ class Entropy(FromReadings):
     def part(self, reading: Reading, units: int) -> Track:
         means = torch.cat(reading.statistics.means).flatten(1)  # [samples, entries]
         if len(means) < 2:
-            raise InputError("criterion 'entropy' needs two samples or more, got one", fix="pass more batches, or larger ones")
+            raise InputError(
+                "criterion 'entropy' needs two samples or more, got one",
+                fix="pass more batches, or larger ones",
+            )
         found = torch.stack([self._entropy(column) for column in means.T])
         return reading.mean(found, units)
 

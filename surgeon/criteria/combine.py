@@ -9,9 +9,9 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from surgeon.coupling.groups import Group, Member
 from surgeon.errors import InputError
-from surgeon.groups import Group, Member
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 Criterion: TypeAlias = Callable[[Group, Mapping[str, Tensor]], Any]
 
@@ -32,17 +32,22 @@ NORMALIZE: Mapping[str | None, Callable[[Track], float]] = {
 class Combined:
     """Base of criteria with one part for each slot or consumer of a group.
 
-    A part s is one score per unit. `normalize` divides it by its own mean, its maximum or its sum over the units of the group, so
-    that large and small layers count alike (None: leaves it). `combine` makes one score of all parts: their mean, sum or
-    maximum, or the first of them in the order in which the model holds (or reads) them. A part that says nothing of a unit
-    has NaN there and does not count for it.
+    A part s is one score per unit. `normalize` divides it by its own mean, its maximum or its sum over the
+    units of the group, so that large and small layers count alike (None: leaves it). `combine` makes one
+    score of all parts: their mean, sum or maximum, or the first of them in the order in which the model holds
+    (or reads) them. A part that says nothing of a unit has NaN there and does not count for it.
     """
 
     def __init__(self, combine: str = "mean", normalize: str | None = "mean") -> None:
-        for name, value, known in (("combine", combine, list(COMBINE)), ("normalize", normalize, list(NORMALIZE))):
+        for name, value, known in (
+            ("combine", combine, list(COMBINE)),
+            ("normalize", normalize, list(NORMALIZE)),
+        ):
             if value not in known:
                 raise InputError(
-                    f"unknown {name}={value!r}", where=type(self).__name__, fix=f"use one of {', '.join(map(repr, known))}"
+                    f"unknown {name}={value!r}",
+                    where=type(self).__name__,
+                    fix=f"use one of {', '.join(map(repr, known))}",
                 )
         self.combine, self.normalize = combine, normalize
 

@@ -1,4 +1,6 @@
-"""Criteria from the gradients of the parameters. E_b is the mean over the batches, g the gradient of a batch's loss."""
+"""Criteria from the gradients of the parameters. E_b is the mean over the batches, g the gradient of a
+batch's loss.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from surgeon.coupling.groups import Member
 from surgeon.criteria.combine import array, by_unit
 from surgeon.criteria.measured import FromParameters
-from surgeon.groups import Member
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 
 def _summed(values: Tensor, member: Member, units: int) -> Track:
@@ -20,10 +22,12 @@ def _summed(values: Tensor, member: Member, units: int) -> Track:
 
 
 class Taylor(FromParameters):
-    """What the loss changes to first order if a unit leaves: E_b (sum of w * g over what leaves)^2 of each slot.
+    """What the loss changes to first order if a unit leaves: E_b (sum of w * g over what leaves)^2 of each
+    slot.
 
-    `joint=False`: the sum of |w * E_b g|, which no two weights can cancel. Biases and norm scales count as weights. (Molchanov et
-    al., Importance Estimation for Neural Network Pruning, 2019: the group form of a gate.)
+    `joint=False`: the sum of |w * E_b g|, which no two weights can cancel. Biases and norm scales count as
+    weights. (Molchanov et al., Importance Estimation for Neural Network Pruning, 2019: the group form of a
+    gate.)
     """
 
     name = "taylor"
@@ -58,10 +62,12 @@ class Gradient(FromParameters):
 
 
 class Fisher(FromParameters):
-    """What the loss rises by to second order, with the empirical Fisher as the Hessian's diagonal: 1/2 sum of w^2 * E_b g^2.
+    """What the loss rises by to second order, with the empirical Fisher as the Hessian's diagonal: 1/2 sum of
+    w^2 * E_b g^2.
 
-    Batches of one sample give the empirical Fisher itself; of larger ones the gradients are averaged before they are squared.
-    (LeCun et al., Optimal Brain Damage, 1990; Theis et al., Faster Gaze Prediction with Dense Networks and Fisher Pruning, 2018.)
+    Batches of one sample give the empirical Fisher itself; of larger ones the gradients are averaged before
+    they are squared. (LeCun et al., Optimal Brain Damage, 1990; Theis et al., Faster Gaze Prediction with
+    Dense Networks and Fisher Pruning, 2018.)
     """
 
     name = "fisher"
@@ -69,4 +75,6 @@ class Fisher(FromParameters):
 
     def part(self, member: Member, units: int) -> Track:
         known = self.evidence.gradients[member.tensor]
-        return _summed(known.tensor.detach().double().square() * known.square, member, units) / (2 * self.evidence.batches)
+        return _summed(known.tensor.detach().double().square() * known.square, member, units) / (
+            2 * self.evidence.batches
+        )

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.calibration import WIDEST
-from surgeon.calibration.curvature import Curvature
-from surgeon.calibration.evidence import Reading
+from surgeon.coupling.groups import Group
+from surgeon.criteria.data.curvature import Curvature
+from surgeon.criteria.data.evidence import Reading
+from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
 from surgeon.criteria.second_order import inverted
 from surgeon.errors import InputError
-from surgeon.groups import Group
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 _ROUNDS = 64  # in which the units of a group leave, at most
 
@@ -24,23 +24,26 @@ _ROUNDS = 64  # in which the units of a group leave, at most
 class KFAC(FromReadings):
     """How far the model's outputs move if a unit leaves and the weights that stay make up for it.
 
-    What is lost if a unit is its mean instead (zero, where no bias or batch norm makes up for a mean) is measured on the
-    samples, to first order: E (sum over positions of (x - mean) g)^2, g being the gradient of the outputs times random signs.
-    Of that stays what a refit leaves, by the ratio of two estimates with Kronecker factors: as OBS, with H the covariance of the
-    patches that a consumer reads, and each of its outputs weighed by how much the model's outputs hang on it, G = sum of g^2.
-    The units of a group leave one after the other in this reckoning (of more than 64 some at once), the least first; H^-1 and
-    the weights are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared distances
-    of the model's outputs (or, with a loss, of its curvature), so they add up, and those of different groups compare.
-    (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Wang et al.,
-    EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon, 2024. Without factors: Molchanov et al., Importance Estimation for
-    Neural Network Pruning, 2019.)
+    What is lost if a unit is its mean instead (zero, where no bias or batch norm makes up for a mean) is
+    measured on the samples, to first order: E (sum over positions of (x - mean) g)^2, g being the gradient of
+    the outputs times random signs. Of that stays what a refit leaves, by the ratio of two estimates with
+    Kronecker factors: as OBS, with H the covariance of the patches that a consumer reads, and each of its
+    outputs weighed by how much the model's outputs hang on it, G = sum of g^2. The units of a group leave one
+    after the other in this reckoning (of more than 64 some at once), the least first; H^-1 and the weights
+    are brought up to date each time, and a unit's score is what its own leaving adds. Scores are squared
+    distances of the model's outputs (or, with a loss, of its curvature), so they add up, and those of
+    different groups compare. (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored
+    Approximate Curvature, 2015; Wang et al., EigenDamage, 2019; van der Ouderaa et al., The LLM Surgeon,
+    2024. Without factors: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019.)
 
-    Where only products of data with data read a unit (queries with keys), its score is what zeros in its place do to first order.
+    Where only products of data with data read a unit (queries with keys), its score is what zeros in its
+    place do to first order.
 
     Args:
         damping: of H, times its mean diagonal.
         widest: channels of which a covariance is kept, at most.
-        stepwise: entries of one group of a consumer up to which units leave in turn; beyond, each is scored as if alone.
+        stepwise: entries of one group of a consumer up to which units leave in turn; beyond, each is scored
+            as if alone.
     """
 
     name = "kfac"
@@ -51,7 +54,9 @@ class KFAC(FromReadings):
         super().__init__("sum", None)
         if not damping > 0:
             raise InputError(
-                f"damping must be positive, got {damping}", where="KFAC", why="H has no inverse where channels are dead"
+                f"damping must be positive, got {damping}",
+                where="KFAC",
+                why="H has no inverse where channels are dead",
             )
         self.damping, self.widest, self.stepwise = damping, widest, stepwise
 
@@ -90,7 +95,12 @@ class _Left:
     """H^-1 and W G W^T of one consumer, less the entries that have left."""
 
     def __init__(
-        self, reading: Reading, units: int, curvature: Curvature, inverse: Track | None = None, product: Track | None = None
+        self,
+        reading: Reading,
+        units: int,
+        curvature: Curvature,
+        inverse: Track | None = None,
+        product: Track | None = None,
     ) -> None:
         self.units, self.inverse, self.product = units, inverse, product
         alone = reading.sum(curvature.alone, units)
@@ -106,7 +116,9 @@ class _Left:
             estimated = reading.sum(curvature.estimated, units)
             np.divide(alone, estimated, out=self.share, where=estimated > 0)
         self.parts = []  # (unit, group, entries that leave with it there)
-        for part in np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) and inverse is not None else ():
+        for part in (
+            np.split(order, np.flatnonzero(np.diff(keys)) + 1) if len(order) and inverse is not None else ()
+        ):
             self.parts.append((int(unit[part[0]]), int(group[part[0]]), places[part]))
 
     def scores(self) -> Track:

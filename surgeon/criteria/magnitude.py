@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, array, by_unit, weights
 from surgeon.errors import InputError
-from surgeon.groups import Group, Member
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 
 class Norm(Combined):
-    """The Lp norm of what leaves with a unit, of each weight that the group slices: (sum |w|^p)^(1/p) over what leaves.
+    """The Lp norm of what leaves with a unit, of each weight that the group slices: (sum |w|^p)^(1/p) over
+    what leaves.
 
-    Vectors (biases, norm scales) only speak where a group has no weight. (Li et al., Pruning Filters for Efficient ConvNets,
-    2017, for one layer and p = 1; the mean over coupled layers is Fang et al., DepGraph, 2023.)
+    Vectors (biases, norm scales) only speak where a group has no weight. (Li et al., Pruning Filters for
+    Efficient ConvNets, 2017, for one layer and p = 1; the mean over coupled layers is Fang et al., DepGraph,
+    2023.)
     """
 
     def __init__(self, p: float = 1, combine: str = "mean", normalize: str | None = "mean") -> None:
@@ -36,7 +38,9 @@ class Norm(Combined):
         return found
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        return self.combined([self.part(m, tensors, group.units) for m in weights(group, tensors)], group.units)
+        return self.combined(
+            [self.part(m, tensors, group.units) for m in weights(group, tensors)], group.units
+        )
 
     def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> Track:
         """The norm of what one slot loses with each unit."""
@@ -50,7 +54,9 @@ class Norm(Combined):
         if known is not None and dim < 2 <= tensor.dim():
             return known[dim]
         work = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-        work = work.abs() if self.p == 1 else work.abs() ** self.p  # plain sums are several times faster than vector_norm here
+        work = (
+            work.abs() if self.p == 1 else work.abs() ** self.p
+        )  # plain sums are several times faster than vector_norm here
         if work.dim() < 2:
             return array(work)
         if dim >= 2:
@@ -62,10 +68,12 @@ class Norm(Combined):
 
 
 class Lamp(Norm):
-    """Layer-adaptive magnitude: s_u / (sum of s_v over u and all units v of the group above it), s the combined squared L2 norms.
+    """Layer-adaptive magnitude: s_u / (sum of s_v over u and all units v of the group above it), s the
+    combined squared L2 norms.
 
-    Of one group the order is that of s; between groups, the last unit of each scores 1, so that no group is emptied. (Lee et al.,
-    Layer-Adaptive Sparsity for the Magnitude-Based Pruning, 2021; there for single weights.)
+    Of one group the order is that of s; between groups, the last unit of each scores 1, so that no group is
+    emptied. (Lee et al., Layer-Adaptive Sparsity for the Magnitude-Based Pruning, 2021; there for single
+    weights.)
     """
 
     def __init__(self, combine: str = "mean", normalize: str | None = None) -> None:
@@ -84,7 +92,8 @@ class Lamp(Norm):
 
 
 class BatchNormScale(Combined):
-    """|gamma| of the group's batch norms (Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017).
+    """|gamma| of the group's batch norms (Liu et al., Learning Efficient Convolutional Networks through
+    Network Slimming, 2017).
 
     A vector counts as a scale if the model also holds a `running_var` beside it.
 
@@ -104,13 +113,17 @@ class BatchNormScale(Combined):
                 why="no batch norm with a scale follows these channels",
                 fix="use criterion='l1' or 'l2', or name the layer in ignore=[...]",
             )
-        return self.combined([by_unit(m, np.abs(array(tensors[m.tensor])), group.units) for m in found], group.units)
+        return self.combined(
+            [by_unit(m, np.abs(array(tensors[m.tensor])), group.units) for m in found], group.units
+        )
 
 
 def scales(group: Group, tensors: Mapping[str, Tensor]) -> list[Member]:
     """The scales of the group's batch norms: vectors beside which the model holds a `running_var`."""
     norms = {name.removesuffix("running_var") for name in tensors if name.endswith("running_var")}
-    return [m for m in group.members if m.tensor.endswith("weight") and m.tensor.removesuffix("weight") in norms]
+    return [
+        m for m in group.members if m.tensor.endswith("weight") and m.tensor.removesuffix("weight") in norms
+    ]
 
 
 class Random:

@@ -8,12 +8,11 @@ from typing import ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from surgeon.calibration import Evidence
-from surgeon.calibration.evidence import Reading
+from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined
+from surgeon.criteria.data.evidence import Evidence, Reading
 from surgeon.errors import InputError
-from surgeon.groups import Group, Member
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 
 class Measured(Combined):
@@ -21,7 +20,9 @@ class Measured(Combined):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     name: ClassVar[str] = ""
-    additive: ClassVar[bool] = False  # whether scores are in one unit for all groups, so that they add up to what is lost
+    additive: ClassVar[bool] = (
+        False  # whether scores are in one unit for all groups, so that they add up to what is lost
+    )
 
     def __init__(self, combine: str = "mean", normalize: str | None = "mean") -> None:
         super().__init__(combine, normalize)
@@ -54,7 +55,9 @@ class FromReadings(Measured):
     """Parts are the consumers that read the group's channels."""
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        return self.combined([self._heard(reading, group.units) for reading in self.listen(group)], group.units)
+        return self.combined(
+            [self._heard(reading, group.units) for reading in self.listen(group)], group.units
+        )
 
     def listen(self, group: Group) -> list[Reading]:
         """The readings of a group.

@@ -8,40 +8,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.calibration import WIDEST
-from surgeon.calibration.evidence import Reading
+from surgeon.criteria.data.evidence import Reading
+from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
 from surgeon.errors import InputError
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 
 class OBS(FromReadings):
-    """How far a consumer's outputs move if a unit leaves and the weights that stay make up for it as well as they can.
+    """How far a consumer's outputs move if a unit leaves and the weights that stay make up for it as well as
+    they can.
 
-    With H = E x x^T + damping * mean(diag) * I over a consumer's data, and S the entries that leave with a unit: the sum over
-    all rows i of its weights of W_iS ([H^-1]_SS)^-1 W_iS^T; for a single entry j that is sum_i W_ij^2 / [H^-1]_jj. A
-    convolution's taps share one H. (Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon,
-    1993; Frantar and Alistarh, Optimal Brain Compression, 2022; Kurtic et al., ZipLM, 2023.)
+    With H = E x x^T + damping * mean(diag) * I over a consumer's data, and S the entries that leave with a
+    unit: the sum over all rows i of its weights of W_iS ([H^-1]_SS)^-1 W_iS^T; for a single entry j that is
+    sum_i W_ij^2 / [H^-1]_jj. A convolution's taps share one H. (Hassibi and Stork, Second Order Derivatives
+    for Network Pruning: Optimal Brain Surgeon, 1993; Frantar and Alistarh, Optimal Brain Compression, 2022;
+    Kurtic et al., ZipLM, 2023.)
     """
 
     name = "obs"
     needs: ClassVar[frozenset[str]] = frozenset(("covariance",))
 
-    def __init__(self, damping: float = 0.01, widest: int = WIDEST, combine: str = "sum", normalize: str | None = "mean") -> None:
+    def __init__(
+        self,
+        damping: float = 0.01,
+        widest: int = WIDEST,
+        combine: str = "sum",
+        normalize: str | None = "mean",
+    ) -> None:
         super().__init__(combine, normalize)
         if not damping > 0:
             raise InputError(
-                f"damping must be positive, got {damping}", where="OBS", why="H has no inverse where channels are dead"
+                f"damping must be positive, got {damping}",
+                where="OBS",
+                why="H has no inverse where channels are dead",
             )
         self.damping, self.widest = damping, widest
 
     def part(self, reading: Reading, units: int) -> Track:
         found = reading.statistics
-        inverse = torch.stack([inverted(block, self.damping) for block in found.covariance / max(found.count, 1)])
+        inverse = torch.stack(
+            [inverted(block, self.damping) for block in found.covariance / max(found.count, 1)]
+        )
         product = found.weight_product / found.weight_share
         groups, width = found.consumer.shape
         group, place = np.divmod(reading.entry, width)
-        if len(np.unique(reading.unit * groups + group)) == len(reading.unit):  # one entry in each block: no block to invert
+        if len(np.unique(reading.unit * groups + group)) == len(
+            reading.unit
+        ):  # one entry in each block: no block to invert
             values = product.diagonal(dim1=1, dim2=2) / inverse.diagonal(dim1=1, dim2=2)
             return reading.sum(values, units)
         scores = np.zeros(units)
@@ -51,7 +65,9 @@ class OBS(FromReadings):
             block = group[part[0]]
             where = torch.from_numpy(place[part])
             inner = inverse[block][where][:, where]
-            scores[reading.unit[part[0]]] += float(torch.linalg.solve(inner, product[block][where][:, where]).trace())
+            scores[reading.unit[part[0]]] += float(
+                torch.linalg.solve(inner, product[block][where][:, where]).trace()
+            )
         return scores
 
 

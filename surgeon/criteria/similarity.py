@@ -8,27 +8,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, weights
-from surgeon.groups import Group, Member
-from surgeon.labels import Track
+from surgeon.ops.ids import Track
 
 _CHUNK = 1 << 22  # numbers that are made float64 at a time
 
 
 class GeometricMedian(Combined):
-    """Sum of the Euclidean distances of a unit's weights to those of all units of the group, in each weight that it slices.
+    """Sum of the Euclidean distances of a unit's weights to those of all units of the group, in each weight
+    that it slices.
 
-    Units near the geometric median are told best by the others, and leave first. (He et al., Filter Pruning via Geometric Median
-    for Deep Convolutional Neural Networks Acceleration, 2019; there for the filters of one layer.)
+    Units near the geometric median are told best by the others, and leave first. (He et al., Filter Pruning
+    via Geometric Median for Deep Convolutional Neural Networks Acceleration, 2019; there for the filters of
+    one layer.)
     """
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        return self.combined([self.part(m, tensors[m.tensor], group.units) for m in weights(group, tensors)], group.units)
+        return self.combined(
+            [self.part(m, tensors[m.tensor], group.units) for m in weights(group, tensors)], group.units
+        )
 
     @staticmethod
     def part(member: Member, tensor: Tensor, units: int) -> Track:
         """Distances from ||a - b||^2 = a.a + b.b - 2 a.b, the products in chunks."""
-        rows = tensor.detach().movedim(member.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+        rows = (
+            tensor.detach().movedim(member.dim, 0).flatten(1)
+            if tensor.dim() > 1
+            else tensor.detach()[:, None]
+        )
         order = np.argsort(member.unit, kind="stable")
         unit, index = member.unit[order], member.index[order]
         starts = np.searchsorted(unit, unit)

@@ -1,10 +1,11 @@
 """Distilling: gradient steps on the calibration batches, towards what the original gives on them; no labels.
 
-Least squares solves for one layer at a time, and every channel that is left has to be what it was. Steps on all weights at once
-let the layers agree on other channels. The loss of a batch is the squared distance of the small model's outputs from the
-original's, relative to theirs, plus the mean of the same of the residual stream, after each sum that a layer's result goes into
-(of each layer's result, where nothing is added up), on the channels that are left. The recorded runs are in eval mode: batch
-norms keep their statistics, nothing is dropped. (Hinton et al., 2015; Romero et al., FitNets, 2015.)
+Least squares solves for one layer at a time, and every channel that is left has to be what it was. Steps on
+all weights at once let the layers agree on other channels. The loss of a batch is the squared distance of the
+small model's outputs from the original's, relative to theirs, plus the mean of the same of the residual
+stream, after each sum that a layer's result goes into (of each layer's result, where nothing is added up), on
+the channels that are left. The recorded runs are in eval mode: batch norms keep their statistics, nothing is
+dropped. (Hinton et al., 2015; Romero et al., FitNets, 2015.)
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from surgeon.errors import InputError
-from surgeon.graph import read_tensors
-from surgeon.recovery.lockstep import Pair, Recording, Track, distance, nothing_to_compare, outputs, twin
-from surgeon.recovery.narrow import Narrow
-from surgeon.recovery.passes import Pass
-from surgeon.recovery.sites import find_sites
+from surgeon.graph.queries import read_tensors
+from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.layers import find_sites
+from surgeon.recovery.layerwise import Pass
+from surgeon.recovery.paired_run import Pair, Recording, Track, distance, nothing_to_compare, outputs, twin
 
 _EPOCHS, _STEPS = 10, 600  # at least
 _RATE = 0.01
@@ -37,13 +38,15 @@ class Distilling:
     """Trains the weights that the run reads.
 
     Args:
-        epochs: passes over the batches, a step for each batch; None: 10, or as many as make 600 steps. The weights after the best
-            of them, by the held-out batches, stay.
-        rate: share of its root mean square by which a step changes a tensor, at first; None: 0.01. It falls to zero along a
-            cosine.
+        epochs: passes over the batches, a step for each batch; None: 10, or as many as make 600 steps. The
+            weights after the best of them, by the held-out batches, stay.
+        rate: share of its root mean square by which a step changes a tensor, at first; None: 0.01. It falls
+            to zero along a cosine.
     """
 
-    def __init__(self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float | None, seed: int) -> None:
+    def __init__(
+        self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float | None, seed: int
+    ) -> None:
         self.recording, self.narrow, self.seed = recording, narrow, seed
         self.learned = [number for number, held in enumerate(recording.held) if not held]
         self.epochs = max(_EPOCHS, math.ceil(_STEPS / len(self.learned))) if epochs is None else epochs
@@ -52,7 +55,9 @@ class Distilling:
         self.stream = [site for site in sites if site.sum is not None] or list(sites)
         small = recording.small
         read = (name for name in sorted(read_tensors(small) & small.owned))
-        learns = {n: t for n in read if isinstance(t := small.tensors[n], nn.Parameter) and t.is_floating_point()}
+        learns = {
+            n: t for n in read if isinstance(t := small.tensors[n], nn.Parameter) and t.is_floating_point()
+        }
         products = {site.weight.name for site in sites if site.ungrouped}
         self.leaves = {n: _wide(t.detach()).clone() for n, t in learns.items()}
         for name in products:
@@ -106,7 +111,8 @@ class Distilling:
         return best, kept, peak
 
     def loss(self, pair: Pair) -> Tensor:
-        """Of one batch, with the weights as they are by now; what has other rows in a run that takes decisions is left out.
+        """Of one batch, with the weights as they are by now; what has other rows in a run that takes
+        decisions is left out.
 
         Raises:
             InputError: everything is.
@@ -120,7 +126,10 @@ class Distilling:
             for node in theirs:
                 pair.big.pin(node)
             pair.big.finish()
-            wanted = [self.narrow(site.target, pair.big.value(node)) for site, node in zip(self.stream, theirs, strict=True)]
+            wanted = [
+                self.narrow(site.target, pair.big.value(node))
+                for site, node in zip(self.stream, theirs, strict=True)
+            ]
         for node in ours:
             pair.small.pin(node)
         given = [(_wide(want), _wide(got)) for want, got in outputs(pair)]
@@ -142,7 +151,9 @@ class Distilling:
 
     def _weights(self) -> dict[str, Tensor]:
         tensors = self.recording.small.tensors
-        return {name: leaf.view(tensors[name].shape).to(tensors[name].dtype) for name, leaf in self.leaves.items()}
+        return {
+            name: leaf.view(tensors[name].shape).to(tensors[name].dtype) for name, leaf in self.leaves.items()
+        }
 
     def _copied(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._weights().items()}
@@ -175,11 +186,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _optimizers(leaves: dict[str, Tensor], products: set[str], rate: float) -> list[Optimizer]:
-    """Muon for the matrices of products (Jordan et al., 2024), Adam for all else; every rate is relative to the tensor's size."""
+    """Muon for the matrices of products (Jordan et al., 2024), Adam for all else; every rate is relative to
+    the tensor's size.
+    """
     groups: dict[bool, list[dict[str, object]]] = {False: [], True: []}
     for name, leaf in leaves.items():
         size = max(float(leaf.detach().square().mean().sqrt()), _LEAST)
-        groups[name in products].append({"params": [leaf], "lr": rate * size / (_MUON if name in products else 1)})
+        groups[name in products].append(
+            {"params": [leaf], "lr": rate * size / (_MUON if name in products else 1)}
+        )
     found: list[Optimizer] = [torch.optim.Adam(groups[False])] if groups[False] else []
     if groups[True]:
         found.append(torch.optim.Muon(groups[True], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))

@@ -1,7 +1,9 @@
-"""Folding, for when there are no data: what a removed channel gave goes to the kept channel that is most like it.
+"""Folding, for when there are no data: what a removed channel gave goes to the kept channel that is most like
+it.
 
-Two channels whose filters (with bias, through the batch norm behind) are f_r = c f_p + rest give about x_r = c x_p, also behind
-a ReLU if c > 0. So the weights that read r are added, times c, to those that read p. (Kim et al., Neuron Merging, NeurIPS 2020.)
+Two channels whose filters (with bias, through the batch norm behind) are f_r = c f_p + rest give about x_r =
+c x_p, also behind a ReLU if c > 0. So the weights that read r are added, times c, to those that read p. (Kim
+et al., Neuron Merging, NeurIPS 2020.)
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.graph import Graph
-from surgeon.labels import Track
-from surgeon.recovery.narrow import Narrow
-from surgeon.recovery.rows import Equations
-from surgeon.recovery.sites import Site, norm_behind
+from surgeon.graph.graph import Graph
+from surgeon.ops.ids import Track
+from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.layers import Site, norm_behind
+from surgeon.recovery.linear_equations import Equations
 
 _LIKE = 0.3  # cosine below which a channel is like none
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """The rows with which one layer of the original makes channels: [channels, inputs + 1], and the atoms they leave with."""
+    """The rows with which one layer of the original makes channels: [channels, inputs + 1], and the atoms
+    they leave with.
+    """
 
     atoms: Track
     rows: Tensor
@@ -32,7 +36,9 @@ class Filters:
 
 @torch.no_grad()
 def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, Tensor]) -> list[str]:
-    """Fold what left into the small model's weights, as cut; the names of the layers that took something up."""
+    """Fold what left into the small model's weights, as cut; the names of the layers that took something
+    up.
+    """
     made = [_filters(site, narrow, big) for site in sites]
     done = []
     for site in sites:
@@ -53,7 +59,9 @@ def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, 
         whole = big.tensors[name].detach().double()
         for other in set(range(whole.dim())) - {dim}:
             whole = narrow.slot(name, whole, other)
-        more = torch.tensordot(share, whole.index_select(dim, torch.from_numpy(np.flatnonzero(gone))), ([0], [dim]))
+        more = torch.tensordot(
+            share, whole.index_select(dim, torch.from_numpy(np.flatnonzero(gone))), ([0], [dim])
+        )
         small[name].add_(more.movedim(0, dim).to(small[name].dtype))
         done.append(site.name)
     return done

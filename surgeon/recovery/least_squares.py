@@ -1,4 +1,6 @@
-"""Normal equations, streamed: what is needed of any number of rows to solve for the best affine map, and to judge one."""
+"""Normal equations, streamed: what is needed of any number of rows to solve for the best affine map, and to
+judge one.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,16 @@ class Normal:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.gram, self.cross = zeros(groups, unknowns + 1, unknowns + 1), zeros(groups, unknowns + 1, outputs)
+        self.gram, self.cross = (
+            zeros(groups, unknowns + 1, unknowns + 1),
+            zeros(groups, unknowns + 1, outputs),
+        )
         self.square, self.count = zeros(groups, outputs), 0.0
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Rows x [groups, rows, unknowns] with what they should give, y [groups, rows, outputs], and their weights [rows]."""
+        """Rows x [groups, rows, unknowns] with what they should give, y [groups, rows, outputs], and their
+        weights [rows].
+        """
         rows = max(1, _CHUNK // (x.shape[0] * (x.shape[2] + 1)))
         for first in range(0, x.shape[1], rows):
             wide, want = x[:, first : first + rows].double(), y[:, first : first + rows].double()
@@ -42,7 +49,9 @@ class Normal:
         return found.clamp(min=0) / (self.count or 1)
 
     def solve(self, w: Tensor, b: Tensor, ridge: float, free: bool) -> tuple[Tensor, Tensor]:
-        """The map of least mean squared error plus ridge * mean(x^2) * |w' - w|^2; with `free` b is solved for too."""
+        """The map of least mean squared error plus ridge * mean(x^2) * |w' - w|^2; with `free` b is solved
+        for too.
+        """
         count, size = (self.count or 1), w.shape[1]
         gram, cross = self.gram / count, self.cross / count
         mean = gram.diagonal(dim1=1, dim2=2)[:, :size].mean(1).clamp(min=1e-30)
@@ -64,12 +73,16 @@ class Normal:
         return b + (self._wanted_mean() - self._given_mean(w, b))
 
     def scaled(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The map whose results have the mean and the variance of y; outputs that do not vary stay as they are."""
+        """The map whose results have the mean and the variance of y; outputs that do not vary stay as they
+        are.
+        """
         full = torch.cat([w, b[:, None]], 1)
         mean, wanted = self._given_mean(w, b), self._wanted_mean()
         spread = (full * (self.gram @ full)).sum(1) / self.count - mean.square()
         target = self.square / self.count - wanted.square()
-        scale = torch.where((spread > 1e-12 * target) & (target > 0), target / spread.clamp(min=1e-300), 1.0).sqrt()
+        scale = torch.where(
+            (spread > 1e-12 * target) & (target > 0), target / spread.clamp(min=1e-300), 1.0
+        ).sqrt()
         return w * scale[:, None], wanted - (mean - b) * scale
 
     def _wanted_mean(self) -> Tensor:

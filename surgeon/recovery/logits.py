@@ -1,8 +1,10 @@
-"""Attention logits: where dims within heads were cut, queries aim at the products with keys that the original has.
+"""Attention logits: where dims within heads were cut, queries aim at the products with keys that the original
+has.
 
-Per head, with q and k of the original and P the dims that stay: k is nearest to k_P M with M = C_PP^-1 C_P: of C = E k^T k, so
-the logits q k^T are nearest to (q M^T) k_P^T. The layer that makes the queries therefore aims at q M^T instead of q_P. Between
-that layer and the product may be nothing but moves and a scale: rotary embeddings and norms of queries let no mixture through.
+Per head, with q and k of the original and P the dims that stay: k is nearest to k_P M with M = C_PP^-1 C_P:
+of C = E k^T k, so the logits q k^T are nearest to (q M^T) k_P^T. The layer that makes the queries therefore
+aims at q M^T instead of q_P. Between that layer and the product may be nothing but moves and a scale: rotary
+embeddings and norms of queries let no mixture through.
 """
 
 from __future__ import annotations
@@ -13,21 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon._views import getitem
-from surgeon.calibration.consumers import moving
-from surgeon.graph import Graph, spec
-from surgeon.recovery.lockstep import Pair, twin
-from surgeon.recovery.narrow import Narrow
-from surgeon.recovery.sites import Site
-from surgeon.rules.registry import FUSED_ATTENTION, Family, family, op_name
+from surgeon.capture.aliasing import getitem
+from surgeon.criteria.data.consumers import moving
+from surgeon.graph.graph import Graph, spec
+from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.layers import Site
+from surgeon.recovery.paired_run import Pair, twin
 
 _RIDGE = 1e-9
-_FLAT = frozenset(("view", "_unsafe_view", "reshape", "expand", "clone"))  # between [N, heads, T, dims] and a batched product
+_FLAT = frozenset(
+    ("view", "_unsafe_view", "reshape", "expand", "clone")
+)  # between [N, heads, T, dims] and a batched product
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Queries times keys in one run: both as [N, heads, positions, dims] (keys as [N, heads, dims, positions] if `turned`)."""
+    """Queries times keys in one run: both as [N, heads, positions, dims] (keys as [N, heads, dims, positions]
+    if `turned`).
+    """
 
     queries: fx.Node
     keys: fx.Node
@@ -42,15 +48,17 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-    """A layer that makes queries: the steps from its product to them in the small run, and their product with keys in the
-    original's."""
+    """A layer that makes queries: the steps from its product to them in the small run, and their product with
+    keys in the original's."""
 
     path: tuple[fx.Node, ...]
     big: Product
 
 
 def find_meetings(small: Graph, big: Graph, sites: list[Site]) -> dict[Site, Meeting]:
-    """The layers that make queries of fewer dims for as many heads, as far as there are only moves and scales behind them."""
+    """The layers that make queries of fewer dims for as many heads, as far as there are only moves and scales
+    behind them.
+    """
     ours, theirs = _products(small), _products(big)
     if len(ours) != len(theirs):
         return {}
@@ -88,7 +96,9 @@ def _whole(node: fx.Node) -> fx.Node:
 
 
 def _path(node: fx.Node, makers: dict[fx.Node, Site]) -> list[fx.Node]:
-    """From a layer's product to a node, through moves and scales; empty if there is more between, or if others read it."""
+    """From a layer's product to a node, through moves and scales; empty if there is more between, or if
+    others read it.
+    """
     found = [node]
     while node not in makers:
         before: Any = node.args[0] if node.op == "call_function" and node.args else None
@@ -133,7 +143,9 @@ class Aim:
         square = cross.gather(2, stays[:, None].expand(-1, stays.shape[1], -1))
         ridge = _RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
         eye = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
-        self.map = torch.linalg.solve(square + ridge * eye, cross).transpose(1, 2)  # [heads, dims, dims that stay]
+        self.map = torch.linalg.solve(square + ridge * eye, cross).transpose(
+            1, 2
+        )  # [heads, dims, dims that stay]
 
     def __call__(self, wanted: Tensor, pair: Pair) -> Tensor:
         """The narrowed result of the original's layer, with other numbers where the queries are."""
@@ -147,7 +159,9 @@ class Aim:
                 scale = node.target(scale * torch.ones(()), *node.args[1:]).item()
             else:
                 places = node.target(places, *node.args[1:], **node.kwargs)
-        return wanted.flatten().index_copy(0, places.flatten(), (aimed / scale).flatten()).reshape(wanted.shape)
+        return (
+            wanted.flatten().index_copy(0, places.flatten(), (aimed / scale).flatten()).reshape(wanted.shape)
+        )
 
     def _twin(self, node: fx.Node, pair: Pair) -> fx.Node:
         return twin(node, self.first.big, pair.big)

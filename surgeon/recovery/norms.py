@@ -1,6 +1,8 @@
-"""Batch-norm re-estimation: what each batch norm subtracts and divides by, anew from the small model's own activations.
+"""Batch-norm re-estimation: what each batch norm subtracts and divides by, anew from the small model's own
+activations.
 
-In lockstep, so that each norm sees its input as it is with all norms before it set; in eval mode, so that batches of any size do.
+In lockstep, so that each norm sees its input as it is with all norms before it set; in eval mode, so that
+batches of any size do.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.calibration.consumers import NORMS
-from surgeon.graph import Graph
-from surgeon.recovery.lockstep import Recording, Track, distance, twin
-from surgeon.recovery.passes import Pass
-from surgeon.rules.registry import op_name
+from surgeon.criteria.data.consumers import NORMS
+from surgeon.graph.graph import Graph
+from surgeon.ops.table import op_name
+from surgeon.recovery.layerwise import Pass
+from surgeon.recovery.paired_run import Recording, Track, distance, twin
 
 
 def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:
@@ -30,7 +32,9 @@ def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:
 
 @torch.no_grad()
 def reestimate(recording: Recording, track: Track) -> Pass:
-    """Set the running mean and variance (unbiased, as torch keeps it) of every batch norm from the batches learned from."""
+    """Set the running mean and variance (unbiased, as torch keeps it) of every batch norm from the batches
+    learned from.
+    """
     pairs = recording.pairs()
     tensors = recording.small.tensors
     peak = 0

@@ -1,4 +1,5 @@
-"""Training before, while and after cutting: fine-tuning with a teacher, regularizers over units, clipping, schedules, averages.
+"""Training before, while and after cutting: fine-tuning with a teacher, regularizers over units, clipping,
+schedules, averages.
 
 `finetune` and `regularizer` put the parts together; each also serves a loop of your own (docs/training.md).
 """

@@ -1,4 +1,6 @@
-"""Batches of training data: what a batch is, which process sees which, in which order, and what is no data."""
+"""Batches of training data: what a batch is, which process sees which, in which order, and what is no
+data.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch.utils._pytree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgeon._quiet import output_of
-from surgeon.batches import check_iterable, does_not_run
+from surgeon.capture.batches import check_iterable, does_not_run
+from surgeon.capture.model_state import output_of
 from surgeon.errors import InputError
 
 
@@ -55,12 +57,17 @@ def count(batches: Iterable[Any], steps: int | None, processes: int = 1) -> int:
     if not isinstance(batches, DataLoader):
         length //= processes
     if not length:
-        raise InputError(f"train holds fewer batches than there are processes ({processes})", fix="pass more, smaller batches")
+        raise InputError(
+            f"train holds fewer batches than there are processes ({processes})",
+            fix="pass more, smaller batches",
+        )
     return length if steps is None else min(steps, length)
 
 
 def own_share(batches: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:
-    """Every `processes`-th batch, from number `rank` on; rounds in which some process would have none are left out."""
+    """Every `processes`-th batch, from number `rank` on; rounds in which some process would have none are
+    left out.
+    """
     for together in zip(*[iter(batches)] * processes, strict=False):
         yield together[rank]
 

@@ -1,7 +1,8 @@
-"""Checkpoints: everything that a training needs to go on as if nothing had happened, in one file; no pickle is loaded.
+"""Checkpoints: everything that a training needs to go on as if nothing had happened, in one file; no pickle
+is loaded.
 
-A file is written whole or not at all, so that a killed process leaves the last complete one. It begins with a checksum; what
-follows are tensors, numbers and texts, which `torch.load(weights_only=True)` reads.
+A file is written whole or not at all, so that a killed process leaves the last complete one. It begins with a
+checksum; what follows are tensors, numbers and texts, which `torch.load(weights_only=True)` reads.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import torch
 from torch import nn
 
 from surgeon.errors import InputError
-from surgeon.graph import architecture
-from surgeon.plan import write_atomically
+from surgeon.files import write_atomically
+from surgeon.graph.tensors import architecture
 
 _MAGIC = b"surgeon-training-1\n"
 _DIGEST = 32
 
 
-def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str], state: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
     """Write a state, with what it is the state of.
 
     Raises:
@@ -43,8 +46,8 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
     """The state that `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        InputError: the file cannot be read, is no checkpoint, is damaged, or is one of another model, plan or run; the
-            differences are named.
+        InputError: the file cannot be read, is no checkpoint, is damaged, or is one of another model, plan or
+            run; the differences are named.
     """
     fix = "pass another path, or remove the file to train from the start"
     try:
@@ -55,7 +58,9 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
     if not raw.startswith(_MAGIC):
         raise InputError("this file is no checkpoint of surgeon.finetune", where=str(path), fix=fix)
     if hashlib.sha256(raw[start:]).digest() != raw[len(_MAGIC) : start]:
-        raise InputError("the checkpoint is damaged", where=str(path), why="its checksum does not match", fix=fix)
+        raise InputError(
+            "the checkpoint is damaged", where=str(path), why="its checksum does not match", fix=fix
+        )
     try:
         found: dict[str, Any] = torch.load(io.BytesIO(raw[start:]), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -68,17 +73,25 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
         if theirs.get(name) != identity.get(name)
     ]
     if differences:
-        raise InputError("the checkpoint is one of another model or run", where=str(path), why="; ".join(differences), fix=fix)
+        raise InputError(
+            "the checkpoint is one of another model or run",
+            where=str(path),
+            why="; ".join(differences),
+            fix=fix,
+        )
     state: dict[str, Any] = found["state"]
     return state
 
 
 def identity_of(model: nn.Module) -> dict[str, str]:
-    """What tells models apart that a checkpoint may not mix up: their tensors' names and shapes, and what was cut to make
-    them."""
+    """What tells models apart that a checkpoint may not mix up: their tensors' names and shapes, and what was
+    cut to make them."""
     cuts = hashlib.sha256()
     for plan in model.__dict__.get("_surgeon_plans", ()):
-        kept = {name: {dim: list(map(int, index)) for dim, index in dims.items()} for name, dims in plan.kept.items()}
+        kept = {
+            name: {dim: list(map(int, index)) for dim, index in dims.items()}
+            for name, dims in plan.kept.items()
+        }
         cuts.update(repr((plan.hash, sorted(kept.items()))).encode())
     return {"model": architecture(model), "plans": cuts.hexdigest()[:16]}
 

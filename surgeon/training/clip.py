@@ -1,5 +1,5 @@
-"""Limits on gradients, between backward and the optimizer's step: by norm, by value, or for each unit by the size of its
-weights."""
+"""Limits on gradients, between backward and the optimizer's step: by norm, by value, or for each unit by the
+size of its weights."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ def clip_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
 def clip_adaptive(parameters: Iterable[nn.Parameter], limit: float = 0.01, least: float = 1e-3) -> None:
     """Scale the gradient g of each unit with weights w, so that |g| <= limit * max(|w|, least), in L2 norms.
 
-    A unit is one index of dim 0 of a weight, and a whole vector (bias, scale). (Brock et al., High-Performance Large-Scale Image
-    Recognition Without Normalization, 2021, who leave the classifier's weights out: so pass the others.)
+    A unit is one index of dim 0 of a weight, and a whole vector (bias, scale). (Brock et al.,
+    High-Performance Large-Scale Image Recognition Without Normalization, 2021, who leave the classifier's
+    weights out: so pass the others.)
     """
     for parameter in parameters:
         if parameter.grad is not None:
             limits = _unit_norms(parameter).clamp_min(least) * limit
             norms = _unit_norms(parameter.grad)
-            parameter.grad.mul_(torch.where(norms > limits, limits / norms.clamp_min(1e-30), torch.ones_like(norms)))
+            parameter.grad.mul_(
+                torch.where(norms > limits, limits / norms.clamp_min(1e-30), torch.ones_like(norms))
+            )
 
 
 CLIPS: Mapping[str, Callable[[list[nn.Parameter], float], None]] = {
@@ -54,7 +57,9 @@ def clipper(clip: Clip | None) -> Callable[[list[nn.Parameter]], object] | None:
         return clip
     if not isinstance(clip, tuple) or len(clip) != 2 or clip[0] not in CLIPS:
         known = ", ".join(f"({name!r}, limit)" for name in CLIPS)
-        raise InputError(f"unknown clip={clip!r}", fix=f"use one of {known}, or a callable (parameters) -> None")
+        raise InputError(
+            f"unknown clip={clip!r}", fix=f"use one of {known}, or a callable (parameters) -> None"
+        )
     kind, limit = clip
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
         raise InputError(f"the limit of clip={clip!r} is no positive number")

@@ -1,5 +1,5 @@
-"""Average: an exponential moving average of a model's weights and buffers; often better than the last weights (Polyak
-averaging)."""
+"""Average: an exponential moving average of a model's weights and buffers; often better than the last weights
+(Polyak averaging)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from surgeon.errors import InputError
 
 
 class Average:
-    """After step t: average = d * average + (1 - d) * value with d = min(decay, (1 + t) / (10 + t)), t = 1, 2, ...
+    """After step t: average = d * average + (1 - d) * value with d = min(decay, (1 + t) / (10 + t)), t = 1,
+    2, ...
 
-    The first steps count more, so that the start fades. Tensors that are not floating-point take the last value.
+    The first steps count more, so that the start fades. Tensors that are not floating-point take the last
+    value.
 
     Raises:
         InputError: decay is outside [0, 1).

@@ -15,8 +15,8 @@ from surgeon.training.losses import stated_logits
 
 
 def hits(output: Any, targets: Any) -> tuple[int, int]:
-    """(right, all) of class predictions; (0, 0) where the targets are no class indices that fit logits [samples, classes,
-    ...]."""
+    """(right, all) of class predictions; (0, 0) where the targets are no class indices that fit logits
+    [samples, classes, ...]."""
     found = stated_logits(output)
     if not isinstance(targets, Tensor) or targets.is_floating_point() or found is None or found.dim() < 2:
         return 0, 0
@@ -26,7 +26,8 @@ def hits(output: Any, targets: Any) -> tuple[int, int]:
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    """The share of right classes over batches of pairs (inputs, class indices), in eval mode; the model comes back as it was.
+    """The share of right classes over batches of pairs (inputs, class indices), in eval mode; the model comes
+    back as it was.
 
     Raises:
         InputError: no batches, or targets that are no class indices that fit the output.

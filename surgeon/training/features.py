@@ -1,7 +1,8 @@
-"""Features: a student imitates what modules of its teacher compute, on the channels that it still has; no adapters.
+"""Features: a student imitates what modules of its teacher compute, on the channels that it still has; no
+adapters.
 
-The ids of the recorded run say which channels of any module's output stay: those of a residual block or an activation as well as
-those of a convolution.
+The ids of the recorded run say which channels of any module's output stay: those of a residual block or an
+activation as well as those of a convolution.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.cut.inspected import Inspected
+from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import InputError
-from surgeon.graph import nodes_inside, tensor_leaves
-from surgeon.labels import Track
-from surgeon.plan import Plan, check_fit
-
-if TYPE_CHECKING:
-    from surgeon.surgery import Surgery
+from surgeon.graph.queries import nodes_inside
+from surgeon.graph.tensors import tensor_leaves
+from surgeon.ops.ids import Track
 
 Kept = dict[int, Tensor]
 
@@ -33,17 +33,21 @@ class Features:
     Args:
         surgery: of the teacher.
         plan: the one that made the student of the teacher's architecture.
-        modules: paths of modules that return one tensor, such as ["layer1", "layer2.0.bn2"]; those of `blocks` by default.
+        modules: paths of modules that return one tensor, such as ["layer1", "layer2.0.bn2"]; those of
+            `blocks` by default.
 
     Raises:
         InputError: a module did not run, or returns no single tensor of the recorded run.
     """
 
-    def __init__(self, surgery: Surgery, plan: Plan, modules: Sequence[str] | None = None) -> None:
+    def __init__(self, surgery: Inspected, plan: Plan, modules: Sequence[str] | None = None) -> None:
         if modules is None:
             modules = blocks(surgery)
         if isinstance(modules, str) or not modules:
-            raise InputError("modules must be a list of names", fix='pass names of model.named_modules(), such as ["layer1"]')
+            raise InputError(
+                "modules must be a list of names",
+                fix='pass names of model.named_modules(), such as ["layer1"]',
+            )
         self.kept: dict[str, Kept] = kept_channels(surgery, plan, modules)
         self._seen: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = {}, {}
 
@@ -54,12 +58,15 @@ class Features:
             for model, seen, learns in zip((student, teacher), self._seen, (True, False), strict=True):
                 for path in self.kept:
                     seen[path] = []
-                    handle = model.get_submodule(path).register_forward_hook(partial(_see, seen[path], learns))
+                    handle = model.get_submodule(path).register_forward_hook(
+                        partial(_see, seen[path], learns)
+                    )
                     stack.callback(handle.remove)
             yield
 
     def loss(self) -> Tensor:
-        """Sum over modules of mean((student - teacher)^2) / mean(teacher^2), of the runs since it was last asked for.
+        """Sum over modules of mean((student - teacher)^2) / mean(teacher^2), of the runs since it was last
+        asked for.
 
         Raises:
             InputError: a module ran differently often in both, or its outputs do not fit.
@@ -68,7 +75,9 @@ class Features:
         for path, kept in self.kept.items():
             ours, theirs = (seen[path] for seen in self._seen)
             if len(ours) != len(theirs) or not ours:
-                raise InputError(f"module '{path}' ran {len(ours)} times in the student and {len(theirs)} times in the teacher")
+                raise InputError(
+                    f"module '{path}' ran {len(ours)} times in the student and {len(theirs)} times in the teacher"
+                )
             for student, full in zip(ours, theirs, strict=True):
                 teacher = full.detach()
                 for dim, index in kept.items():
@@ -86,8 +95,9 @@ class Features:
         return torch.stack(parts).sum()
 
 
-def blocks(surgery: Surgery) -> list[str]:
-    """The outermost modules of a class that occurs more than once and that give one value: residual blocks, transformer layers.
+def blocks(surgery: Inspected) -> list[str]:
+    """The outermost modules of a class that occurs more than once and that give one value: residual blocks,
+    transformer layers.
 
     Of a model that has none (all in one list of layers): the layers with weights.
 
@@ -111,7 +121,9 @@ def blocks(surgery: Surgery) -> list[str]:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _outermost(surgery: Surgery, module: nn.Module, path: str, kinds: set[type[nn.Module]]) -> Iterator[str]:
+def _outermost(
+    surgery: Inspected, module: nn.Module, path: str, kinds: set[type[nn.Module]]
+) -> Iterator[str]:
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         given = _given(surgery, below) if type(child) in kinds else []
@@ -121,14 +133,15 @@ def _outermost(surgery: Surgery, module: nn.Module, path: str, kinds: set[type[n
             yield from _outermost(surgery, child, below, kinds)
 
 
-def _given(surgery: Surgery, path: str) -> list[fx.Node]:
+def _given(surgery: Inspected, path: str) -> list[fx.Node]:
     """The values of a module that are read outside of it."""
     inside = set(nodes_inside(surgery.graph, path))
     return [node for node in inside if any(user not in inside for user in node.users)]
 
 
-def kept_channels(surgery: Surgery, plan: Plan, modules: Sequence[str]) -> dict[str, Kept]:
-    """For each module {dim: indices} of its output that stay under a plan; dims that keep everything are left out.
+def kept_channels(surgery: Inspected, plan: Plan, modules: Sequence[str]) -> dict[str, Kept]:
+    """For each module {dim: indices} of its output that stay under a plan; dims that keep everything are left
+    out.
 
     Raises:
         InputError: a module did not run, or what it gives is no single value of the recorded run.
@@ -137,10 +150,12 @@ def kept_channels(surgery: Surgery, plan: Plan, modules: Sequence[str]) -> dict[
     return {path: _kept_of(surgery, choice, path) for path in modules}
 
 
-def _kept_of(surgery: Surgery, choice: Track, path: str) -> Kept:
+def _kept_of(surgery: Inspected, choice: Track, path: str) -> Kept:
     given = _given(surgery, path)
     if not given:
-        raise InputError(f"no module '{path}' ran", fix="pass names of model.named_modules() that compute something")
+        raise InputError(
+            f"no module '{path}' ran", fix="pass names of model.named_modules() that compute something"
+        )
     found = [_kept(surgery, node, choice, path) for node in given]
     first = {dim: index.tolist() for dim, index in found[0].items()}
     if any({dim: index.tolist() for dim, index in other.items()} != first for other in found[1:]):
@@ -148,7 +163,7 @@ def _kept_of(surgery: Surgery, choice: Track, path: str) -> Kept:
     return found[0]
 
 
-def choice_of(surgery: Surgery, plan: Plan) -> Track:
+def choice_of(surgery: Inspected, plan: Plan) -> Track:
     """Which atoms leave under a plan.
 
     Raises:
@@ -158,7 +173,7 @@ def choice_of(surgery: Surgery, plan: Plan) -> Track:
     return surgery.shapes.chosen(plan.kept)
 
 
-def _kept(surgery: Surgery, node: fx.Node, choice: Track, path: str) -> Kept:
+def _kept(surgery: Inspected, node: fx.Node, choice: Track, path: str) -> Kept:
     found = {}
     axes = surgery.propagation.axes[node]
     if not isinstance(axes, dict):

@@ -1,6 +1,8 @@
-"""finetune(small, train, ...) -> Training: train a model after a cut, with what is known to win accuracy back.
+"""finetune(small, train, ...) -> Training: train a model after a cut, with what is known to win accuracy
+back.
 
-A convenience: each part (losses, clipping, schedules, moving average, regularizers) also works in your own loop.
+A convenience: each part (losses, clipping, schedules, moving average, regularizers) also works in your own
+loop.
 """
 
 from __future__ import annotations
@@ -71,41 +73,52 @@ def finetune(
     checkpoint_steps: int | None = None,
     seed: int = 0,
 ) -> Training:
-    """Train a model in place; on a GPU if there is one, on several if `accelerate launch` or `torchrun` started several
-    processes.
+    """Train a model in place; on a GPU if there is one, on several if `accelerate launch` or `torchrun`
+    started several processes.
 
         done = surgeon.finetune(small, train, teacher=model, epochs=20, clip=("norm", 1.0), evaluate=held_out)
 
     Args:
         model: what `shrink` or `Plan.apply` gave, or any other.
-        train: batches, read once in each epoch: a DataLoader, a list, ... of pairs (inputs, targets), or of inputs alone where
-            targets are not needed (inputs that are two tensors then need to be a dict). Inputs: a tensor, a tuple or list
-            (positional) or a dict (keywords). Several processes share them: each takes every n-th batch.
+        train: batches, read once in each epoch: a DataLoader, a list, ... of pairs (inputs, targets), or of
+            inputs alone where targets are not needed (inputs that are two tensors then need to be a dict).
+            Inputs: a tensor, a tuple or list (positional) or a dict (keywords). Several processes share them:
+            each takes every n-th batch.
         epochs: passes over `train`. steps: batches of a pass (for one process), for data without a length.
-        loss: (output, targets) -> a number. By default cross-entropy of the logits with the targets, if there are any.
-        teacher: imitated as `distillation` says (by default temperature 4, weight 0.9); usually the original model.
-        optimizer: of this model (the one that went through `Plan.apply`, say), or a callable: parameters -> optimizer. By default
-            AdamW with `rate` and weight decay 0.01.
-        schedule: "cosine", "step", "constant", or a callable: step -> factor of the rate. warmup: steps of a linear rise.
-        clip: gradients: ("norm", limit), ("value", limit), ("adaptive", limit), or a callable (parameters) -> None.
-        regularizer: what `surgeon.regularizer` made of this model; its gradients are clipped together with the loss's.
-        average: decay of a moving average of the weights (0.999, say), which is then what is evaluated and kept.
-        precision: "no", "bf16" or "fp16" (on GPUs); by default what `accelerate launch` says, else "no". Weights stay as they
-            are.
-        frozen_statistics: batch norms keep the mean and variance that they have, and train with them: without the noise of
-            small batches, and with the very function that the model computes in use. Their scales and biases are trained.
-            Nothing scales a layer's outputs back then: expect to need a lower rate.
-        evaluate: after each epoch: batches of pairs (inputs, class indices) -> accuracy, or a callable: model -> number, higher
-            is better. Every process computes it; the main one's counts.
+        loss: (output, targets) -> a number. By default cross-entropy of the logits with the targets, if there
+            are any.
+        teacher: imitated as `distillation` says (by default temperature 4, weight 0.9); usually the original
+            model.
+        optimizer: of this model (the one that went through `Plan.apply`, say), or a callable: parameters ->
+            optimizer. By default AdamW with `rate` and weight decay 0.01.
+        schedule: "cosine", "step", "constant", or a callable: step -> factor of the rate. warmup: steps of a
+            linear rise.
+        clip: gradients: ("norm", limit), ("value", limit), ("adaptive", limit), or a callable (parameters) ->
+            None.
+        regularizer: what `surgeon.regularizer` made of this model; its gradients are clipped together with
+            the loss's.
+        average: decay of a moving average of the weights (0.999, say), which is then what is evaluated and
+            kept.
+        precision: "no", "bf16" or "fp16" (on GPUs); by default what `accelerate launch` says, else "no".
+            Weights stay as they are.
+        frozen_statistics: batch norms keep the mean and variance that they have, and train with them: without
+            the noise of small batches, and with the very function that the model computes in use. Their
+            scales and biases are trained. Nothing scales a layer's outputs back then: expect to need a lower
+            rate.
+        evaluate: after each epoch: batches of pairs (inputs, class indices) -> accuracy, or a callable: model
+            -> number, higher is better. Every process computes it; the main one's counts.
         patience: stop after so many epochs without a better score.
         keep: "best" (by score; the default with `evaluate`) or "last": the weights that the model ends with.
-        checkpoint: a file, written after each epoch and each `checkpoint_steps` batches. If it is there, training goes on from
-            it: in one process on the CPU to the very weights that an uninterrupted run gives.
-        seed: of everything random. Python's, numpy's and torch's generators are seeded for each epoch and put back at the end.
+        checkpoint: a file, written after each epoch and each `checkpoint_steps` batches. If it is there,
+            training goes on from it: in one process on the CPU to the very weights that an uninterrupted run
+            gives.
+        seed: of everything random. Python's, numpy's and torch's generators are seeded for each epoch and put
+            back at the end.
 
     Raises:
-        InputError: an argument is bad, a batch does not fit, the loss is not finite (with the step), the teacher's output has
-            another shape, or the checkpoint is damaged or one of another model, plan or run.
+        InputError: an argument is bad, a batch does not fit, the loss is not finite (with the step), the
+            teacher's output has another shape, or the checkpoint is damaged or one of another model, plan or
+            run.
         MissingExtraError: accelerate is not installed (extra "train").
     """
     check_batches(train, "train")
@@ -125,7 +138,9 @@ def finetune(
         raise InputError("checkpoint_steps needs a file", fix="pass checkpoint=...")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if frozen_statistics and not norms:
-        raise InputError("the model has no batch norm whose statistics could be frozen", fix="leave frozen_statistics out")
+        raise InputError(
+            "the model has no batch norm whose statistics could be frozen", fix="leave frozen_statistics out"
+        )
     if regularizer is not None and not regularizer.covers(model):
         raise InputError(
             "the regularizer is one of another model",
@@ -137,7 +152,8 @@ def finetune(
     precision = precision or processes.precision
     if precision not in PRECISIONS or (precision == "fp16" and processes.device.type != "cuda"):
         raise InputError(
-            f"precision {precision!r} cannot be used on {processes.device.type}", fix="use 'no' or 'bf16'; 'fp16' on GPUs"
+            f"precision {precision!r} cannot be used on {processes.device.type}",
+            fix="use 'no' or 'bf16'; 'fp16' on GPUs",
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model has no parameter that takes gradients", fix="model.requires_grad_(True)")
@@ -181,7 +197,10 @@ def _optimizer(given: Any, model: nn.Module, rate: float) -> Optimizer:
         return AdamW(parameters, lr=rate, weight_decay=0.01)
     found = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(found, Optimizer):
-        raise InputError(f"optimizer is a {type(found).__name__}", fix="pass a torch optimizer, or a callable that makes one")
+        raise InputError(
+            f"optimizer is a {type(found).__name__}",
+            fix="pass a torch optimizer, or a callable that makes one",
+        )
     known = {id(parameter) for parameter in parameters}
     if not any(id(parameter) in known for group in found.param_groups for parameter in group["params"]):
         raise InputError(
@@ -198,11 +217,15 @@ def _factor(schedule: str | Schedule, warmup: int, steps: int) -> Schedule:
             raise InputError("a schedule of your own says its warm-up itself", fix="leave warmup out")
         return schedule
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}", fix=f"use one of {', '.join(SCHEDULES)}, or a callable")
+        raise InputError(
+            f"unknown schedule {schedule!r}", fix=f"use one of {', '.join(SCHEDULES)}, or a callable"
+        )
     return SCHEDULES[schedule](steps, warmup)
 
 
-def _scoring(evaluate: Callable[[nn.Module], float] | Iterable[Any] | None) -> Callable[[nn.Module], float] | None:
+def _scoring(
+    evaluate: Callable[[nn.Module], float] | Iterable[Any] | None,
+) -> Callable[[nn.Module], float] | None:
     if evaluate is None or callable(evaluate):
         return evaluate
     return lambda model: accuracy(model, evaluate)

@@ -1,32 +1,31 @@
-"""Gates: each unit has a gate that learns whether to stay open; hard concrete gates (Louizos et al., Learning Sparse Neural
-Networks through L0 Regularization, 2018).
+"""Gates: each unit has a gate that learns whether to stay open; hard concrete gates (Louizos et al., Learning
+Sparse Neural Networks through L0 Regularization, 2018).
 
-A gate stands where a unit is *read*: it scales the columns of the weights that sum over the unit, of every layer that does (of a
-head, the columns of the projection after the attention). So a closed gate takes away just what a cut would, whatever biases,
-batch norms and activations lie between; a gate on the filters would be undone by the next batch norm. Two limits: groups that
-something else than a weight reads (dims of queries, by keys) have no such place and are left out; and a norm over the units
-themselves (LayerNorm) still counts those with closed gates.
+A gate stands where a unit is *read*: it scales the columns of the weights that sum over the unit, of every
+layer that does (of a head, the columns of the projection after the attention). So a closed gate takes away
+just what a cut would, whatever biases, batch norms and activations lie between; a gate on the filters would
+be undone by the next batch norm. Two limits: groups that something else than a weight reads (dims of queries,
+by keys) have no such place and are left out; and a norm over the units themselves (LayerNorm) still counts
+those with closed gates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.calibration.consumers import Consumer, find_consumers
+from surgeon.coupling.groups import Group, Member
+from surgeon.criteria.data.consumers import Consumer, find_consumers
+from surgeon.cut.inspected import Inspected
 from surgeon.errors import InputError
-from surgeon.groups import Group, Member
-from surgeon.labels import Track
-from surgeon.rules.registry import Family, family, op_name
+from surgeon.ops.ids import Track
+from surgeon.ops.table import Family, family, op_name
 from surgeon.training.penalty import Regularizer
-
-if TYPE_CHECKING:
-    from surgeon.surgery import Surgery
 
 _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch, as in the paper
 
@@ -34,9 +33,9 @@ _BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1  # temperature and stretch, as in the pa
 class Gates(Regularizer):
     """strength * sum over units of the probability that the gate is open.
 
-    While the model trains, each forward draws gates; in eval mode it takes them at rest. The gates are parameters of this
-    object: add them to the optimizer (`surgeon.finetune` does). Train with `reg()` or, in several processes, `reg.step()`,
-    which averages their gradients. Then cut:
+    While the model trains, each forward draws gates; in eval mode it takes them at rest. The gates are
+    parameters of this object: add them to the optimizer (`surgeon.finetune` does). Train with `reg()` or, in
+    several processes, `reg.step()`, which averages their gradients. Then cut:
 
         reg.bake()
         plan = surgery.plan(reg.ratios(), criterion=reg.scores, round_to=1)
@@ -48,7 +47,13 @@ class Gates(Regularizer):
     group_options: Mapping[str, Any] = {"weight_decay": 0.0}
 
     def __init__(
-        self, surgery: Surgery, strength: float, groups: list[Group], chosen: bool, open_share: float, seed: int
+        self,
+        surgery: Inspected,
+        strength: float,
+        groups: list[Group],
+        chosen: bool,
+        open_share: float,
+        seed: int,
     ) -> None:
         if not 0 < open_share < 1:
             raise InputError(f"open_share must be in (0, 1), got {open_share!r}")
@@ -69,7 +74,9 @@ class Gates(Regularizer):
         # the probability that a gate is open is sigmoid(log_alpha - shift)
         self._shift = _BETA * math.log(-_GAMMA / _ZETA)
         device = next(iter(self._tensors.values())).device
-        self.log_alpha = nn.Parameter((noise + math.log(open_share / (1 - open_share)) + self._shift).to(device))
+        self.log_alpha = nn.Parameter(
+            (noise + math.log(open_share / (1 - open_share)) + self._shift).to(device)
+        )
         self._gated: dict[str, list[tuple[Member, int]]] = {}
         for group in self.groups:
             for member in slots[group.name]:
@@ -94,7 +101,8 @@ class Gates(Regularizer):
         return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
     def scores(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
-        """A criterion for `Surgery.plan`: units whose gates are the least open leave first. Groups without gates are all alike.
+        """A criterion for `Surgery.plan`: units whose gates are the least open leave first. Groups without
+        gates are all alike.
 
         Raises:
             InputError: the group has no gates and shares a layer with one that is to lose units.
@@ -113,10 +121,11 @@ class Gates(Regularizer):
         return found
 
     def ratios(self) -> dict[str, float]:
-        """A ratio for `Surgery.plan`: of each gated group the share of units whose gates are closed, of all else nothing.
+        """A ratio for `Surgery.plan`: of each gated group the share of units whose gates are closed, of all
+        else nothing.
 
-        Ratios go by layer: where several groups share a layer's outputs (rows and columns of a grid), the largest share counts
-        for all.
+        Ratios go by layer: where several groups share a layer's outputs (rows and columns of a grid), the
+        largest share counts for all.
         """
         rest = self.gates().detach()
         found = {"*": 0.0}
@@ -158,7 +167,7 @@ class Gates(Regularizer):
                 parameters[key] = self._tensors[name]
 
 
-def _holders(surgery: Surgery, names: Mapping[str, Any]) -> dict[str, list[tuple[dict[str, Any], str]]]:
+def _holders(surgery: Inspected, names: Mapping[str, Any]) -> dict[str, list[tuple[dict[str, Any], str]]]:
     """Name of a tensor -> the modules' dicts that hold it, and its keys there; several for tied weights."""
     every: dict[str, list[str]] = {name: [name] for name in names}
     for alias, name in surgery.graph.aliases.items():
@@ -174,7 +183,7 @@ def _holders(surgery: Surgery, names: Mapping[str, Any]) -> dict[str, list[tuple
 class _Places:
     """Where the units of a group are read: the slots of weights that sum over them."""
 
-    def __init__(self, surgery: Surgery) -> None:
+    def __init__(self, surgery: Inspected) -> None:
         self._surgery = surgery
         self._consumers = find_consumers(surgery.graph, surgery.propagation, surgery.solution.atoms)
         self._labels = [_labels(surgery, consumer) for consumer in self._consumers]
@@ -194,7 +203,9 @@ class _Places:
             grid = units.reshape(consumer.shape)
             if consumer.moving and (grid == grid[:, :1]).all():
                 continue  # heads of queries and keys are multiplied one by one: what reads a head comes later
-            member = next((m for m in group.members if m.tensor == name and _reads(m, labels.get(m.dim), units)), None)
+            member = next(
+                (m for m in group.members if m.tensor == name and _reads(m, labels.get(m.dim), units)), None
+            )
             if member is None:
                 return []
             found[member.tensor, member.dim] = member
@@ -204,9 +215,9 @@ class _Places:
         return list(found.values())
 
 
-def _labels(surgery: Surgery, consumer: Consumer) -> tuple[str, dict[int, Track]]:
-    """The parameter that a consumer sums with, and for each of its dims that numbers the entries summed over: their indices
-    there.
+def _labels(surgery: Inspected, consumer: Consumer) -> tuple[str, dict[int, Track]]:
+    """The parameter that a consumer sums with, and for each of its dims that numbers the entries summed over:
+    their indices there.
 
     The ops between the parameter and the consumer are run on the indices, as they are on ids.
     """
@@ -221,7 +232,11 @@ def _labels(surgery: Surgery, consumer: Consumer) -> tuple[str, dict[int, Track]
     found = {}
     for dim in range(tensor.dim()):
         index = torch.arange(tensor.shape[dim], dtype=torch.float64)
-        labels = index.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]).expand(tensor.shape).contiguous()
+        labels = (
+            index.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            .expand(tensor.shape)
+            .contiguous()
+        )
         for step in reversed(chain):
             labels = _rerun(step, labels)
         fan = consumer.fan(labels).flatten(0, 1)
@@ -241,7 +256,9 @@ def _reads(member: Member, labels: Track | None, units: Track) -> bool:
     if labels is None:
         return False
     unit_of = dict(zip(member.index.tolist(), member.unit.tolist(), strict=True))
-    return all(unit_of.get(label, -1) == unit for label, unit in zip(labels.tolist(), units.tolist(), strict=True))
+    return all(
+        unit_of.get(label, -1) == unit for label, unit in zip(labels.tolist(), units.tolist(), strict=True)
+    )
 
 
 def _computes(node: fx.Node) -> bool:
@@ -249,7 +266,7 @@ def _computes(node: fx.Node) -> bool:
     return node.op == "call_function" and family(op_name(node)) is not Family.MOVEMENT
 
 
-def _ending(surgery: Surgery, node: fx.Node) -> Track:
+def _ending(surgery: Inspected, node: fx.Node) -> Track:
     """The atoms that an op reads and does not pass on."""
 
     def carried(nodes: Any) -> Track:

@@ -18,7 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from surgeon.errors import InputError
 from surgeon.training.batches import placed, seed_all
-from surgeon.training.checkpoints import identity_of, load_checkpoint, random_states, restore_random_states, save_checkpoint
+from surgeon.training.checkpoints import (
+    identity_of,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
 from surgeon.training.ema import Average
 from surgeon.training.evaluate import in_eval_mode
 from surgeon.training.losses import Distillation
@@ -31,8 +37,9 @@ from surgeon.training.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number from 1, mean loss, share of right classes (None where that has no meaning), the learning rate of
-    the first group at its end, and the score of the weights after it (None without `evaluate`)."""
+    """One epoch: its number from 1, mean loss, share of right classes (None where that has no meaning), the
+    learning rate of the first group at its end, and the score of the weights after it (None without
+    `evaluate`)."""
 
     number: int
     loss: float
@@ -43,7 +50,9 @@ class Epoch:
 
 @dataclasses.dataclass
 class Loop:
-    """See `finetune` for what the fields mean; `length` batches make an epoch of this process; `frozen` stay in eval mode."""
+    """See `finetune` for what the fields mean; `length` batches make an epoch of this process; `frozen` stay
+    in eval mode.
+    """
 
     model: nn.Module
     batches: Iterable[Any]
@@ -103,7 +112,9 @@ class Loop:
     def run(self) -> None:
         """All epochs that are left."""
         outside = random_states()
-        objective = Objective(self.model, self.loss, self.teacher, self.distillation, self.precision, self.processes.device)
+        objective = Objective(
+            self.model, self.loss, self.teacher, self.distillation, self.precision, self.processes.device
+        )
         try:
             if self.checkpoint is not None and Path(self.checkpoint).exists():
                 self._load(load_checkpoint(self.checkpoint, self._identity))
@@ -133,7 +144,9 @@ class Loop:
             self._step(wrapped, objective, batch, number, place)
             self._done = place
             losses, batches, right, total = self._sums
-            said = f"epoch {number}, loss {losses / batches:.4f}" + (f", accuracy {right / total:.2%}" if total else "")
+            said = f"epoch {number}, loss {losses / batches:.4f}" + (
+                f", accuracy {right / total:.2%}" if total else ""
+            )
             tell((number - 1) * self.length + place, said)
             if self.checkpoint_steps and place % self.checkpoint_steps == 0 and place < self.length:
                 self._save()
@@ -149,7 +162,10 @@ class Loop:
         step = (epoch - 1) * self.length + place
         label = f"batch {place} of epoch {epoch}"
         found = objective(
-            wrapped, placed(batch, self.processes.device), label, features_only=epoch <= self.distillation.feature_epochs
+            wrapped,
+            placed(batch, self.processes.device),
+            label,
+            features_only=epoch <= self.distillation.feature_epochs,
         )
         value = found.loss.item()
         if not math.isfinite(value):
@@ -182,7 +198,9 @@ class Loop:
             with self._averaged(), in_eval_mode(self.model), torch.no_grad():
                 score = self.processes.of_main(float(self.score(self.model)))
             if not math.isfinite(score):
-                raise InputError(f"the score after epoch {number} is {score}", fix="let evaluate give a finite number")
+                raise InputError(
+                    f"the score after epoch {number} is {score}", fix="let evaluate give a finite number"
+                )
         self.history.append(Epoch(number, losses / batches, right / total if total else None, rate, score))
         if score is not None and (self._best is None or score > self._best[0]):
             with self._averaged():
@@ -228,7 +246,9 @@ class Loop:
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict({**state["schedule"], "lr_lambdas": self._schedule.state_dict()["lr_lambdas"]})
+        self._schedule.load_state_dict(
+            {**state["schedule"], "lr_lambdas": self._schedule.state_dict()["lr_lambdas"]}
+        )
         self._scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -242,4 +262,7 @@ class Loop:
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """On the CPU, so that the best weights cost no memory of the device."""
-    return {name: value.detach().cpu().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgeon.errors import InputError
-from surgeon.graph import tensor_leaves
+from surgeon.graph.tensors import tensor_leaves
 from surgeon.training.features import Features
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """How a student learns from a teacher (Hinton et al., Distilling the Knowledge in a Neural Network, 2015).
+    """How a student learns from a teacher (Hinton et al., Distilling the Knowledge in a Neural Network,
+    2015).
 
-    The loss is (1 - weight) * task + weight * `soft_targets` + feature_weight * `features.loss()`; without targets there is no
-    task loss and soft targets count whole.
+    The loss is (1 - weight) * task + weight * `soft_targets` + feature_weight * `features.loss()`; without
+    targets there is no task loss and soft targets count whole.
 
     Attributes:
         temperature: of both softmaxes; higher shows more of the teacher's second thoughts.
@@ -44,11 +45,14 @@ class Distillation:
                 fix="use temperature > 0, weight in [0, 1] and feature_weight >= 0",
             )
         if self.feature_epochs < 0 or (self.feature_epochs and self.features is None):
-            raise InputError(f"feature_epochs={self.feature_epochs!r} needs features=Features(...) and a number >= 0")
+            raise InputError(
+                f"feature_epochs={self.feature_epochs!r} needs features=Features(...) and a number >= 0"
+            )
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0, dim: int = 1) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over all samples and positions (Hinton et al., 2015).
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over all samples and positions (Hinton et
+    al., 2015).
 
     T^2 keeps the gradients' size as T changes.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.batches import described, one_number
+from surgeon.capture.batches import described, one_number
 from surgeon.errors import InputError
 from surgeon.training.batches import run, split
 from surgeon.training.evaluate import hits, in_eval_mode
@@ -93,7 +93,9 @@ class Objective:
                 fix="let train yield pairs (inputs, targets), or pass teacher=... or loss=...",
             )
         return one_number(
-            lambda: F.cross_entropy(logits(output), targets) if self.loss is None else self.loss(output, targets),
+            lambda: (
+                F.cross_entropy(logits(output), targets) if self.loss is None else self.loss(output, targets)
+            ),
             label,
             why=f"output: {described(output)}; targets: {described(targets)}",
         )

@@ -1,4 +1,6 @@
-"""Processes: one, or several that `accelerate launch` or `torchrun` started; through Hugging Face accelerate."""
+"""Processes: one, or several that `accelerate launch` or `torchrun` started; through Hugging Face
+accelerate.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from surgeon.errors import InputError, MissingExtraError
 from surgeon.training.batches import own_share
 
 if dist.is_available():
-    # Its functions have the process group of the moment as a default argument: imported later (DistributedDataParallel does it),
-    # they keep the group, and its threads, beyond `destroy_process_group`
+    # Its functions have the process group of the moment as a default argument: imported later
+    # (DistributedDataParallel does it), they keep the group, and its threads, beyond `destroy_process_group`
     import torch.distributed.nn
 
 
@@ -35,10 +37,15 @@ class Processes:
         try:
             import accelerate
         except ImportError as error:
-            raise MissingExtraError("finetune needs accelerate", why=str(error), fix='pip install "surgeon[train]"') from error
+            raise MissingExtraError(
+                "finetune needs accelerate", why=str(error), fix='pip install "surgeon[train]"'
+            ) from error
         self._accelerate = accelerate
-        # accelerate takes several processes without a GPU for single ones, unless it is told that they are meant to be on CPUs
-        on_cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        # accelerate takes several processes without a GPU for single ones, unless it is told that they are
+        # meant to be on CPUs
+        on_cpu = (
+            accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        )
         set_up = dist.is_available() and dist.is_initialized()
         state = accelerate.PartialState(cpu=on_cpu)
         if not set_up and state.num_processes > 1:
@@ -67,7 +74,9 @@ class Processes:
         return DistributedDataParallel(model, device_ids=places)
 
     def sharded(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """This process's share of an epoch: what accelerate makes of a loader, every n-th batch of anything else."""
+        """This process's share of an epoch: what accelerate makes of a loader, every n-th batch of anything
+        else.
+        """
         if self.count == 1:
             return batches
         if not isinstance(batches, DataLoader):
@@ -102,7 +111,8 @@ class Processes:
 
 
 def _leave() -> None:
-    """End the process group that was set up here: if Python shuts down first, a thread that drops its last tensor aborts it.
+    """End the process group that was set up here: if Python shuts down first, a thread that drops its last
+    tensor aborts it.
 
     Not after an error: the others then wait for this process, and it would wait for them.
     """

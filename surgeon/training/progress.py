@@ -16,6 +16,8 @@ def progress_bar(total: int, shown: bool) -> Iterator[Tell]:
     """Gives a function to call with the steps done and a text."""
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-    with Progress("fine-tuning", *columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    with Progress(
+        "fine-tuning", *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
         task = bar.add_task("", total=total, said="")
         yield lambda done, said: bar.update(task, completed=done, said=said)

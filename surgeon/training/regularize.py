@@ -1,5 +1,5 @@
-"""regularizer(surgery, kind, strength) -> Regularizer: sparse training before a cut, over the groups of units that leave
-together.
+"""regularizer(surgery, kind, strength) -> Regularizer: sparse training before a cut, over the groups of units
+that leave together.
 
 Here are the kinds that only look at weights; `gates.py` has the one that learns which units to keep.
 """
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from surgeon.coupling.groups import Group
 from surgeon.criteria.magnitude import scales
+from surgeon.cut.inspected import Inspected
+from surgeon.cut.plan import Plan
 from surgeon.errors import InputError
-from surgeon.groups import Group
-from surgeon.plan import Plan
 from surgeon.training.features import choice_of
 from surgeon.training.gates import Gates
 from surgeon.training.penalty import Regularizer
-
-if TYPE_CHECKING:
-    from surgeon.surgery import Surgery
 
 
 class L1(Regularizer):
@@ -35,8 +32,8 @@ class L1(Regularizer):
 class GroupLasso(Regularizer):
     """strength * sum over units of ||w||_2 of all that leaves together, so that it goes to zero together.
 
-    (Wen et al., Learning Structured Sparsity in Deep Neural Networks, 2016; over coupled layers: Fang et al., DepGraph, 2023.)
-    The gradient of a unit that is zero is zero.
+    (Wen et al., Learning Structured Sparsity in Deep Neural Networks, 2016; over coupled layers: Fang et al.,
+    DepGraph, 2023.) The gradient of a unit that is zero is zero.
     """
 
     def forward(self) -> Tensor:
@@ -46,7 +43,7 @@ class GroupLasso(Regularizer):
 class BatchNormScale(Regularizer):
     """strength * sum |gamma|, over the batch norms of the groups (Liu et al., Network Slimming, 2017)."""
 
-    def __init__(self, surgery: Surgery, strength: float, groups: list[Group], chosen: bool) -> None:
+    def __init__(self, surgery: Inspected, strength: float, groups: list[Group], chosen: bool) -> None:
         tensors = surgery.graph.tensors
         self_scales = {group.name: scales(group, tensors) for group in groups}
         without = [name for name, members in self_scales.items() if not members]
@@ -64,26 +61,38 @@ class BatchNormScale(Regularizer):
 
 
 class Growing(Regularizer):
-    """level / 2 * sum w^2 over the units that a plan takes; the level grows until they are gone (GReg-1; Wang et al., Neural
-    Pruning via Growing Regularization, 2021). The gradient is level * w.
+    """level / 2 * sum w^2 over the units that a plan takes; the level grows until they are gone (GReg-1; Wang
+    et al., Neural Pruning via Growing Regularization, 2021). The gradient is level * w.
 
-    level = min(ceiling, strength * (1 + steps // every)), by the steps that were counted with `step` or `advance`.
+    level = min(ceiling, strength * (1 + steps // every)), by the steps that were counted with `step` or
+    `advance`.
     """
 
     steps: Tensor
 
     def __init__(
-        self, surgery: Surgery, strength: float, groups: list[Group], plan: Plan | None, every: int, ceiling: float
+        self,
+        surgery: Inspected,
+        strength: float,
+        groups: list[Group],
+        plan: Plan | None,
+        every: int,
+        ceiling: float,
     ) -> None:
         if plan is None:
-            raise InputError("regularizer 'growing' drives out what a plan takes", fix="pass plan=surgery.plan(...)")
+            raise InputError(
+                "regularizer 'growing' drives out what a plan takes", fix="pass plan=surgery.plan(...)"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1 or not ceiling > 0:
             raise InputError(f"every={every!r} must be a positive whole number, ceiling={ceiling!r} positive")
         choice = choice_of(surgery, plan)
         leaving = {group.name: choice[group.lanes.ravel()] for group in groups}
         super().__init__(surgery, strength, [g for g in groups if leaving[g.name].any()])
         if not self.groups:
-            raise InputError("the plan takes no unit of these groups", fix="pass the plan that is to be applied, and its groups")
+            raise InputError(
+                "the plan takes no unit of these groups",
+                fix="pass the plan that is to be applied, and its groups",
+            )
         self._leaving = leaving
         self.every, self.ceiling = every, ceiling
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -107,7 +116,7 @@ KINDS = ("l1", "group_lasso", "bn_scale", "growing", "l0")
 
 
 def regularizer(
-    surgery: Surgery,
+    surgery: Inspected,
     kind: str,
     strength: float,
     *,
@@ -118,25 +127,31 @@ def regularizer(
     open_share: float = 0.9,
     seed: int = 0,
 ) -> Regularizer:
-    """A penalty that makes units of `surgery.model` go to zero while it trains, so that a later cut costs little.
+    """A penalty that makes units of `surgery.model` go to zero while it trains, so that a later cut costs
+    little.
 
     Args:
-        kind: "l1", "group_lasso", "bn_scale", "growing" (needs `plan`) or "l0" (learnable gates, see `gates.Gates`).
+        kind: "l1", "group_lasso", "bn_scale", "growing" (needs `plan`) or "l0" (learnable gates, see
+            `gates.Gates`).
         strength: of the penalty; for "growing" what its level grows by.
-        groups: of `surgery.groups`, or their names; by default all that the kind can hold on to (`.without` names the others).
-        plan: what is to leave ("growing"). every: steps between two rises of the level. ceiling: where it stops.
+        groups: of `surgery.groups`, or their names; by default all that the kind can hold on to (`.without`
+            names the others).
+        plan: what is to leave ("growing"). every: steps between two rises of the level. ceiling: where it
+            stops.
         open_share: how likely each gate is open at the start ("l0"). seed: of the gates' start.
 
     Raises:
-        InputError: an unknown kind, a negative strength, a group that is none of the surgery's, or none that this kind can hold
-            on to.
+        InputError: an unknown kind, a negative strength, a group that is none of the surgery's, or none that
+            this kind can hold on to.
     """
     if kind not in KINDS:
         raise InputError(f"unknown regularizer {kind!r}", fix=f"use one of {', '.join(KINDS)}")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
         raise InputError(f"the strength of a regularizer must be a number from 0 on, got {strength!r}")
     if surgery.without_values:
-        raise InputError("the weights have no values (meta device)", fix="load the weights, then inspect the model")
+        raise InputError(
+            "the weights have no values (meta device)", fix="load the weights, then inspect the model"
+        )
     covered = _chosen(surgery, groups)
     if kind == "bn_scale":
         return BatchNormScale(surgery, strength, covered, groups is not None)
@@ -147,17 +162,20 @@ def regularizer(
     return (L1 if kind == "l1" else GroupLasso)(surgery, strength, covered)
 
 
-def _chosen(surgery: Surgery, groups: Iterable[Group | str] | None) -> list[Group]:
+def _chosen(surgery: Inspected, groups: Iterable[Group | str] | None) -> list[Group]:
     known = {group.name: group for group in surgery.groups}
     found = list(known.values()) if groups is None else []
     for item in groups or ():
         name = item if isinstance(item, str) else item.name
         if name not in known:
-            raise InputError(f"the surgery has no group '{name}'", fix="use names or objects of surgery.groups")
+            raise InputError(
+                f"the surgery has no group '{name}'", fix="use names or objects of surgery.groups"
+            )
         found.append(known[name] if isinstance(item, str) else item)
     if not found:
         raise InputError(
-            "there is no group to hold on to", why="nothing may leave this model" if groups is None else "groups is empty"
+            "there is no group to hold on to",
+            why="nothing may leave this model" if groups is None else "groups is empty",
         )
     return found
 

@@ -1,6 +1,7 @@
 """Learning rates over time: functions step -> factor of the base rate, for finetune and for torch's LambdaLR.
 
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(total_steps, warmup=100))  # schedule.step() after each step
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(total_steps, warmup=100))  # schedule.step()
+after each step
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def constant(steps: int, warmup: int = 0) -> Schedule:
     return _warmed(warmup, lambda t: 1.0, steps)
 
 
-SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {"cosine": cosine, "step": step, "constant": constant}
+SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
+    "cosine": cosine,
+    "step": step,
+    "constant": constant,
+}
 
 
 def _warmed(warmup: int, rule: Callable[[float], float], steps: int) -> Schedule:
@@ -68,4 +73,7 @@ def _warmed(warmup: int, rule: Callable[[float], float], steps: int) -> Schedule
 
 def _check(steps: int, warmup: int) -> None:
     if steps < 1 or not 0 <= warmup < steps:
-        raise InputError(f"{warmup} of {steps} steps cannot be warm-up", fix="warm up for fewer steps than there are in all")
+        raise InputError(
+            f"{warmup} of {steps} steps cannot be warm-up",
+            fix="warm up for fewer steps than there are in all",
+        )

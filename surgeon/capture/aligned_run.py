@@ -1,0 +1,82 @@
+"""Beside: a mode that holds one run of a model against the recorded one, op by op; which ops count, and which
+are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.utils._pytree
+from torch import Tensor, fx, nn
+
+from surgeon.capture.call_stack import CallStack
+from surgeon.capture.meta_run import PlainMode
+from surgeon.graph.graph import Call, Graph, spec
+from surgeon.graph.messages import source_line
+from surgeon.ops.table import op_name
+
+ALIKE = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view", "unsafe_split": "split"}
+OPTIONAL = {"clone", "alias", "detach", "contiguous"}  # run or not by how a tensor lies in memory
+
+
+class Beside(PlainMode):
+    """Follows a run through the recorded ops that every like run repeats; `at` is the one that comes next."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        super().__init__()
+        self.calls = repeated(graph)
+        self.stack = CallStack(model)
+        self.at = 0
+
+    def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """The result of an op that counts; `out` is it already if the op reads no tensor, else None."""
+        raise NotImplementedError
+
+    def place(self) -> str:
+        """Where the run is, for messages."""
+        if self.at >= len(self.calls):
+            return f"module '{self.stack.current}', after the last recorded op"
+        call = self.calls[self.at]
+        return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
+            return func(*args, **kwargs)
+        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        out = None
+        if not any(_counts(t.dtype) for t in given):
+            out = func(*args, **kwargs)
+            if given or not isinstance(out, Tensor) or not _counts(out.dtype):
+                return out
+        return self.op(func, args, kwargs, out)
+
+
+def repeated(graph: Graph) -> list[Call]:
+    """The recorded ops that every run on like inputs repeats."""
+    return [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
+
+
+def same(call: Call, op: Any) -> bool:
+    """Whether an op is the recorded one, up to how a tensor lies in memory."""
+    return call.op is op or alike(call.op) == alike(op)
+
+
+def alike(op: Any) -> str:
+    """One name for ops that differ only by how a tensor lies in memory."""
+    name: str = op._schema.name.removeprefix("aten::")
+    return ALIKE.get(name, name)
+
+
+def of_whole_numbers(node: fx.Node) -> bool:
+    """Whether an op works on whole numbers: it has no size to mend, and code may remember its result and not
+    run it again.
+    """
+    inputs = [spec(n) for n in node.all_input_nodes] or [spec(node)]
+    return not any(s is not None and _counts(s.dtype) for s in inputs)
+
+
+def _counts(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type are what a model computes, not whole numbers that count or point."""
+    return dtype.is_floating_point or dtype.is_complex

@@ -1,0 +1,111 @@
+"""capture(model, example inputs) -> Graph: run the model once and record every ATen op of that run.
+
+The run happens in eval mode without gradients under a dispatch mode, on the caller's own tensors, so whatever
+runs can be recorded: Python control flow, dict outputs, custom output classes. The recorded graph is always
+pure: an in-place op is recorded as its functional form, and a write through a view becomes a write to the
+base (`slice_scatter` and kin) from which the other views are read again. The model leaves as it came:
+training flags, RNG state, gradients, buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree
+from torch import Tensor, nn
+
+from surgeon.capture.inputs import find_inputs, normalize
+from surgeon.capture.meta_run import real_indices
+from surgeon.capture.model_state import copies, quiet_run
+from surgeon.capture.recorder import Recorder
+from surgeon.capture.size_dependencies import SizeMode
+from surgeon.capture.size_tracing import looking_inside_functional
+from surgeon.errors import CaptureError, InputError, SurgeonError
+from surgeon.graph.graph import Graph
+from surgeon.graph.tensors import tensor_leaves
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    training: bool = False,
+    outputs: Sequence[str] | None = None,
+) -> Graph:
+    """Run `model` once and record it.
+
+    Args:
+        model: any module that runs; it is put into eval mode for the run and back.
+        example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model (see
+            `inputs`).
+        training: run in training mode instead, to see branches that only training uses.
+        outputs: names of the outputs that count, all by default; what is below a name counts with it. Others
+            are no outputs of the graph: their channels may leave, and nothing compares them.
+
+    Raises:
+        InputError: no output has one of the names.
+        CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"expected a torch.nn.Module, got {type(model).__name__}", fix="pass the model itself"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "a TorchScript module cannot be cut",
+            why="its forward is compiled and its sizes are constants of the compiled code",
+            fix="pass the original nn.Module and script the small model afterwards",
+        )
+    assumed = ""
+    if example_inputs is None:
+        example_inputs, assumed = find_inputs(model)
+    args, kwargs = real_indices(normalize(example_inputs))
+    recorder = Recorder(model)
+    with quiet_run(model, seed=0, training=training):
+        try:
+            with recorder.watching():
+                given = copies((args, kwargs))
+                for path, tensor in tensor_leaves(given):
+                    recorder.placeholder(path, tensor)
+                with (
+                    looking_inside_functional(),
+                    recorder,
+                    SizeMode(recorder.node_of, recorder.assign, recorder.product),
+                ):
+                    output = model(*given[0], **given[1])
+            return dataclasses.replace(
+                recorder.finish(output, args, kwargs, assumed, outputs), training=training
+            )
+        except SurgeonError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(
+                f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves((args, kwargs))
+            )
+            raise CaptureError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {error}",
+                where=recorder.place(),
+                why=f"inputs were: {shapes or 'no tensors'}" + (f" ({assumed})" if assumed else ""),
+                fix="pass example_inputs=... with which model(...) runs in eval mode",
+            ) from error
+        finally:
+            recorder.restore()
+
+
+def capture_training(model: nn.Module, graph: Graph) -> Graph:
+    """A run in training mode on the same inputs with twice the batch: batch norms refuse a batch of one.
+
+    Raises:
+        CaptureError: the model does not run so; it may need targets.
+    """
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (graph.args, graph.kwargs)
+    )
+    given = kwargs if kwargs else args
+    try:
+        return capture(model, given, training=True, outputs=graph.named or None)
+    except InputError:  # it gives others in training mode: all count
+        return capture(model, given, training=True)

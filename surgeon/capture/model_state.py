@@ -1,0 +1,141 @@
+"""How surgeon runs a model: quietly, so that it comes back as it was, and on the meta device where it is too
+big to be real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from surgeon.capture.meta_run import Meta, MetaAttention
+
+
+def copies(inputs: Any) -> Any:
+    """Copies of a model's inputs: it may write into a list (as SlowFast) or a tensor (as RCAN). One given
+    twice is one again.
+    """
+    known: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        return known.setdefault(id(tensor), tensor.clone())
+
+    with _disable_current_modes():
+        return torch.utils._pytree.tree_map_only(Tensor, copied, inputs)
+
+
+def output_of(model: Any, args: Any, kwargs: Any) -> Any:
+    """The model's output for copies of these inputs."""
+    args, kwargs = copies((args, kwargs))
+    return model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection for a while: a graph is many small objects, none of them garbage, and each full
+    collection walks everything else that the process holds."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def quiet_run(model: nn.Module, seed: int, training: bool = False) -> Iterator[None]:
+    """Eval (or training) mode, no gradients, a fixed seed; all of it put back afterwards.
+
+    Never in inference mode, in which torch keeps ops in one piece that it takes apart elsewhere: a plan made
+    there would not fit. Fused kernels that hide what a layer does are off: the fast path of transformer
+    layers, and oneDNN's where there are recurrent layers. A model on the meta device runs on shapes alone
+    (see `Meta`).
+
+    What forward keeps on its modules (caches, counters, hooks) is taken away again, and so is what it puts in
+    the place of their tensors' data. In training mode the values are put back as well: batch norms update
+    theirs, and some code bounds its weights.
+    """
+    flags = {module: module.training for module in model.modules()}
+    kept = [(held, held.copy()) for module in flags for held in _holders(module)]
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout is torch.strided)
+    data = [(tensor, tensor.data) for tensor in tensors]
+    values = (
+        [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+        if training
+        else []
+    )
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
+    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    modes: list[Any] = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
+    try:
+        with contextlib.ExitStack() as stack:
+            for context in (
+                torch.random.fork_rng(devices=[]),
+                _other_draws(seed),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
+                stack.enter_context(context)
+            stack.enter_context(plain)
+            for mode in modes:
+                stack.enter_context(mode)
+            torch.manual_seed(seed)
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.train(training)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for held, before in kept:
+            if isinstance(held, list):
+                if len(held) != len(before) or any(a is not b for a, b in zip(held, before, strict=True)):
+                    held[:] = before
+            elif len(held) != len(before) or any(
+                held.get(name) is not value for name, value in before.items()
+            ):
+                held.clear()
+                held.update(before)
+        for module, flag in flags.items():
+            module.training = flag
+        for tensor, before in data:
+            if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
+                tensor.data = before
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):  # a backward pass may wait for the others as they are
+                    tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _other_draws(seed: int) -> Iterator[None]:
+    """The same for what models draw by Python and NumPy (the masks of SpecAugment, say); their states are put
+    back.
+    """
+    python, array = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """What a module keeps things in: its attributes, and the dicts and lists among them (buffers, hooks,
+    caches).
+    """
+    yield module.__dict__
+    for value in module.__dict__.values():
+        if type(value) in (dict, OrderedDict, list):
+            yield value

@@ -1,0 +1,170 @@
+"""SizeMode: which widths the model's own code computes from one another, seen while it runs.
+
+A traced size (see `_sizes`) that comes back as a size of `view`, `reshape` or `unflatten` makes the new dim
+*follow* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width keeps
+the same share as C. One that comes back as an end of a slice makes the entries before it follow: `x[:, : C //
+8]` only takes what it took if those keep the same share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from surgeon.capture.size_tracing import Follows, Sizes, TracedInt
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Entries `first` to `last` of a dim, so many as the code computed from another size."""
+
+    dim: int
+    first: int
+    last: int
+    source: Follows
+
+
+class SizeMode(Sizes):
+    """Hands out traced sizes and reports which dims of reshaped tensors, and which parts of sliced ones,
+    follow which.
+
+    Args:
+        node_of: the graph node of a tensor, None if it is not part of the run.
+        assign: told of `tensor.data = other`, which is no op.
+        within: told the number of a product before it runs, and 0 after it.
+    """
+
+    def __init__(
+        self,
+        node_of: Callable[[Tensor], fx.Node | None],
+        assign: Callable[[Tensor, Tensor], None],
+        within: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.node_of, self.assign, self.within = node_of, assign, within
+
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        node = self.node_of(tensor) if size > 1 else None
+        return size if node is None else TracedInt(size, Follows(node, dim))
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        self.within(number)
+        try:
+            return run()
+        finally:
+            self.within(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+            self.assign(args[0], args[1])
+        result = super().__torch_function__(func, types, args, kwargs)
+        if name == "flatten" and isinstance(result, Tensor):
+            node = self.node_of(result)
+            if node is not None:
+                node.meta["derived"] = True  # torch computes the size from the shape
+        elif (
+            name in ("view", "reshape", "unflatten")
+            and isinstance(result, Tensor)
+            and isinstance(args[0], Tensor)
+        ):
+            self._follow(name, args, kwargs or {}, result)
+        elif name in ("expand", "repeat", "expand_as") and isinstance(result, Tensor):
+            self._repeat(name, args, kwargs or {}, result)
+        elif args and isinstance(args[0], Tensor):
+            self._cut(name, args[0], list(args[1:]), kwargs or {})
+        return result
+
+    def _cut(self, name: str, x: Tensor, args: list[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note the parts whose sizes were computed from other sizes."""
+        found: list[Cut] = []
+        if name in ("__getitem__", "__setitem__"):
+            found = [cut for dim, start, stop in _indexed(x, args[0]) for cut in _cuts(x, dim, start, stop)]
+        elif name == "narrow":
+            dim, start, length = (*args, *(kwargs[key] for key in ("dim", "start", "length")[len(args) :]))
+            if not isinstance(start, Tensor):
+                found = list(_cuts(x, dim % x.dim(), start, start + length))
+        elif name in ("split", "split_with_sizes"):
+            sizes = (
+                args[0]
+                if args
+                else next(
+                    kwargs[key]
+                    for key in ("split_size_or_sections", "split_size", "split_sizes")
+                    if key in kwargs
+                )
+            )
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            found = list(_split(x, dim % x.dim(), sizes))
+        node = self.node_of(x) if found else None
+        if node is not None:
+            node.meta["cuts"] = [*node.meta.get("cuts", []), *found]
+
+    def _repeat(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        """Note where the sizes come from to which dims of size 1 grew."""
+        sizes = list(args[1:]) or list(kwargs.values())
+        if name == "expand_as":
+            sizes = [self.one(sizes[0], dim, size) for dim, size in enumerate(sizes[0].shape)]
+        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
+        first = result.dim() - len(sizes)
+        grown = [(first + i, n) for i, n in enumerate(sizes) if isinstance(n, TracedInt)]
+        node = self.node_of(result)
+        if node is not None:
+            node.meta["repeated"] = {dim: n.source for dim, n in grown if result.shape[dim] == int(n)}
+
+    def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        sizes = list(args[1:]) or list(kwargs.values())
+        first = 0
+        if name == "unflatten":
+            dim, sizes = (
+                (args[1] if len(args) > 1 else kwargs["dim"]),
+                [args[2] if len(args) > 2 else kwargs["sizes"]],
+            )
+            first = dim % args[0].dim()
+        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+            sizes = list(sizes[0])
+        found = {first + i: n.source for i, n in enumerate(sizes) if isinstance(n, TracedInt)}
+        node = self.node_of(result) if found else None
+        if node is not None:
+            node.meta["follows"] = {**node.meta.get("follows", {}), **found}
+
+
+def _cuts(x: Tensor, dim: int, start: Any, stop: Any) -> Iterator[Cut]:
+    """What must keep its share for the code to find the same entries between `start` and `stop`."""
+    size = x.shape[dim]
+    part = slice(*(None if end is None else int(end) for end in (start, stop))).indices(size)[:2]
+    for end, place in zip((start, stop), part, strict=True):
+        if isinstance(end, TracedInt) and 0 < abs(int(end)) <= size:
+            yield Cut(dim, *((0, place) if int(end) > 0 else (place, size)), end.source)
+
+
+def _indexed(x: Tensor, index: Any) -> Iterator[tuple[int, Any, Any]]:
+    """The slices among what a tensor is indexed with."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(
+        isinstance(item, bool) or not isinstance(item, int | slice | types.NoneType | types.EllipsisType)
+        for item in items
+    ):
+        return  # picked by index
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            dim += x.dim() - sum(isinstance(other, int | slice) for other in items)
+        elif item is not None:
+            if isinstance(item, slice) and item.step in (None, 1):
+                yield dim, item.start, item.stop
+            dim += 1
+
+
+def _split(x: Tensor, dim: int, sizes: Any) -> Iterator[Cut]:
+    """Parts of a dim that is cut into parts of these sizes."""
+    first = 0
+    for size in sizes if isinstance(sizes, list | tuple) else [sizes]:
+        last = first + int(size)
+        if isinstance(size, TracedInt):
+            yield Cut(dim, first, last, size.source)
+        first = last

@@ -1,0 +1,194 @@
+"""find_lanes(solution) -> Lanes: from balances to steps that keep them.
+
+Atoms that stand equally often in the same balanced rows share a lane. A family of lanes, connected by common
+balances, moves in bundles: so many units of each lane leave at once that all rows of every balance lose
+equally many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import sympy
+
+from surgeon.coupling.solve import Solution
+from surgeon.ops.ids import Track
+
+_DROPPED, _TRIED = (
+    5,
+    200,
+)  # lanes that may be left out to make the others move, and sets of them that are tried
+
+
+@dataclasses.dataclass
+class Lanes:
+    """label[atom]: its lane (0: none); bundles: per family of lanes, label -> how many of it one step must
+    remove.
+    """
+
+    label: Track
+    bundles: dict[int, dict[int, int]]
+
+
+@dataclasses.dataclass
+class _Incidence:
+    """Of one balance: how often each atom stands in each row, for the atoms that do not stand equally often
+    in all.
+    """
+
+    atom: Track
+    row: Track
+    count: Track
+    rows: int
+
+
+def find_lanes(solution: Solution) -> Lanes:
+    """From balances to lanes: atoms with the same incidence in all balanced rows share a lane."""
+    label = np.zeros(len(solution.root), dtype=np.uint64)
+    random = np.random.default_rng(0)
+    found: list[_Incidence] = []
+    for matrix, _ in solution.balances:
+        height = len(matrix)
+        rows = np.broadcast_to(np.arange(height)[:, None], matrix.shape)
+        keys = []
+        for atoms in solution.atoms(matrix):
+            loose = (atoms >= 0) & ~solution.frozen[atoms]
+            keys.append(atoms[loose] * height + rows[loose])
+        pairs, count = np.unique(np.concatenate(keys), return_counts=True)
+        atom, row = pairs // height, pairs % height
+        if not atom.size:
+            continue
+        starts = np.flatnonzero(np.r_[True, np.diff(atom) != 0])
+        sizes = np.diff(np.r_[starts, atom.size])
+        low, high = np.minimum.reduceat(count, starts), np.maximum.reduceat(count, starts)
+        uneven = np.repeat((sizes != height) | (low != high), sizes)
+        atom, row, count = atom[uneven], row[uneven], count[uneven]
+        if atom.size:
+            weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
+            np.add.at(label, atom, weights[row] * count.astype(np.uint64))
+            found.append(_Incidence(atom, row, count, height))
+    return Lanes(label, _bundles(label, found, _roles(solution)))
+
+
+def _roles(solution: Solution) -> Track:
+    """atom -> 1 for rows of grids, 2 for columns, 3 for both, 0 for others."""
+    cells = np.flatnonzero((solution.row >= 0) & ~solution.outer)
+    found = np.zeros(len(solution.root), dtype=np.int64)
+    for role, side in ((1, solution.row), (2, solution.column)):
+        for atoms in solution.atoms(side[cells]):
+            found[np.unique(atoms[atoms >= 0])] |= role
+    return found
+
+
+def _bundles(label: Track, found: list[_Incidence], roles: Track) -> dict[int, dict[int, int]]:
+    """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if
+    there is none.
+    """
+    families = nx.Graph()
+    equations: dict[int, list[tuple[Track, Track, Track, int]]] = defaultdict(list)
+    role: dict[int, int] = {}
+    for item in found:
+        labels = label[item.atom]
+        role |= dict(zip(labels.tolist(), roles[item.atom].tolist(), strict=True))
+        kinds, first = np.unique(labels, return_index=True)
+        nx.add_path(families, kinds.tolist())
+        shown = np.isin(item.atom, item.atom[first])  # one atom stands for its lane
+        equations[int(kinds[0])].append((labels[shown], item.row[shown], item.count[shown], item.rows))
+    bundles: dict[int, dict[int, int]] = {}
+    population = dict(zip(*[x.tolist() for x in np.unique(label, return_counts=True)], strict=True))
+    for family in nx.connected_components(families):
+        lanes = sorted(family)
+        rows = [e for lane in lanes for e in equations.get(lane, [])]
+        for bundle in _solve_bundles(lanes, rows, population, role):
+            bundles |= dict.fromkeys(bundle, bundle)
+    return bundles
+
+
+def _solve_bundles(
+    lanes: list[int],
+    rows: list[tuple[Track, Track, Track, int]],
+    population: dict[int, int],
+    role: dict[int, int],
+) -> list[dict[int, int]]:
+    """Bundles of lanes: in each, smallest positive counts such that all rows of every balance lose equally
+    many.
+
+    Lanes that are alike (as many units, standing as often) form a bundle of their own where that keeps every
+    balance: the parts of a row need not shrink in step. So do rows of grids, and columns: either is an
+    alternative to the other. Lanes of a single odd unit that make this impossible keep all of theirs.
+    """
+    place = {lane: i for i, lane in enumerate(lanes)}
+    blocks, counts = [], []
+    for labels, row, count, height in rows:
+        block = np.zeros((height, len(lanes)), dtype=np.int64)
+        np.add.at(block, (row, np.array([place[int(x)] for x in labels])), count)
+        counts.append(block)
+        blocks.append(block[1:] - block[:1])
+    matrix = np.unique(np.concatenate(blocks), axis=0)
+    kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    sides: dict[int, list[int]] = defaultdict(list)
+    for i, lane in enumerate(lanes):
+        kinds[(population[lane], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
+        sides[role[lane]].append(i)
+    if not any(matrix[:, own].sum(axis=1).any() for own in kinds.values()):
+        return [{lanes[i]: 1 for i in own} for own in kinds.values()]
+    apart = [own for side in sides.values() for own in _connected(matrix, side)]
+    for parts in (apart, [list(range(len(lanes)))]):
+        found = [_solve([lanes[i] for i in own], matrix[:, own], population) for own in parts]
+        if all(found):
+            return found
+    return []
+
+
+def _connected(matrix: Track, lanes: list[int]) -> list[list[int]]:
+    """Those of the lanes that equations bind to one another, apart from the others."""
+    bound = nx.Graph()
+    bound.add_nodes_from(lanes)
+    for equation in matrix[:, lanes]:
+        nx.add_path(bound, [lanes[i] for i in np.flatnonzero(equation)])
+    return [sorted(own) for own in nx.connected_components(bound)]
+
+
+def _solve(lanes: list[int], matrix: Track, population: dict[int, int]) -> dict[int, int]:
+    """One bundle of these lanes, of which as few units as possible are left out; {} if there is none."""
+    for kept in _subsets([population[lane] for lane in lanes]):
+        counts = _positive(matrix[:, kept])
+        if counts is not None:
+            return dict(zip([lanes[i] for i in kept], counts, strict=True))
+    return {}
+
+
+def _subsets(sizes: list[int]) -> Iterator[list[int]]:
+    """Lanes to try together: all of them, then without some, few units first."""
+    every = range(len(sizes))
+    dropped = itertools.chain.from_iterable(
+        itertools.combinations(every, n) for n in range(min(len(sizes), _DROPPED))
+    )
+    tried = sorted(itertools.islice(dropped, _TRIED), key=lambda drop: sum(sizes[i] for i in drop))
+    for drop in tried:
+        yield [i for i in every if i not in drop]
+
+
+def _positive(matrix: Track) -> list[int] | None:
+    """Smallest positive counts per column that make every row vanish, if they are unique up to a factor or
+    all one.
+    """
+    if not matrix.any(axis=0).all():  # a lane that no equation binds: it is free by itself
+        return None
+    if not matrix.sum(axis=1).any():
+        return [1] * matrix.shape[1]
+    space = sympy.Matrix(matrix[matrix.any(axis=1)].tolist()).nullspace()
+    if len(space) != 1:
+        return None
+    vector = [sympy.Rational(x) for x in space[0]]
+    vector = [-x for x in vector] if vector[0] < 0 else vector
+    if not all(x > 0 for x in vector):
+        return None
+    scale = sympy.ilcm(*[x.q for x in vector])
+    return [int(x * scale) for x in vector]

@@ -1,0 +1,363 @@
+"""find_groups(propagation, solution) -> groups: which units there are, and in which steps they may leave.
+
+A *unit* is an atom that touches slots and is not frozen. Units that touch the same slots form a group. Where
+a balance asks that several rows keep equally many (columns of heads, halves of a chunk), the group has a
+*lane* for each of them, and one step removes one unit from every lane; otherwise there is a single lane and a
+step is a unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+
+import networkx as nx
+import numpy as np
+from torch import fx
+
+from surgeon.coupling.balanced_steps import Lanes, find_lanes
+from surgeon.coupling.frozen import FrozenGroup, _stuck
+from surgeon.coupling.propagate import Propagation, Slot
+from surgeon.coupling.solve import Solution
+from surgeon.ops.ids import Track
+
+Link = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The indices of one slot that belong to a group: `index[i]` leaves with unit `unit[i]` (a number in 0 ..
+    units - 1).
+    """
+
+    tensor: str
+    dim: int
+    index: Track
+    unit: Track
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that touch the same slots.
+
+    Attributes:
+        name: the first tensor that it touches, and which part of a grid it is.
+        lanes: [lanes, steps] atoms; step j removes one unit of every lane (which one is a matter of scores).
+        members: the slots and their indices, by unit; units are numbered lane by lane.
+        strata: [lanes, steps] numbers: units of a lane with the same number touch the same slots. Usually all
+            are alike.
+        kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per
+            group), or "middle": columns of one grid that are rows of the next.
+        grid: groups of one grid share a number; rows and columns of a grid are alternatives. -1 without a
+            grid.
+        batched: rows that some op computes one by one (heads, groups of a convolution), so that whole rows
+            may well go.
+        attention: "heads" or "head dims" of an attention, "" for everything else.
+        producers: names of the tensors in whose ops' outputs its channels are: its layers, as users name
+            them.
+    """
+
+    name: str
+    lanes: Track
+    members: tuple[Member, ...]
+    strata: Track
+    kind: str = "channels"
+    grid: int = -1
+    batched: bool = False
+    attention: str = ""
+    producers: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many times something could be removed; at least one step always stays."""
+        return int(self.lanes.shape[1])
+
+    @property
+    def units(self) -> int:
+        return int(self.lanes.size)
+
+    @property
+    def width(self) -> int:
+        """Channels of the first slot that belong to the group: what `round_to` rounds."""
+        return len(self.members[0].index)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple((m.tensor, m.dim) for m in self.members)
+
+
+def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Group], list[FrozenGroup]]:
+    """All groups in the order of the first slot that each touches, and units that no step of any group can
+    remove.
+    """
+    slots = list(propagation.slots)
+    touches = _touches(propagation, solution, slots)
+    lanes_of = find_lanes(solution)
+    atoms, slot_of, index_of = touches
+    loose = ~solution.frozen[atoms]
+    atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
+    cells = _cells(propagation, solution)
+    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution, cells))
+    groups_of = np.full(len(solution.root), -1, dtype=np.int64)
+    unit_of = np.full(len(solution.root), -1, dtype=np.int64)
+    for number, lanes in enumerate(families):
+        groups_of[lanes.ravel()] = number
+        unit_of[lanes.ravel()] = np.arange(lanes.size)
+    members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
+    kinds, grids = _kinds(solution, cells, groups_of, families)
+    made = outputs_of_tensors(propagation, solution)
+    found = []
+    for number, lanes in enumerate(families):
+        if members[number]:
+            first = members[number][0]
+            name = f"{first.tensor}[{first.dim}]" + (
+                "" if kinds[number] == "channels" else f" {kinds[number]}"
+            )
+            batched = bool(solution.batched[lanes].any())
+            tensors = dict.fromkeys(member.tensor for member in members[number])
+            producers = tuple(
+                tensor for tensor in tensors if tensor in made and np.isin(lanes, made[tensor]).any()
+            )
+            part = (
+                name,
+                lanes,
+                tuple(members[number]),
+                stratum[lanes],
+                kinds[number],
+                grids[number],
+                batched,
+            )
+            found.append(Group(*part, _attention(solution, lanes), producers or tuple(tensors)))
+    order = {slot: i for i, slot in enumerate(slots)}
+    found.sort(key=lambda g: order[g.slots[0]])
+    found = _unique_names(found)
+    return found, _stuck(groups_of, atoms, slot_of, slots)
+
+
+def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str, Track]:
+    """Atoms of the channels that the first op gives which meets a tensor, or what is computed from tensors
+    alone, with data.
+
+    Which dim of a weight holds a layer's outputs is the op's matter: the first one of a convolution's, the
+    second one of a transposed convolution's, of an embedding's and of `x @ weight`.
+    """
+    owned: dict[fx.Node, set[str]] = {}
+    found: dict[str, list[Track]] = defaultdict(list)
+    for node, axes in propagation.axes.items():
+        sources = node.all_input_nodes
+        if node.op == "get_attr":
+            owned[node] = {str(node.target)}
+        elif node.op != "placeholder" and all(source in owned for source in sources):
+            owned[node] = set().union(*(owned[source] for source in sources))
+        elif names := set().union(*(owned.get(source, set()) for source in sources)):
+            tracks = [
+                track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()
+            ]
+            atoms = [each[each >= 0] for track in tracks for each in solution.atoms(np.unique(track))]
+            for name in names:
+                found[name] += atoms
+    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}
+
+
+def _attention(solution: Solution, lanes: Track) -> str:
+    return "heads" if solution.heads[lanes].any() else "head dims" if solution.head_dims[lanes].any() else ""
+
+
+def _unique_names(groups: list[Group]) -> list[Group]:
+    """Later groups of a name get a number: parts of one tensor can belong to several groups."""
+    seen: dict[str, int] = defaultdict(int)
+    result = []
+    for group in groups:
+        seen[group.name] += 1
+        again = seen[group.name]
+        result.append(dataclasses.replace(group, name=f"{group.name} #{again}") if again > 1 else group)
+    return result
+
+
+def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) -> tuple[Track, Track, Track]:
+    """Parallel arrays (atom, slot number, index): every index of every slot with each atom that takes it
+    along.
+    """
+    sizes = [len(propagation.slots[s]) for s in slots]
+    ids = np.concatenate([propagation.slots[s] for s in slots]) if slots else np.zeros(0, dtype=np.int64)
+    number = np.repeat(np.arange(len(slots)), sizes)
+    index = np.concatenate([np.arange(n) for n in sizes]) if slots else ids
+    found = []
+    for atoms in solution.atoms(ids):
+        valid = atoms >= 0
+        found.append((atoms[valid], number[valid], index[valid]))
+    if not found:
+        return ids, ids, ids
+    if len(found) == 1:
+        return found[0]
+    atom, number, index = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(number * (int(index.max()) + 1) + index, kind="stable")
+    return atom[order], number[order], index[order]
+
+
+def _cells(propagation: Propagation, solution: Solution) -> Track:
+    """The classes of cells of grids that some slot's entries lie in; others are only met on the way, as a
+    reshape merges dims.
+    """
+    found = np.zeros(len(solution.root), dtype=bool)
+    here = np.unique(
+        solution.root[np.concatenate([*propagation.slots.values(), np.zeros(0, dtype=np.int64)])]
+    )
+    while here.size:
+        here = here[(solution.row[here] >= 0) & ~found[here]]
+        found[here] = True
+        here = np.unique(np.concatenate([solution.row[here], solution.column[here]]))
+    return np.flatnonzero(found & ~solution.outer)
+
+
+def _is_row(solution: Solution, cells: Track) -> Track:
+    """Which atoms are rows of a grid: they may touch the same slots as its columns, and are another group."""
+    found = np.zeros(len(solution.root), dtype=bool)
+    for atoms in solution.atoms(solution.row[cells]):
+        found[atoms[atoms >= 0]] = True
+    return found
+
+
+def _families(
+    atoms: Track, slot_of: Track, lanes: Lanes, slots: int, is_row: Track
+) -> tuple[list[Track], Track]:
+    """[lanes, steps] atoms per group, in order of first appearance; and of each atom, a number for the slots
+    that it touches.
+    """
+    stratum = np.zeros(len(lanes.label), dtype=np.int64)
+    if not atoms.size:
+        return [], stratum
+    weights = np.random.default_rng(1).random(
+        slots
+    )  # entries come slot by slot, so equal slots give bit-equal sums
+    sums = np.bincount(atoms, weights=weights[slot_of])
+    unique = np.flatnonzero(sums)
+    signature = sums[unique] + is_row[unique]
+    first_seen = np.zeros(len(sums), dtype=np.int64)
+    first_seen[atoms[::-1]] = np.arange(len(atoms))[::-1]
+    order = np.argsort(first_seen[unique])
+    unique, signature = unique[order], signature[order]
+    label = lanes.label[unique]
+    stratum[unique] = np.unique(signature, return_inverse=True)[1]
+    families: list[tuple[int, Track]] = []
+    plain = label == 0
+    for key in dict.fromkeys(signature[plain].tolist()):
+        where = np.flatnonzero(plain & (signature == key))
+        families.append((int(where[0]), unique[where][None]))
+    seen: set[int] = set()
+    for key in dict.fromkeys(label[~plain].tolist()):
+        bundle = lanes.bundles.get(key, {})
+        if key in seen or not bundle:
+            continue
+        seen |= set(bundle)
+        units = {lane: unique[label == lane] for lane in bundle}
+        steps = min(len(units[lane]) // count for lane, count in bundle.items())
+        if steps:
+            parts = [units[lane][i::count][:steps] for lane, count in bundle.items() for i in range(count)]
+            families.append((int(np.flatnonzero(label == key)[0]), np.stack(parts)))
+    return [family for _, family in sorted(families, key=lambda f: f[0])], stratum
+
+
+def _members(
+    groups_of: Track,
+    unit_of: Track,
+    atoms: Track,
+    slot_of: Track,
+    index_of: Track,
+    slots: list[Slot],
+    count: int,
+) -> list[list[Member]]:
+    group = groups_of[atoms]
+    members: list[list[Member]] = [[] for _ in range(count)]
+    valid = group >= 0
+    group, atoms, slot_of, index_of = group[valid], atoms[valid], slot_of[valid], index_of[valid]
+    order = np.argsort(
+        group.astype(np.uint16) if count < 1 << 16 else group, kind="stable"
+    )  # they come in order of slots
+    group, atoms, slot_of, index_of = group[order], atoms[order], slot_of[order], index_of[order]
+    cuts = np.flatnonzero((np.diff(group) != 0) | (np.diff(slot_of) != 0)) + 1
+    for part in np.split(np.arange(len(group)), cuts) if len(group) else []:
+        tensor, dim = slots[slot_of[part[0]]]
+        members[group[part[0]]].append(Member(tensor, dim, index_of[part], unit_of[atoms[part]]))
+    return members
+
+
+def _kinds(
+    solution: Solution, cells: Track, groups_of: Track, families: list[Track]
+) -> tuple[list[str], list[int]]:
+    """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
+    count = len(families)
+    kinds, grids = ["channels"] * count, list(range(count))
+    batched = [bool(solution.batched[lanes].any()) for lanes in families]
+    steps = [lanes.shape[1] for lanes in families]
+    pairs: set[tuple[int, int]] = set()
+    for rows in solution.atoms(solution.row[cells]):
+        for columns in solution.atoms(solution.column[cells]):
+            valid = (rows >= 0) & (columns >= 0)
+            r, c = groups_of[rows[valid]], groups_of[columns[valid]]
+            both = (r >= 0) & (c >= 0) & (r != c)
+            pairs |= set(zip(r[both].tolist(), c[both].tolist(), strict=True))
+
+    def leading(r: int, c: int) -> bool:
+        return (not batched[r], steps[r], r) < (not batched[c], steps[c], c)
+
+    def find(x: int) -> int:
+        while grids[x] != x:
+            x = grids[x]
+        return x
+
+    # a merge of dims may name rows and columns the other way round: rows are what ops compute one by one, or
+    # the fewer
+    pairs = {(r, c) for r, c in pairs if (c, r) not in pairs or leading(r, c)}
+    for r, c in sorted(pairs):
+        kinds[r] = "middle" if kinds[r] in ("columns", "middle") else "rows"
+        kinds[c] = "middle" if kinds[c] in ("rows", "middle") else "columns"
+        a, b = find(r), find(c)
+        grids[max(a, b)] = min(a, b)
+    return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]
+
+
+def find_links(
+    propagation: Propagation, solution: Solution, groups: Iterable[Group]
+) -> tuple[list[tuple[str, str]], set[str]]:
+    """Pairs of groups that must keep the same share, because the model's code computes one width from the
+    other.
+
+    Also the groups that must stay whole, because the other width is frozen.
+    """
+    group_of = np.full(len(solution.root), -1, dtype=np.int64)
+    names = []
+    grids: dict[int, list[int]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        group_of[group.lanes.ravel()] = number
+        names.append(group.name)
+        if group.grid >= 0:
+            grids[group.grid].append(number)
+    of_grid = {number: members for members in grids.values() for number in members}
+
+    def touched(ids: Track) -> set[int]:
+        found: set[int] = set()
+        for atoms in solution.atoms(ids):
+            found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
+        return {n for number in found for n in of_grid.get(number, [number])}
+
+    links, pinned = set(), set()
+    for share in propagation.ledger.shares:
+        own, other = share.own, share.other
+        if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
+            continue
+        left, right = touched(own), touched(other)
+        links |= {(min(a, b), max(a, b)) for a in left for b in right if a != b}
+        if not left or not right or any(solution.frozen[solution.root[ids]].any() for ids in (own, other)):
+            pinned |= left | right
+    return [(names[a], names[b]) for a, b in sorted(links)], {names[i] for i in pinned}
+
+
+def reachable(names: set[str], links: Iterable[tuple[str, str]]) -> set[str]:
+    """The names and all that are linked to them, directly or not."""
+    graph = nx.Graph(links)
+    found = set(names)
+    for name in names & set(graph):
+        found |= nx.node_connected_component(graph, name)
+    return found

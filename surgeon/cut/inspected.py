@@ -1,0 +1,43 @@
+"""`Inspected`: what later stages (training, sensitivity) read of an inspected model; `Surgery` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from torch import nn
+
+from surgeon.coupling.groups import Group
+from surgeon.coupling.propagate import Propagation
+from surgeon.coupling.solve import Solution
+from surgeon.cut.plan import Plan
+from surgeon.graph.graph import Graph
+from surgeon.selection.cost import Shapes
+
+
+class Inspected(Protocol):
+    """A model with what was found of it, from which plans can be made.
+
+    Attributes:
+        model: the model, untouched.
+        graph: its recorded run.
+        shapes: the exact cost of any choice.
+    """
+
+    model: nn.Module
+    graph: Graph
+    shapes: Shapes
+
+    @property
+    def groups(self) -> list[Group]: ...
+    @property
+    def propagation(self) -> Propagation: ...
+    @property
+    def solution(self) -> Solution: ...
+    @property
+    def without_values(self) -> bool: ...
+    def groups_without(
+        self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()
+    ) -> list[Group]: ...
+    @property
+    def plan(self) -> Callable[..., Plan]: ...

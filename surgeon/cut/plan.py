@@ -1,0 +1,213 @@
+"""Plan: which indices of which slots stay, and which sizes in the model's code change; plain data that can be
+replayed.
+
+A plan belongs to an architecture (`Plan.hash` covers the names and shapes of its tensors), not to weights: it
+applies to a fresh copy, to other weights of the same model, or to the weights before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from surgeon.cut.optimizer_state import carry, check_optimizer
+from surgeon.cut.slice import shrink_module
+from surgeon.errors import PlanError
+from surgeon.files import write_atomically
+from surgeon.graph.tensors import architecture, named_tensors
+from surgeon.mend.edits import Edit
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays.
+
+    Attributes:
+        kept: {tensor name: {dim: kept indices, ascending}}; tensors and dims that keep everything are left
+            out.
+        hash: the architecture that the plan fits.
+        macs, params: predicted for the small model, and `*_before` of the original; MACs for the example
+            inputs.
+        size: bytes of parameters and stored buffers of the small model.
+        memory: bytes of its activations that are alive at once, at most, for the example inputs.
+        edits: changed sizes in the model's code; None until they are found, by the first `apply` or `save`.
+        request: what was asked for, for the reader.
+    """
+
+    kept: Mapping[str, Mapping[int, list[int]]]
+    hash: str
+    macs: int
+    params: int
+    macs_before: int
+    params_before: int
+    size: int = 0
+    memory: int = 0
+    edits: tuple[Edit, ...] | None = None
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @torch.inference_mode(mode=False)  # whatever the caller is in: the small model can be trained
+    def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+        """A new, smaller module of the same class; `model` is not touched.
+
+        Args:
+            model: of the architecture that the plan was made for, with any weights.
+            optimizer: of the model, to go on with the small one: it is changed in place, after all else
+                worked. Its param groups stay, with the small model's parameters; momenta and whatever else
+                has a parameter's shape are sliced like it.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+            MendError: the model's code holds a size that cannot be changed.
+            InputError: the optimizer holds parameters that the model does not, or state that cannot be
+                sliced.
+        """
+        check_fit(self, model)
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
+        if self.edits is None and self._finish is not None:
+            small = self._finish(self, model)[0]
+        else:
+            small = shrink_module(model, self.kept, self.edits or ())
+        done = dataclasses.replace(self, _finish=None)
+        small.__dict__["_surgeon_plans"] = (
+            *model.__dict__.get("_surgeon_plans", ()),
+            done,
+        )  # for surgeon.save
+        if optimizer is not None:
+            carry(optimizer, model, small, self.kept)
+        return small
+
+    def finished(self) -> Plan:
+        """The plan with its edits known."""
+        if self.edits is not None or self._finish is None:
+            return self
+        return self._finish(self, None)[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, atomically.
+
+        Raises:
+            PlanError: the path cannot be written.
+        """
+        write_atomically(Path(path), self.to_json().encode())
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        plan = self.finished()
+        body = {
+            "kept": {
+                name: {str(d): list(map(int, i)) for d, i in dims.items()} for name, dims in plan.kept.items()
+            },
+            "hash": plan.hash,
+            "macs": plan.macs,
+            "params": plan.params,
+            "macs_before": plan.macs_before,
+            "params_before": plan.params_before,
+            "size": plan.size,
+            "memory": plan.memory,
+            "edits": [dataclasses.asdict(edit) for edit in plan.edits or ()],
+            "request": dict(plan.request),
+        }
+        return json.dumps(
+            {"format": "surgeon-plan", "version": _VERSION, "checksum": _checksum(body), **body}, indent=1
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: the file is missing, truncated, edited or not a plan.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise _unreadable(str(path), error) from error
+        return Plan.from_json(text, where=str(path))
+
+    @staticmethod
+    def from_json(text: str, where: str = "") -> Plan:
+        """The plan of a text that `to_json` gave; `where` is for messages.
+
+        Raises:
+            PlanError: the text is truncated, edited or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise _unreadable(where, error) from error
+        if not isinstance(data, dict) or data.get("format") != "surgeon-plan":
+            raise PlanError(
+                "this file is not a surgeon plan", where=where, fix="pass a file written by plan.save(...)"
+            )
+        if data.get("version") != _VERSION:
+            raise PlanError(
+                f"plan version {data.get('version')} is not supported (this is {_VERSION})", where=where
+            )
+        body = {key: value for key, value in data.items() if key not in ("format", "version", "checksum")}
+        if data.get("checksum") != _checksum(body):
+            raise PlanError(
+                "the plan was changed after it was written", where=where, why="its checksum does not match",
+                fix="make the plan anew with surgery.plan(...)",
+            )  # fmt: skip
+        kept = {name: {int(d): i for d, i in dims.items()} for name, dims in body.pop("kept").items()}
+        edits = tuple(Edit(**edit) for edit in body.pop("edits"))
+        return Plan(kept=kept, edits=edits, **body)
+
+    def __str__(self) -> str:
+        share = self.params / max(self.params_before, 1)
+        macs = self.macs / max(self.macs_before, 1)
+        return (
+            f"Plan: {self.params_before:,} -> {self.params:,} params ({share:.1%}), "
+            f"{self.macs_before:,} -> {self.macs:,} MACs ({macs:.1%}), {len(self.kept)} tensors cut"
+        )
+
+
+Finish = Callable[[Plan, nn.Module | None], tuple[nn.Module, Plan]]
+
+
+def check_fit(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model that the plan was not made for.
+
+    Raises:
+        PlanError: the architecture differs; the first tensor that does is named where it can be.
+    """
+    if architecture(model) == plan.hash:
+        return
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
+    why = "the names or shapes of its tensors differ"
+    for name, dims in plan.kept.items():
+        shape = shapes.get(name)
+        if shape is None or any(
+            d >= len(shape) or (kept and max(kept) >= shape[d]) for d, kept in dims.items()
+        ):
+            why = f"tensor '{name}' is {'missing' if shape is None else f'of shape {shape}'}"
+            break
+    raise PlanError(
+        "the plan was made for another architecture",
+        where=type(model).__name__,
+        why=why,
+        fix="apply the plan to a copy of the model that it was made for, before it was shrunk",
+    )
+
+
+def _unreadable(where: str, error: Exception) -> PlanError:
+    return PlanError(
+        "cannot read the plan", where=where, why=str(error), fix="pass a file written by plan.save(...)"
+    )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

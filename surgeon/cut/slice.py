@@ -1,0 +1,184 @@
+"""shrink_module(model, kept, edits) -> a physically smaller module of the same class.
+
+The small model is a deep copy in which every tensor is replaced, while it is copied, by its slice; no full
+tensor is ever copied, tied tensors stay tied, and the original is only read. Then the numbers that torch's
+own layers keep beside their tensors are set from the tensors' new shapes, and the `Edit`s of the plan are
+made.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import PlanError
+from surgeon.graph.tensors import named_tensors
+from surgeon.mend.edits import Edit, apply_edit, refresh
+
+Kept = Mapping[str, Mapping[int, list[int]]]
+
+
+def shrink_module(model: nn.Module, kept: Kept, edits: Iterable[Edit] = ()) -> nn.Module:
+    """Copy `model` with every tensor in `kept` sliced.
+
+    Args:
+        kept: {tensor name: {dim: indices}}.
+        edits: numbers to change in the copy.
+
+    Raises:
+        PlanError: a name or index does not fit the model.
+        MendError: an edit does not fit the model's code.
+    """
+    small = _copy(model, kept)
+    for path, module in small.named_modules():
+        refresh(module, path)
+    for edit in edits:
+        apply_edit(small, edit)
+    return small
+
+
+def find_cuts(model: nn.Module, kept: Kept) -> dict[int, tuple[Tensor, dict[int, list[int]]]]:
+    """{id of a tensor: (the tensor, its kept indices by dim)}, for all tensors of a model; a tied one has
+    those of all its names.
+
+    Raises:
+        PlanError: names do not fit the model, or a tied tensor is cut in two ways.
+    """
+    found: dict[int, tuple[Tensor, dict[int, list[int]]]] = {}
+    names = set()
+    for name, tensor in named_tensors(model):
+        names.add(name)
+        _, cut = found.setdefault(id(tensor), (tensor, {}))
+        for dim, index in kept.get(name, {}).items():
+            known = cut.setdefault(dim, index)
+            if known is not index and list(known) != list(index):
+                raise PlanError(
+                    "tied tensors are cut in different ways", where=name, fix="make the plan anew"
+                )
+    missing = set(kept) - names
+    if missing:
+        raise PlanError(
+            f"the model has no tensor '{min(missing)}'",
+            fix="apply the plan to the model that it was made for",
+        )
+    return found
+
+
+def _copy(model: nn.Module, kept: Kept) -> nn.Module:
+    slicer = Slicer()
+    memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
+    small: nn.Module = _clone(model, memo)
+    return small
+
+
+class Slicer:
+    """Slices tensors; index lists that several tensors share are checked and converted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[list[int], Tensor, int]] = {}
+
+    def __call__(self, tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
+        """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient
+        follows.
+        """
+        data = tensor.detach()
+        for dim, index in cut.items():
+            rows, needed = self._index(index)
+            if dim >= data.dim() or not 0 < needed <= data.shape[dim]:
+                raise _unfit(dim, tensor)
+            data = data.index_select(dim, rows.to(data.device))
+        if not cut:
+            data = data.clone()
+        if not isinstance(tensor, nn.Parameter):
+            return data
+        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
+        new.__class__ = type(tensor)
+        new.__dict__.update({k: v for k, v in tensor.__dict__.items() if not isinstance(v, weakref.ref)})
+        if tensor.grad is not None:
+            new.grad = self(tensor.grad, cut)
+        return new
+
+    def _index(self, index: list[int]) -> tuple[Tensor, int]:
+        """The indices as a tensor, and the size that a dim must have at least; 0 if they are no indices."""
+        if id(index) not in self._known:
+            sound = bool(index) and min(index) >= 0 and all(a < b for a, b in itertools.pairwise(index))
+            self._known[id(index)] = index, torch.tensor(index), index[-1] + 1 if sound else 0
+        _, rows, needed = self._known[id(index)]
+        return rows, needed
+
+
+def _unfit(dim: int, tensor: Tensor) -> PlanError:
+    return PlanError(
+        f"kept indices of dim {dim} do not fit a tensor of shape {tuple(tensor.shape)}",
+        why="they must be ascending, not empty, and within the dim",
+        fix="make the plan anew with surgery.plan(...)",
+    )
+
+
+def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` of a module tree, several times faster on torch's own layout of a module.
+
+    Modules with a copying or pickling protocol of their own are left to deepcopy.
+    """
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):  # its copies know of no memo
+        return _compiled(module, memo)
+    kind = type(module)
+    own = (
+        "__deepcopy__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__getnewargs__",
+        "__getnewargs_ex__",
+        "__slots__",
+    )
+    standard = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
+    if not standard or kind.__setstate__ is not nn.Module.__setstate__:
+        return copy.deepcopy(module, memo)
+    new = kind.__new__(kind)
+    memo[id(module)] = new
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            new.__dict__[name] = {key: None if m is None else _clone(m, memo) for key, m in value.items()}
+        elif name in ("_parameters", "_buffers") and type(value) is dict:
+            new.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
+        elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
+            new.__dict__[name] = value
+        elif (
+            type(value) in (dict, OrderedDict, set, list)
+            and all(type(v) in _ATOMIC for v in value)
+            and not _mapped(value)
+        ):
+            new.__dict__[name] = value.copy() if value else type(value)()
+        else:
+            new.__dict__[name] = copy.deepcopy(value, memo)
+    return new
+
+
+def _compiled(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """A copy of a TorchScript module, with the sliced tensors set in it."""
+    new: nn.Module = copy.deepcopy(module)
+    for name, tensor in named_tensors(module):
+        *path, attribute = name.split(".")
+        setattr(functools.reduce(getattr, path, new), attribute, memo[id(tensor)])
+    return new
+
+
+def _mapped(value: Any) -> bool:
+    """Whether a dict holds anything: its values may be shared objects."""
+    return isinstance(value, dict) and bool(value)
+
+
+_ATOMIC = frozenset(
+    {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
+)

@@ -1,0 +1,88 @@
+"""Fold: one op that a layer can take in, as it was found; Site: the recorded model in which folds are looked
+for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from surgeon.fusion.channels import Constants
+from surgeon.fusion.owners import Owners
+from surgeon.graph.graph import Graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """One fold that is exact and can be made.
+
+    Attributes:
+        kind: what is folded, such as "conv-bn".
+        layer: path of the layer that takes it in.
+        gone: what leaves: the path of a module, or the op and the path of the module that runs it.
+        changes: the ops that it changes, and the path of the module whose code it may change; two folds of
+            one round share none.
+        removes: how many ops of which family leave the graph (see `family_of`).
+        make: makes it in the model that was recorded.
+    """
+
+    kind: str
+    layer: str
+    gone: str
+    changes: frozenset[fx.Node | str] = dataclasses.field(repr=False, compare=False)
+    removes: Counter[str] = dataclasses.field(repr=False, compare=False)
+    make: Callable[[], None] = dataclasses.field(repr=False, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A model that may be changed, its recorded run, who owns what in it, and what in it is constant."""
+
+    model: nn.Module
+    graph: Graph
+    owners: Owners
+    constants: Constants
+
+    @staticmethod
+    def of(model: nn.Module, graph: Graph) -> Site:
+        return Site(model, graph, Owners(model, graph), Constants(graph))
+
+
+_FAMILIES = {
+    "norm": ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"),
+    "product": ("convolution", "addmm", "mm"),
+    "scale": ("mul", "div"),
+    "shift": ("add", "sub", "rsub"),
+}
+_FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names}
+
+
+def family_of(node: fx.Node) -> str | None:
+    """The family of an op that folds count: "norm", "product", "scale", "shift"; None for all others."""
+    if node.op != "call_function":
+        return None
+    return _FAMILY_OF.get(getattr(node.target, "__name__", "").partition(".")[0])
+
+
+def counted(graph: Graph) -> Counter[str]:
+    """Ops of each family that read data; a bias that is added by hand is part of its product."""
+    found: Counter[str] = Counter()
+    constants = Constants(graph)
+    for node in graph.fx.nodes:
+        family = family_of(node)
+        if family is not None and node not in constants and not (family == "shift" and _adds_bias(node)):
+            found[family] += 1
+    return found
+
+
+def _adds_bias(node: fx.Node) -> bool:
+    return any(n.op == "get_attr" and n.target == f"{node.meta['module']}.bias" for n in node.all_input_nodes)
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` is."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module

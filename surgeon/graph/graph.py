@@ -1,0 +1,87 @@
+"""The graph: what one run of a model did, as plain data.
+
+A `Graph` wraps a pure `torch.fx.Graph` of ATen ops (no op writes to its inputs) together with the tensors
+that the model owns and the order in which its ops were called. Every node carries its output `Spec`, the path
+of the module that ran it and the user's source line. Nothing here depends on how the graph came to be (see
+`capture`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of one tensor value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One ATen op as the model called it, in-place form and all: what a second run of the model is compared
+    with.
+
+    `within` is the number of the product (see `_sizes`) that ran it, 0 if none did.
+    """
+
+    op: Any
+    node: fx.Node
+    module: str
+    source: tuple[str, int] | None
+    within: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A recorded run.
+
+    Attributes:
+        fx: the pure op graph. `node.meta` has `spec` (a `Spec`, or a tuple of them), `module`, `source`; some
+            nodes have `const` (the value of an index tensor), `follows` (dims whose size the model's code
+            computed from another one), `repeated` (the same of dims that were of size 1), `cuts` (parts of
+            dims that are as long as was computed so), `derived` (torch computed the sizes), `decided` (dims
+            whose size the model's code compared with a number), `decision` (what a deciding op gave, see
+            `_decisions`), `layout` (strides and offset of what `as_strided` reads).
+        tensors: every parameter, buffer and lifted constant by name, as `get_attr` nodes name them.
+        owned: the names in `tensors` that belong to the model and may be sliced.
+        stored: those of them that a state dict holds: parameters, and buffers that are persistent.
+        aliases: other names of the same tensors (tied weights), alias -> name.
+        hash: the `architecture` of the model.
+        calls: the ops in the order in which they ran.
+        outputs: (path, node) of each output tensor, e.g. ("logits", node).
+        inputs: (path, node) of each input tensor.
+        args, kwargs: the inputs of the run.
+        assumed: what was assumed about the example inputs, "" if they were given.
+        training: whether the run was in training mode.
+        named: the names of the outputs that count, () if all do.
+    """
+
+    fx: torch.fx.Graph
+    tensors: Mapping[str, Tensor]
+    owned: frozenset[str]
+    stored: frozenset[str]
+    aliases: Mapping[str, str]
+    hash: str
+    calls: tuple[Call, ...]
+    outputs: tuple[tuple[str, torch.fx.Node], ...]
+    inputs: tuple[tuple[str, torch.fx.Node], ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    assumed: str = ""
+    training: bool = False
+    named: tuple[str, ...] = ()
+
+
+def spec(node: fx.Node) -> Spec:
+    """The spec of a node with one tensor output (the first one of several)."""
+    found = node.meta["spec"]
+    first: Spec = found[0] if isinstance(found, tuple) else found
+    return first

@@ -1,0 +1,326 @@
+"""Edits: change one number in a module, an attribute or one in its code; and keep torch's own layers' numbers
+in step.
+
+`refresh` sets the numbers that torch's own layers keep beside their tensors from the tensors' shapes;
+`apply_edit` makes an `Edit`. A number in a module's code is changed in the source of one of its methods or in
+its traced forward, where a call may be left out as well; the module becomes an instance of a subclass of its
+class.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from surgeon.errors import MendError
+from surgeon.graph.source_code import methods
+from surgeon.mend.source_edit import changed
+from surgeon.mend.traced_forward import calls, constants, counterpart, methods_of, versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One number in a module that changes, or one call that is left out.
+
+    Attributes:
+        module: path of the module.
+        kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or
+            "normalized_shape.0"), "literal" (`name` is "function:occurrence:position" of a call in the
+            module's forward), "operand" (so it is; the operand at that position takes the place of the call's
+            result) or "source" (`name` is "method:which" of the whole numbers in the source of one of its
+            methods).
+        old, new: the number before and after; for "operand" they mean nothing.
+    """
+
+    module: str
+    kind: str
+    name: str
+    old: int = 0
+    new: int = 0
+
+
+def _linear(m: Any) -> dict[str, Any]:
+    return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
+
+
+def _bilinear(m: Any) -> dict[str, Any]:
+    return dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True))
+
+
+def _convolution(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _transposed(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    return {"in_channels": first, "out_channels": second * m.groups}
+
+
+def _batch_norm(m: Any) -> dict[str, Any]:
+    known = m.weight if m.weight is not None else m.running_mean
+    return {} if known is None else {"num_features": known.shape[0]}
+
+
+def _group_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
+
+
+def _layer_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
+def _embedding(m: Any) -> dict[str, Any]:
+    return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
+
+
+def _multihead(m: Any) -> dict[str, Any]:
+    query = (
+        m.q_proj_weight if m.in_proj_weight is None else m.in_proj_weight
+    )  # what out_proj gives may be narrower
+    sizes = {"embed_dim": query.shape[1], "head_dim": m.out_proj.weight.shape[1] // m.num_heads}
+    if m.in_proj_weight is not None:
+        sizes |= {"kdim": sizes["embed_dim"], "vdim": sizes["embed_dim"]}
+    else:
+        sizes |= {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
+    return sizes
+
+
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    sizes = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
+    return sizes | ({"proj_size": m.weight_hr_l0.shape[0]} if m.proj_size else {})
+
+
+_LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
+    ((nn.Linear,), _linear),
+    ((nn.Bilinear,), _bilinear),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    ((nn.MultiheadAttention,), _multihead),
+    ((nn.RNNBase,), _recurrent),
+    ((nn.PReLU,), lambda m: {"num_parameters": m.weight.shape[0]}),
+)
+
+
+def refresh(module: nn.Module, path: str = "") -> None:
+    """Set the numbers that one of torch's own layers keeps beside its tensors from their shapes."""
+    for kinds, sizes in _LAYERS:
+        if isinstance(module, kinds):
+            try:
+                for name, value in sizes(module).items():
+                    if getattr(module, name, None) != value:
+                        setattr(module, name, value)
+            except AttributeError as error:
+                raise MendError(
+                    f"a {type(module).__name__} lacks an attribute that this layer has",
+                    where=path,
+                    why=str(error),
+                ) from error
+            return
+
+
+def apply_edit(model: nn.Module, edit: Edit) -> None:
+    """Make one edit in `model`.
+
+    Raises:
+        MendError: the place does not hold the old number.
+    """
+    module = model.get_submodule(edit.module)
+    if edit.kind == "attribute":
+        found = get_path(module, edit.name)
+        if found != edit.old and found != edit.new:
+            raise _misfit(edit, f"it holds {found!r}")
+        set_path(module, edit.name, edit.new)
+        _derive(module)
+        refresh(module, edit.module)
+    else:
+        rewrite(module, edit)
+
+
+def _derive(module: nn.Module) -> None:
+    """Where a module's class says what its state is and how it comes back from it (einops), compute anew what
+    it derives.
+    """
+    for kind in type(module).__mro__:
+        if {"__getstate__", "__setstate__"} <= vars(kind).keys() and not kind.__module__.startswith("torch."):
+            held: Any = kind
+            held.__setstate__(module, held.__getstate__(module))
+            return
+
+
+def _misfit(edit: Edit, why: str) -> MendError:
+    change = (
+        f"leave out {edit.name}"
+        if edit.kind == "operand"
+        else f"change {edit.name} from {edit.old} to {edit.new}"
+    )
+    return MendError(
+        f"cannot {change}", where=f"module '{edit.module}'", why=why,
+        fix="make the plan anew for this version of the model's code",
+    )  # fmt: skip
+
+
+def get_path(owner: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(owner, list | tuple):
+            owner = owner[int(part)]
+        elif isinstance(owner, dict):
+            owner = owner.get(part)
+        else:
+            owner = getattr(owner, part, None)
+    return owner
+
+
+def set_path(owner: Any, path: str, value: Any) -> None:
+    """Set the number at `path`; tuples on the way are replaced by new ones."""
+    *front, last = path.split(".")
+    if not front:
+        setattr(owner, last, value)
+        return
+    holder = get_path(owner, ".".join(front))
+    if isinstance(holder, tuple):
+        new = [*holder]
+        new[int(last)] = value
+        named = hasattr(holder, "_fields")
+        set_path(owner, ".".join(front), type(holder)(*new) if named else type(holder)(new))
+    elif isinstance(holder, list):
+        holder[int(last)] = value
+    elif isinstance(holder, dict):
+        holder[last] = value
+    else:
+        try:
+            setattr(holder, last, value)
+        except dataclasses.FrozenInstanceError:  # it is the small model's own
+            object.__setattr__(holder, last, value)
+
+
+def rewrite(module: nn.Module, edit: Edit) -> None:
+    """Make an edit of the module's code.
+
+    The module becomes an instance of a subclass of its class that differs in its forward alone, or in the
+    methods whose numbers changed: it stays the user's class, trains, deep-copies and pickles (by making the
+    edits again).
+    """
+    if edit.kind == "source":
+        _rewrite_source(module, edit)
+    else:
+        _rewrite_forward(module, edit)
+
+
+def _rewrite_source(module: nn.Module, edit: Edit) -> None:
+    name, which = edit.name.split(":")
+    known = methods(module)
+    if name not in known:
+        raise _misfit(edit, "there is no such method")
+    try:
+        new = changed(known[name], int(which), edit.old, edit.new)
+    except ValueError as error:
+        raise _misfit(edit, str(error)) from error
+    before = vars(type(module)) if "_surgeon_edits" in vars(type(module)) else {}
+    _become(module, {**{key: known[key] for key in known if key in before}, name: new}, edit)
+
+
+def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
+    """Replace one number in one call of the module's forward, or the call by one of its operands."""
+    name, occurrence, place = edit.name.split(":")
+    try:
+        found = versions(module, buffers=edit.kind == "operand")
+    except Exception as error:
+        raise _misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
+    first, *others = found.values()
+    call = next(
+        (node for called, count, node in calls(first) if called == name and count == int(occurrence)), None
+    )
+    if call is None:
+        raise _misfit(edit, "the call is not there")
+    for node, traced in [(call, first), *((counterpart(call, first, other), other) for other in others)]:
+        if node is None:  # the other mode does not run it
+            continue
+        if edit.kind == "operand":
+            _leave_out(node, get_path((node.args, node.kwargs), place))
+        else:
+            node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
+        traced.recompile()
+    try:
+        own = methods_of(found)
+    except ValueError as error:
+        raise _misfit(edit, str(error)) from error
+    for traced in found.values():
+        for constant, value in constants(traced).items():
+            setattr(module, constant, value)
+    _become(module, own, edit)
+
+
+def _leave_out(call: fx.Node, operand: fx.Node) -> None:
+    """Put the operand where the call's result was; what served the call alone goes with it."""
+    call.replace_all_uses_with(operand)
+    unread = [call]
+    while unread:
+        node = unread.pop()
+        if not node.users and node.op != "placeholder" and not node._erased:
+            unread += [used for used in node.all_input_nodes if used is not operand]
+            node.graph.erase_node(node)
+
+
+def _become(module: nn.Module, own: Mapping[str, Callable[..., Any]], edit: Edit) -> None:
+    """Give the module other methods, as a subclass of its class."""
+    base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+    edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _unpickle, (base, edits), self.__dict__, None, None, _set_state
+
+    members = {
+        **own,
+        "_surgeon_edits": edits,
+        "__reduce_ex__": reduce,
+        "__deepcopy__": _deepcopy,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    module.__class__ = type(base.__name__, (base,), members)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = type(self).__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _unpickle(base: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
+    made: nn.Module = base.__new__(base)
+    made.__dict__["_surgeon_pending"] = edits
+    return made
+
+
+def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
+    edits = made.__dict__.pop("_surgeon_pending")
+    made.__dict__.update(state)
+    for edit in edits:
+        rewrite(made, edit)
+
+
+def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:
+    if not keys:
+        if item != edit.old and item != edit.new:
+            raise _misfit(edit, f"it holds {item!r}")
+        return edit.new
+    head, rest = keys[0], keys[1:]
+    if isinstance(item, slice):
+        parts = _replaced((item.start, item.stop, item.step), keys, edit)
+        return slice(*parts)
+    if isinstance(item, dict):
+        return {k: _replaced(v, rest, edit) if k == head else v for k, v in item.items()}
+    new = [_replaced(x, rest, edit) if i == int(head) else x for i, x in enumerate(item)]
+    return tuple(new) if isinstance(item, tuple) else new

@@ -1,0 +1,347 @@
+"""export(model, path) -> an ONNX file and a report; the file computes what the model computes, or there is no
+file.
+
+The model is fused, exported by torch's dynamo exporter with a batch of at least two, so that the batch is not
+taken for a constant, and simplified. Before it is moved to `path` the file is compared in ONNX Runtime (CPU)
+with the model itself (with the fused one if that was rounded to another precision) on the exported and on
+another batch size, with fresh values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgeon.capture.capture import capture
+from surgeon.capture.inputs import find_inputs, normalize
+from surgeon.capture.model_state import output_of, quiet_run
+from surgeon.errors import CaptureError, ExportError, FileError, FuseError, InputError, MissingExtraError
+from surgeon.files import silence
+from surgeon.fusion.fuse import FoldReport, folds, plans_of
+from surgeon.fusion.fuse import fuse as fold
+from surgeon.graph.tensors import tensor_leaves
+from surgeon.onnx import compare as agree
+from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
+from surgeon.onnx.file import INLINE_LIMIT, SCOPES, draft_of, head, opset_of, params_of, read, size_on_disk
+from surgeon.onnx.validate import ANY_BATCH, compare, larger
+from surgeon.selection.cost import macs_of
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written and how well it agrees.
+
+    Attributes:
+        path: the ONNX file; weights of more than 2 GB lie in `<path>.data` next to it.
+        size_bytes: size on disk, weights included.
+        params: elements of the file's floating-point tensors, scalars left out; what is folded in is part of
+            them.
+        error: largest over outputs and runs of max |onnx - torch| / max |torch|.
+        batch_sizes: the batch sizes on which the two were compared.
+        opset: version of the default ONNX operator set in the file.
+        macs: MACs of one run on the example inputs; None where the model cannot be recorded.
+        folds: what was fused.
+        compared: how the file was run: "as it is", or (bfloat16: the CPU has no kernels) "in float32" with
+            the same weights.
+    """
+
+    path: Path
+    size_bytes: int
+    params: int
+    error: float
+    batch_sizes: tuple[int, ...]
+    opset: int
+    macs: int | None = None
+    folds: FoldReport | None = None
+    compared: str = "as it is"
+
+    def __str__(self) -> str:
+        file = f"{self.path}: {self.size_bytes:,} bytes, {self.params:,} params, opset {self.opset}"
+        batches = ", ".join(map(str, self.batch_sizes))
+        return f"{file}; ONNX Runtime differs from torch by {self.error:.1e} (batch {batches})"
+
+
+def export(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *,
+    opset: int | None = None, dynamic_batch: bool = True, dynamic_shapes: Any = None, precision: str | None = None,
+    simplify: bool | str = True, fuse: bool = True,
+) -> ExportReport:  # fmt: skip
+    """Write `model` to an ONNX file and compare the file with the model.
+
+    Args:
+        model: any module; it runs in eval mode and keeps its training flags. It is not touched.
+        path: the file to write; missing folders are made. It appears only if every check passes.
+        example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model.
+        opset: version of the default operator set. None: the exporter's default.
+        dynamic_batch: let dim 0 of every input that has the batch size of the first input vary.
+        dynamic_shapes: instead, which dims may vary, in the form of `torch.export.export`; dims that are
+            named are also compared at twice their size, if the model runs there.
+        precision: "fp32", "fp16" or "bf16" of weights, inputs and outputs. None: the model's own.
+        simplify: fold constants and leave out what does nothing, by onnxscript's optimizer; "onnxslim": by
+            onnxslim as well.
+        fuse: fold batch norms and the like into layers first (see `surgeon.fuse`).
+
+    Returns:
+        An `ExportReport`. The file's metadata say surgeon's version, params, MACs and, of a cut model, a
+        digest of its plans.
+
+    Raises:
+        ExportError: the path cannot be written, the model cannot be fused or exported, or the file computes
+            something else.
+        InputError: `example_inputs` holds no tensor, or NaN, or an option is unknown.
+        CaptureError: no inputs were given and none could be found.
+        MissingExtraError: onnxslim was asked for and is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise ExportError(
+            f"expected a torch.nn.Module, got {type(model).__name__}", fix="pass the model itself"
+        )
+    _check_options(precision, simplify)
+    target = Path(path)
+    inputs = normalize(find_inputs(model)[0] if example_inputs is None else example_inputs)
+    dynamic_batch = dynamic_batch and dynamic_shapes is None
+    batch = batch_size_of(inputs)
+    if dynamic_batch and batch == 0:
+        raise ExportError(
+            "the first input has no batch dimension", fix="pass dynamic_batch=False, or inputs with a batch"
+        )
+    try:
+        with draft_of(target) as draft, quiet_run(model, seed=0):
+            ready = _fused(model, inputs) if fuse else model
+            expected = model
+            if precision is not None:
+                ready = expected = copy.deepcopy(ready).to(
+                    PRECISIONS[precision]
+                )  # as rounded: rounding is no fault of the file
+                inputs = agree.cast_floats(inputs, PRECISIONS[precision])
+            macs = _macs(ready, inputs)
+            batches: tuple[int, ...] = (batch,)
+            if dynamic_batch:
+                inputs = with_batch(inputs, max(batch, 2))
+                batches = (max(batch, 2), 5 if batch == 3 else 3)
+                dynamic_shapes = _any_batch(inputs)
+            with _without_writes(ready, inputs):
+                _write(ready, draft, inputs, opset, dynamic_shapes, simplify)
+            if simplify == "onnxslim":
+                _slim(draft)
+            proto = _checked(draft, opset)
+            sizes = [with_batch(inputs, size) for size in batches]
+            if not dynamic_batch and dynamic_shapes is not None:
+                sizes += larger(ready, inputs, proto)
+            compared, error = compare(expected, draft, sizes)
+            report = ExportReport(
+                target, 0, params_of(proto), error, tuple(batch_size_of(s) for s in sizes), opset_of(proto), macs, folds(ready),
+                compared,
+            )  # fmt: skip
+            _describe(draft, proto, report, model)
+            report = dataclasses.replace(report, size_bytes=size_on_disk(draft, proto))
+    except FileError as problem:
+        raise ExportError(problem.what, where=problem.where, why=problem.why, fix=problem.fix) from problem
+    return report
+
+
+def _check_options(precision: str | None, simplify: bool | str) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}", fix=f"use one of {', '.join(PRECISIONS)}")
+    if not isinstance(simplify, bool) and simplify != "onnxslim":
+        raise InputError(f"unknown way to simplify: {simplify!r}", fix='use True, False or "onnxslim"')
+    if simplify == "onnxslim":
+        _onnxslim()
+
+
+def _onnxslim() -> Any:
+    try:
+        import onnxslim
+    except ImportError as error:
+        raise MissingExtraError("onnxslim is not installed", fix='pip install "surgeon[deploy]"') from error
+    return onnxslim
+
+
+def _fused(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The model with everything folded; one that `surgeon.fuse` gave is taken as it is."""
+    if folds(model) is not None:
+        return model
+    try:
+        return fold(model, inputs[1] or inputs[0])
+    except FuseError as error:
+        fix = f"pass fuse=False to export it as it is, or: {error.fix}"
+        raise ExportError(
+            f"the model cannot be fused: {error.what}", where=error.where, why=error.why, fix=fix
+        ) from error
+    except CaptureError as error:
+        fix = f"{error.fix}; or pass fuse=False, if it cannot be recorded but runs"
+        raise ExportError(error.what, where=error.where, why=error.why, fix=fix) from error
+
+
+def _macs(model: nn.Module, inputs: Inputs) -> int | None:
+    try:
+        return macs_of(capture(model, inputs[1] or inputs[0]))
+    except CaptureError:  # it is only for the record
+        return None
+
+
+def _any_batch(inputs: Inputs) -> Any:
+    """dynamic_shapes that let dim 0 vary wherever it is the batch size."""
+    (args, kwargs), size = inputs, batch_size_of(inputs)
+
+    def dims(value: Any) -> Any:
+        return {0: "batch"} if isinstance(value, Tensor) and value.ndim and value.shape[0] == size else None
+
+    return pytree.tree_map(dims, kwargs or args)
+
+
+@contextlib.contextmanager
+def _without_writes(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Layers that may work in place do not, where that changes nothing: torch.export takes twice as long over
+    those that do.
+    """
+    layers = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    before = list(_outputs(model, inputs)) if layers else []
+    try:
+        for layer in layers:
+            layer.inplace = False  # type: ignore[assignment]  # a flag of torch's activations
+        after = list(_outputs(model, inputs)) if layers else []
+        if not all(
+            torch.equal(a, b) for a, b in zip(before, after, strict=True)
+        ):  # forward reads what a layer wrote
+            for layer in layers:
+                layer.inplace = True  # type: ignore[assignment]  # the same
+        yield
+    finally:
+        for layer in layers:
+            layer.inplace = True  # type: ignore[assignment]  # the same
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
+        for _, tensor in tensor_leaves(output_of(model, args, kwargs)):
+            yield tensor.nan_to_num() if tensor.is_floating_point() else tensor
+
+
+def _write(
+    model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str
+) -> None:
+    """Run the exporter; `shapes` is None if every size is fixed."""
+    args, kwargs = inputs
+    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > INLINE_LIMIT
+    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
+    names = _output_names(model, inputs)
+    try:
+        with silence():
+            torch.onnx.export(
+                model, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=bool(simplify), verbose=False,
+                external_data=large, output_names=names, **options,
+            )  # fmt: skip
+    except OSError:
+        raise
+    except Exception as error:  # the exporter and the model's own code: all of it is reported
+        causes = [text for cause in _chain(error) if (text := str(cause).strip())]
+        text = "\n".join(causes).lower()
+        if shapes is not None and any(word in text for word in _SPECIALISED):
+            why = "its code fixes the batch size: " + head(causes[-1])
+            raise ExportError(
+                "the model cannot be exported with a dynamic batch", why=why, fix=ANY_BATCH
+            ) from error
+        raise ExportError(
+            "torch.onnx.export could not export the model",
+            where=type(model).__name__,
+            why=f"{type(error).__name__}: {head(causes[-1] if causes else '')}",
+            fix="change the op that is named, try dynamic_batch=False or another opset, or update torch and onnxscript",
+        ) from error
+
+
+def _output_names(model: nn.Module, inputs: Inputs) -> list[str] | None:
+    """The names that the model gives its outputs (keys of dicts, fields); None where two are alike or the
+    model fails.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+    taken = {path for part in inputs for path, _ in tensor_leaves(part)}
+    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
+        names = [
+            path if not path[0].isdigit() else f"output.{path}"
+            for path, _ in tensor_leaves(output_of(model, args, kwargs))
+        ]
+        if len(set(names)) == len(names) and not taken & set(names):
+            return names
+    return None
+
+
+def _slim(draft: Path) -> None:
+    import onnx
+
+    with silence():
+        slimmed = _onnxslim().slim(read(draft, weights=True))
+    onnx.save(
+        slimmed,
+        str(draft),
+        save_as_external_data=slimmed.ByteSize() > INLINE_LIMIT,
+        location=f"{draft.name}.data",
+    )
+
+
+def _checked(draft: Path, opset: int | None) -> Any:
+    """The ModelProto (external weights stay outside) of a legal file."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(draft))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        fix = "update torch and onnxscript, or try another opset"
+        raise ExportError("the exporter wrote an illegal file", why=head(str(error)), fix=fix) from error
+    proto = read(draft)
+    if opset is not None and opset_of(proto) != opset:
+        raise ExportError(
+            f"opset {opset} was asked for but the exporter wrote {opset_of(proto)}",
+            fix="leave out opset, or ask for that one",
+        )
+    return proto
+
+
+def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -> None:
+    """Write surgeon's version, params, MACs and what was cut into the file's metadata.
+
+    Of what the exporter notes on each node, source lines and paths of this machine among it, only the
+    module's path stays.
+    """
+    try:
+        version = importlib.metadata.version("surgeon")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "source"
+    facts = {"surgeon.version": version, "surgeon.params": str(report.params)}
+    if report.macs is not None:
+        facts["surgeon.macs"] = str(report.macs)
+    plans = plans_of(model)
+    if plans:
+        kept = json.dumps([dict(plan.kept) for plan in plans], sort_keys=True)
+        facts["surgeon.plan"] = hashlib.sha256(kept.encode()).hexdigest()[:16]
+        facts["surgeon.architecture"] = plans[0].hash
+    for key, value in facts.items():
+        proto.metadata_props.add(key=key, value=value)
+    del proto.graph.metadata_props[:]
+    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        scopes = [entry for entry in item.metadata_props if entry.key == SCOPES]
+        del item.metadata_props[:]
+        item.metadata_props.extend(scopes)
+    draft.write_bytes(proto.SerializeToString())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

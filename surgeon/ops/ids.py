@@ -1,0 +1,322 @@
+"""Channel ids: integers on the entries of values, and a ledger of what must leave together.
+
+A value carries `Axes`: for each of its dims that can shrink, a *track*, an integer array that is
+broadcastable to the value's shape, full along that dim, and gives the id of every entry. A dim without a
+track is fixed. A track may also vary along other dims, its *rows*: in a value of heads x head_dim the track
+of the second dim may give each head its own ids, and then every row must lose equally many entries so that
+what stays is rectangular.
+
+The `Ledger` collects facts and never compares ids while it does; `solve` draws all conclusions at once (see
+`groups`):
+
+- joins:    a and b leave together.
+- freezes:  a may not leave, with the reason.
+- parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened
+  outer product).
+- balances: a matrix of ids of which every row keeps equally many.
+- shares:   ids that keep the same share as others: the model's code computes how many there are from how many
+  others there are.
+- free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
+- reduced:  entries that are summed or normalised over: free ones among them stay, because it matters how many
+  there are.
+- batched:  ids of rows that an op computes one by one (heads, groups).
+- read:     ids that an op computes with; others of a tensor were only cut off (a table that is longer than
+  the input).
+- dims:     the tracks of values: something must stay of each.
+- heads, head_dims: ids that batched products of activations compute one by one, or sum over and give
+  (attention).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from torch import fx
+
+Track = np.ndarray
+Axes = dict[int, Track]
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    left: Track
+    right: Track
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+    ids: Track
+    reason: str
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """cell[i] leaves iff row[i] or column[i] leaves. `split`: made by cutting a dim, so row and column are
+    alternatives.
+    """
+
+    cell: Track
+    row: Track
+    column: Track
+    split: bool
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    matrix: Track
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """`own` and `other` keep the same share. No ids for a dim that is fixed."""
+
+    own: Track
+    other: Track
+    node: fx.Node | None
+
+
+class Ledger:
+    """Gives out ids and writes down facts about them. `node` is the op whose rule is speaking."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.joins: list[Join] = []
+        self.freezes: list[Freeze] = []
+        self.parts: list[Part] = []
+        self.balances: list[Balance] = []
+        self.shares: list[Share] = []
+        self.batched: list[Track] = []
+        self.heads: list[Track] = []
+        self.head_dims: list[Track] = []
+        self.dims: dict[int, Track] = {}
+        self._free = np.zeros(1 << 10, dtype=bool)
+        self._read = np.zeros(1 << 10, dtype=bool)
+        self.node: fx.Node | None = None
+        self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
+        self._cells: dict[bytes, Track] = {}
+        self._factors: dict[bytes, tuple[Track, Track]] = {}
+
+    def new(self, shape: int | tuple[int, ...]) -> Track:
+        """Fresh ids in an array of the given shape."""
+        size = int(np.prod(shape))
+        ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.count += size
+        if self.count > len(self._free):
+            self._free, self._read = (
+                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._free, self._read)
+            )
+        return ids
+
+    def mark_free(self, ids: Track) -> None:
+        """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of
+        them left.
+        """
+        self._free[ids] = True
+
+    def is_free(self, ids: Track) -> Track:
+        found: Track = self._free[ids]
+        return found
+
+    def value(self, axes: Axes) -> None:
+        """An op gives a value with these tracks."""
+        self.dims |= {id(track): track for track in axes.values() if track.size}
+
+    def read(self, axes: Axes) -> None:
+        """An op computes with these entries."""
+        for track in axes.values():
+            self._read[track] = True
+
+    @property
+    def is_read(self) -> Track:
+        """id -> whether an op computes with it."""
+        return self._read[: self.count]
+
+    def reduced(self, ids: Track) -> None:
+        """These entries are summed or normalised over."""
+        held = ids[self._free[ids]]
+        if held.size:
+            self.freeze(held, "is padding or a repeated entry that is reduced over")
+
+    def join(self, left: Track, right: Track) -> None:
+        """Entries that meet (after broadcasting) leave together."""
+        if left is right:
+            return
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left.ravel(), right.ravel()
+        if left.size > 1 << 16:  # large arrays repeat few pairs
+            left, right = np.divmod(np.unique(left * self.count + right), self.count)
+        self.joins.append(Join(left, right, self.node))
+
+    def freeze(self, ids: Track, reason: str) -> None:
+        """These ids may not leave."""
+        self.freezes.append(Freeze(ids.ravel(), reason, self.node))
+
+    def freeze_all(self, axes: Axes, reason: str) -> None:
+        for track in axes.values():
+            self.freeze(track, reason)
+
+    def balance(self, track: Track, dim: int) -> None:
+        """Every row of `track` along `dim` keeps equally many entries."""
+        matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
+        if not _ascending(matrix):
+            matrix = np.unique(matrix, axis=0)
+        if len(matrix) > 1:
+            self.balances.append(Balance(matrix, self.node))
+
+    def share(self, own: Track, other: Track) -> None:
+        """How many there are of the one is computed from how many there are of the other."""
+        self.shares.append(Share(own.ravel(), other.ravel(), self.node))
+
+    def collapse(self, track: Track, dim: int) -> Track:
+        """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any,
+        stands for all.
+        """
+        if track.shape[dim] == 1:
+            return track
+        first = np.take(track, [0], axis=dim)
+        self.join(track, first)
+        free = self._free[track]
+        return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
+
+    def compose(self, outer: Track, inner: Track) -> Track:
+        """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
+        shape = np.broadcast_shapes(outer.shape, inner.shape)
+        outer, inner = self._spread(outer, shape), self._spread(inner, shape)
+        key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
+        known = self._cells.get(key)
+        if known is None:
+            if _ascending(inner):  # no pair occurs twice
+                known = self.new(inner.size)
+                self.parts.append(Part(known, outer, inner, False, self.node))
+            else:
+                pairs, first, index = np.unique(
+                    np.stack([outer, inner]), axis=1, return_index=True, return_inverse=True
+                )
+                order = np.argsort(np.argsort(first))  # ids in order of appearance
+                cells = self.new(pairs.shape[1])
+                known = cells[order][index.ravel()]
+                self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
+            self.mark_free(known[self._free[outer] | self._free[inner]])
+            self._cells[key] = known
+            self._factors[known.tobytes()] = outer, inner
+        return known
+
+    def split(self, track: Track, dims: Sequence[int]) -> Axes:
+        """Tracks of the dims that one dim was cut into; `track` varies along several of `dims`, given from
+        outer to inner.
+
+        One dim: the track itself. Several: the innermost gets columns, the outer ones rows, recursively.
+        """
+        dims = [d for d in dims if track.shape[d] > 1 and varies(track, d)]
+        if not dims:
+            return {}
+        if len(dims) == 1:
+            (dim,) = dims
+            if any(track.shape[d] > 1 for d in range(track.ndim) if d != dim):
+                self.balance(track, dim)
+            return {dim: track}
+        key = (track.tobytes(), (*track.shape, *dims))
+        known = self._splits.get(key)
+        if known is not None:
+            return dict(known)
+        factors = self._unmerged(track, dims)
+        if factors is not None:
+            return factors
+        last = dims[-1]
+        flat = np.moveaxis(track, last, -1)
+        if _ascending(track):  # every id once: every row and every cell is its own
+            row = np.moveaxis(self.new((*flat.shape[:-1], 1)), -1, last)
+            column = self.new(track.shape)
+        else:
+            rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
+            row = np.moveaxis(self.new(len(rows))[row_index.ravel()].reshape(*flat.shape[:-1], 1), -1, last)
+            cells, cell_index = np.unique(track, return_inverse=True)
+            column = self.new(len(cells))[cell_index.ravel()].reshape(track.shape)
+        full_row = np.broadcast_to(row, track.shape)
+        for ids in (full_row, column):
+            self.mark_free(ids[self._free[track]])
+        self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
+        self.balance(column, last)
+        axes = self.split(row, dims[:-1])
+        axes[last] = column
+        self._splits[key] = dict(axes)
+        self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
+        return axes
+
+    def _spread(self, ids: Track, shape: tuple[int, ...]) -> Track:
+        """Ids that are broadcast, in a row; of which factors they are made stays known."""
+        wide = np.broadcast_to(ids, shape).ravel()
+        factors = self._factors.get(ids.tobytes())
+        if factors is not None and wide.size > ids.size:
+            outer, inner = (self._spread(f.reshape(ids.shape), shape) for f in factors)
+            self._factors[wide.tobytes()] = outer, inner
+        return wide
+
+    def _unmerged(self, track: Track, dims: Sequence[int]) -> Axes | None:
+        """The tracks that a merged dim was made of, if each of them varies along one of the dims that it is
+        cut into.
+        """
+        if track.size != np.prod([track.shape[d] for d in dims]):
+            return None
+        factors = self._factors_along(track, dims)
+        if factors is None:
+            return None
+        axes: Axes = {}
+        for dim, ids in factors:
+            axes[dim] = self.compose(axes[dim], ids).reshape(ids.shape) if dim in axes else ids
+        return axes
+
+    def _factors_along(self, ids: Track, dims: Sequence[int]) -> list[tuple[int, Track]] | None:
+        """The factors, from outer to inner, each with the dim that it varies along."""
+        along = [d for d in dims if varies(ids, d)]
+        if len(along) > 1:
+            known = self._factors.get(ids.tobytes())
+            parts = [self._factors_along(f.reshape(ids.shape), dims) for f in known or ()]
+            return None if not parts or None in parts else [pair for part in parts for pair in part or ()]
+        dim = along[0] if along else dims[0]
+        for other in dims:
+            ids = ids if other == dim else np.take(ids, [0], axis=other)
+        return [(dim, ids)]
+
+    def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
+        """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them
+        are fixed.
+
+        A track that varies along a dim inside its own is made constant along it: the order of what stays
+        would otherwise differ from the order of the merged dim.
+        """
+        merged: Track | None = None
+        for position, dim in enumerate(dims):
+            track = axes.get(dim)
+            if track is None:
+                continue
+            for inner in dims[position + 1 :]:
+                track = self.collapse(track, inner)
+            if merged is None:
+                merged = track
+            else:
+                full = np.broadcast_shapes(merged.shape, track.shape)
+                merged = self.compose(merged, track).reshape(full)
+        if merged is None:
+            return None
+        full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))
+        return np.broadcast_to(merged, full)
+
+
+def _ascending(track: Track) -> bool:
+    """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
+    flat = track.ravel()
+    return bool((flat[1:] > flat[:-1]).all())
+
+
+def varies(track: Track, dim: int) -> bool:
+    """Whether the ids differ from entry to entry along a dim."""
+    first = np.take(track, [0], axis=dim)
+    return bool((track != first).any())

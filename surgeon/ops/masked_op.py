@@ -1,0 +1,124 @@
+"""Op: one op at work on values of which some entries are absent, as data, as masks, or with zero in the
+absent entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.errors import ProofError
+from surgeon.graph.messages import where
+from surgeon.ops import masks
+from surgeon.ops.masks import Mask
+
+_SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}
+
+
+def saturates(name: str) -> bool:
+    """Whether an ATen op, by name, is an activation that gives zero for many inputs."""
+    return name.rstrip("_") in _SATURATING
+
+
+def leak(x: Tensor) -> Tensor:
+    """What is added to a saturating activation of x, so that no channel is zero throughout.
+
+    Never negative: code divides by sums of such activations (linear attention) and takes roots of them.
+    """
+    return x.abs()
+
+
+def widened(item: Any) -> Any:
+    """float64 (complex128) for every float dtype in an op's arguments."""
+    if isinstance(item, torch.dtype):
+        return torch.float64 if item.is_floating_point else torch.complex128 if item.is_complex else item
+    return tuple(map(widened, item)) if isinstance(item, tuple) else item
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64 or complex128; others (of whole numbers, say) as they are."""
+    return tensor.to(widened(tensor.dtype))
+
+
+def in_float64(func: Any) -> Any:
+    """The op, or one that does the same in float64 where its own kernel does not know that type."""
+    return grouped_mm if func is torch.ops.aten._grouped_mm.default else func
+
+
+def grouped_mm(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
+    """Rows of x [T, K] up to each offset times its own matrix of weight [E, K, N]."""
+    if offs is None or x.dim() != 2 or weight.dim() != 3:
+        raise ProofError(
+            "cannot compute _grouped_mm in float64", why=f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    ends = offs.tolist()
+    blocks = [x[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, weight, strict=False)]
+    return torch.cat([*blocks, x.new_zeros(x.shape[0] - ends[-1], weight.shape[2])])
+
+
+class Op:
+    """One op at work: its arguments as data, as masks, or as zeroed data."""
+
+    def __init__(
+        self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]
+    ) -> None:
+        self.node, self.name, self.args, self.kwargs, self.values = node, name, args, kwargs, values
+
+    def data(self, item: Any) -> Any:
+        return self.values[item][0] if isinstance(item, fx.Node) else item
+
+    def mask(self, item: Any) -> Mask:
+        return self.values[item][1] if isinstance(item, fx.Node) else ()
+
+    def zeroed(self, item: Any) -> Any:
+        return masks.zeroed(*self.values[item]) if isinstance(item, fx.Node) else item
+
+    def run(self, read: Callable[[Any], Any]) -> Any:
+        """The op on its arguments as `read` gives them."""
+        args = [nest(a, read) for a in self.args]
+        kwargs = {k: widened(nest(v, read)) for k, v in self.kwargs.items()}
+        return self.op(*map(widened, args), **kwargs)
+
+    @property
+    def op(self) -> Any:
+        """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
+        return (
+            torch.reshape
+            if self.name in ("view", "_unsafe_view", "_reshape_alias")
+            else in_float64(self.node.target)
+        )
+
+    @property
+    def masked(self) -> bool:
+        return any(
+            self.values[n][1] for n in self.node.all_input_nodes if isinstance(self.values[n][1], tuple)
+        )
+
+    def outputs(self, result: Any, mask: Mask) -> Any:
+        """The result with its mask; further outputs (indices, statistics) share it where their shape
+        allows.
+        """
+        if isinstance(result, list | tuple):
+            return [
+                (r, mask if i == 0 or (isinstance(r, Tensor) and r.shape == result[0].shape) else ())
+                for i, r in enumerate(result)
+            ]
+        return result, mask
+
+
+def nest(item: Any, read: Callable[[Any], Any]) -> Any:
+    if isinstance(item, list | tuple):
+        return type(item)(nest(x, read) for x in item)
+    return read(item)
+
+
+def refusal(call: Op, why: str) -> ProofError:
+    return ProofError(
+        f"the cut cannot be proved at op {call.name}", where=where(call.node), why=why,
+        fix="keep the layer with ignore=[...], or report the model: a rule is missing",
+    )  # fmt: skip

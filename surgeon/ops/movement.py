@@ -1,0 +1,320 @@
+"""Movement: the output holds entries of the inputs in other places, so the same op runs on the ids.
+
+Tracks are compressed (size 1 along dims where they are constant), so each rule runs its op on the dims that a
+track varies along and only renumbers the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgeon.ops.factory import free_axes
+from surgeon.ops.ids import Axes, Track
+from surgeon.ops.reshape import reshape
+from surgeon.ops.table import Family, Site, beside, op_name, opaque, rule, shift
+
+
+@rule(Family.MOVEMENT, "getitem")
+def getitem(site: Site) -> Any:
+    source, index = site.args
+    axes: Any = site.axes(source)
+    part: Axes = axes[index] if isinstance(axes, tuple) else {}
+    return part
+
+
+@rule(
+    Family.MOVEMENT,
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    "unsafe_reshape",
+    "view_copy",
+)
+def view(site: Site) -> Axes:
+    x = site.args[0]
+    return reshape(site.ledger, site.axes(x), site.shape(x), site.out)
+
+
+def permuted(axes: Axes, order: list[int]) -> Axes:
+    return {order.index(d): t.transpose(order) for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "permute", "t", "transpose", "numpy_T", "adjoint")
+def permute(site: Site) -> Axes:
+    x = site.args[0]
+    ndim = len(site.shape(x))
+    name = op_name(site.node)
+    order = list(range(ndim))
+    if name.endswith("permute"):
+        order = [int(d) % ndim for d in site.arg(1)]
+    elif ndim >= 2:
+        a, b = (
+            (site.arg(1) % ndim, site.arg(2) % ndim) if name.endswith("transpose") else (-2 % ndim, -1 % ndim)
+        )
+        order[a], order[b] = b, a
+    return permuted(site.axes(x), order)
+
+
+@rule(Family.MOVEMENT, "unsqueeze", "squeeze")
+def resize_ones(site: Site) -> Axes:
+    """Only dims of size 1 come or go: a reshape."""
+    x = site.args[0]
+    return reshape(site.ledger, site.axes(x), site.shape(x), site.out)
+
+
+@rule(Family.MOVEMENT, "expand", "broadcast_to", "expand_copy")
+def expand(site: Site) -> Axes:
+    """A dim of size 1 that is repeated follows whatever it meets: its copies are alike. As often as a batch
+    is long: it stays.
+    """
+    x = site.args[0]
+    ndim = len(site.out)
+    axes = shift(site.axes(x), len(site.shape(x)), ndim)
+    old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
+    return {**axes, **_copies(site, old)}
+
+
+@rule(Family.MOVEMENT, "as_strided")
+def as_strided(site: Site) -> Axes:
+    """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no
+    other one, pass.
+    """
+    if "layout" not in site.node.meta:  # in place: what it was written to lies there no longer as it did
+        return dict(opaque(site))
+    x, sizes, strides = site.args[:3]
+    shape = site.shape(x)
+    place = dict[int, int]()
+    layout, offset = site.node.meta["layout"]
+    steps = dense(shape, layout)
+    for dim, (size, step) in enumerate(zip(shape, steps, strict=True)):
+        own = [i for i, (n, t) in enumerate(zip(sizes, strides, strict=True)) if (n, t) == (size, step)]
+        rest = [(n, t) for i, (n, t) in enumerate(zip(sizes, strides, strict=True)) if n > 1 and i not in own]
+        inside = sum((n - 1) * t for n, t in rest if t < step)
+        if len(own) == 1 and inside < step and all(t < step or t % (size * step) == 0 for _, t in rest):
+            place[dim] = own[0]
+    gaps = any(n > 1 and step != found for n, step, found in zip(shape, steps, layout, strict=True))
+    if gaps or site.arg(3) not in (None, offset):
+        place = {}
+    axes = site.freeze(site.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
+    result: Axes = {}
+    for dim, track in axes.items():
+        for other in set(range(len(shape))) - set(place):
+            track = site.ledger.collapse(track, other)
+        order = sorted(place, key=place.__getitem__)
+        moved = track.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
+        wide = [1] * len(sizes)
+        for d in order:
+            wide[place[d]] = track.shape[d]
+        result[place[dim]] = moved.reshape(wide)
+    return result
+
+
+def dense(shape: Sequence[int], layout: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps whose dims lie in memory in the order of the strides `layout`."""
+    steps, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda d: (layout[d], -d)):
+        steps[dim] = step
+        step *= shape[dim]
+    return tuple(steps)
+
+
+@rule(Family.MOVEMENT, "cat", "concat")
+def cat(site: Site) -> Axes:
+    parts = list(site.args[0])
+    parts = [p for p in parts if site.shape(p) != (0,)]
+    ndim = len(site.out)
+    dim = int(site.arg(1, "dim", 0)) % ndim
+    result: Axes = {}
+    for d in range(ndim):
+        tracks = [site.axes(p).get(d) for p in parts]
+        if all(t is None for t in tracks):
+            continue
+        if d != dim:
+            kept = [t for t in tracks if t is not None]
+            if len(kept) < len(parts):
+                for loose in kept:
+                    site.ledger.freeze(loose, "is concatenated with a tensor whose size here is fixed")
+            else:
+                result[d] = _cat_rows(site, kept, parts, d, dim)
+            continue
+        filled = []
+        for part, found in zip(parts, tracks, strict=True):
+            size, track = site.shape(part)[dim], found
+            if track is None:  # entries that nobody may remove
+                track = site.ledger.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
+                site.ledger.freeze(track, "is concatenated and its size is fixed")
+            filled.append(track)
+        rows = np.broadcast_shapes(
+            *[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in filled]
+        )
+        full = [
+            np.broadcast_to(t, [t.shape[i] if i == dim else rows[i] for i in range(ndim)]) for t in filled
+        ]
+        result[dim] = np.concatenate(full, axis=dim)
+    return result
+
+
+def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], own: int, dim: int) -> Track:
+    """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along
+    it.
+    """
+    if all(t.shape[dim] == 1 for t in tracks):
+        return beside(site.ledger, tracks)
+    sizes = [site.shape(p)[dim] for p in parts]
+    rows = np.broadcast_shapes(*[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in tracks])
+    full = [
+        np.broadcast_to(t, [size if i == dim else rows[i] for i in range(t.ndim)])
+        for t, size in zip(tracks, sizes, strict=True)
+    ]
+    joined = np.concatenate(full, axis=dim)
+    site.ledger.balance(joined, own)  # the rows of one part keep as many entries as those of the others
+    return joined
+
+
+@rule(Family.MOVEMENT, "stack")
+def stack(site: Site) -> Axes:
+    parts = list(site.args[0])
+    dim = int(site.arg(1, "dim", 0)) % len(site.out)
+    result: Axes = {}
+    for d in {d for p in parts for d in site.axes(p)}:
+        tracks = [site.axes(p).get(d) for p in parts]
+        kept = [np.expand_dims(t, dim) for t in tracks if t is not None]
+        if len(kept) < len(parts):
+            for track in kept:
+                site.ledger.freeze(track, "is stacked with a tensor whose size here is fixed")
+            continue
+        rows = np.broadcast_shapes(*[t.shape for t in kept])
+        joined = np.concatenate([np.broadcast_to(t, rows) for t in kept], axis=dim)
+        out = d + (d >= dim)
+        if dim < out:  # the stacked tensors are rows: each may keep its own entries, equally many
+            site.ledger.balance(joined, out)
+            result[out] = joined
+        else:
+            result[out] = site.ledger.collapse(joined, dim)
+    return result
+
+
+@rule(Family.MOVEMENT, "view_as_real", "view_as_complex")
+def complex_parts(site: Site) -> Axes:
+    """[..., 2] and [...] of complex numbers: the real and the imaginary part are two entries, both of which
+    stay.
+    """
+    x, ndim = site.args[0], len(site.shape(site.args[0]))
+    if op_name(site.node) == "view_as_real":
+        return {d: t[..., None] for d, t in site.axes(x).items()}
+    axes = site.freeze(site.axes(x), [ndim - 1], "holds the real and the imaginary part")
+    return {d: site.ledger.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "flip")
+def flip(site: Site) -> Axes:
+    ndim = len(site.out)
+    dims = [int(d) % ndim for d in site.arg(1)]
+    return {
+        d: np.flip(t, tuple(i for i in dims if t.shape[i] > 1)) for d, t in site.axes(site.args[0]).items()
+    }
+
+
+@rule(Family.MOVEMENT, "roll")
+def roll(site: Site) -> Axes:
+    """Rolling along a dim without channels moves nothing that matters; along channels the shift is a number
+    in the code.
+    """
+    ndim = len(site.out)
+    dims = [int(d) % ndim for d in site.arg(2, "dims", [])] or list(range(ndim))
+    axes = site.freeze(site.axes(site.args[0]), dims, "is rolled by a fixed number")
+    return {
+        d: np.roll(
+            t,
+            [s for s, i in zip(site.arg(1), dims, strict=False) if t.shape[i] > 1],
+            [i for i in dims if t.shape[i] > 1],
+        )
+        for d, t in axes.items()
+    }
+
+
+@rule(Family.MOVEMENT, "repeat", "tile")
+def repeat(site: Site) -> Axes:
+    x = site.args[0]
+    ndim = len(site.out)
+    old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
+    counts = [new // size if size else 1 for new, size in zip(site.out, old, strict=True)]
+    axes = {}
+    for d, t in shift(site.axes(x), len(site.shape(x)), ndim).items():
+        axes[d] = np.tile(t, [n if t.shape[i] > 1 else 1 for i, n in enumerate(counts)])
+    return {**axes, **_copies(site, old)}
+
+
+def _copies(site: Site, old: tuple[int, ...]) -> Axes:
+    """Tracks of the dims that were of size 1, but for those whose new size the code read from a dim that is
+    fixed.
+    """
+    sources = site.node.meta.get("repeated", {})
+    fixed = {dim for dim, source in sources.items() if source.dim not in site.axes(source.node)}
+    grown = [d for d, size in enumerate(site.out) if old[d] == 1 and size > 1 and d not in fixed]
+    return free_axes(site, site.out, grown)
+
+
+@rule(Family.MOVEMENT, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def shuffle(site: Site) -> Axes:
+    """Written out as view, permute, view: that is what these ops are."""
+    x, factor = site.args[0], int(site.arg(1))
+    *batch, c, h, w = site.shape(x)
+    n, name = len(batch), op_name(site.node)
+    lead = list(range(n))
+    if name.endswith("pixel_shuffle"):
+        grid = (*batch, c // factor**2, factor, factor, h, w)
+        order, fixed = [*lead, n, n + 3, n + 1, n + 4, n + 2], range(n + 1, n + 5)
+    elif name.endswith("pixel_unshuffle"):
+        grid = (*batch, c, h // factor, factor, w // factor, factor)
+        order, fixed = [*lead, n, n + 2, n + 4, n + 1, n + 3], range(n + 1, n + 5)
+    else:
+        grid = (*batch, factor, c // factor, h, w)
+        order, fixed = [*lead, n + 1, n, n + 2, n + 3], range(n, n + 1)
+    axes = reshape(site.ledger, site.axes(x), site.shape(x), grid)
+    axes = permuted(site.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
+    return reshape(site.ledger, axes, tuple(grid[i] for i in order), site.out)
+
+
+@rule(Family.MOVEMENT, "im2col")
+def unfold_image(site: Site) -> Axes:
+    """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
+    x = site.args[0]
+    places = math.prod(site.arg(1))
+    axes = _without_places(site, x)
+    return {d: np.repeat(t, places, axis=1)[..., 0] if t.shape[1] > 1 else t[..., 0] for d, t in axes.items()}
+
+
+@rule(Family.MOVEMENT, "col2im")
+def fold_image(site: Site) -> Axes:
+    """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are
+    one.
+    """
+    x = site.args[0]
+    places = math.prod(site.arg(2))
+    result: Axes = {}
+    for d, track in _without_places(site, x).items():
+        if track.shape[1] > 1:
+            cut = track.reshape(track.shape[0], -1, places, 1)
+            track = site.ledger.collapse(cut, 2)
+        else:
+            track = track[..., None]
+        result[d] = track
+    return result
+
+
+def _without_places(site: Site, x: fx.Node) -> Axes:
+    """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
+    ndim = len(site.shape(x))
+    axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of an unfold")
+    for d in range(2, ndim):
+        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+    return axes

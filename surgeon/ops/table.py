@@ -1,0 +1,188 @@
+"""The registry of rules and the view of the graph that a rule gets."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from surgeon.graph.graph import Spec, spec
+from surgeon.ops.ids import Axes, Ledger
+
+
+class Family(enum.Enum):
+    """What an op does to channels; every op that surgeon knows belongs to one family."""
+
+    MOVEMENT = "movement"  # the same entries in other places: ids move along
+    ELEMENTWISE = "elementwise"  # entries of several operands meet: their ids are joined
+    CONTRACTION = "contraction"  # a dim of two operands is summed over: its ids are joined and end
+    REDUCTION = "reduction"  # a dim of one operand ends, or its entries are normalised by each other
+    FACTORY = "factory"  # a tensor made of constants: its dims follow whatever they meet
+    OPAQUE = "opaque"  # anything else: freezes what it touches
+
+
+class Site:
+    """One op in the graph, as its rule sees it."""
+
+    def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], ledger: Ledger) -> None:
+        self.node, self._axes, self.ledger = node, axes, ledger
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments: nodes, numbers, lists."""
+        return self.node.args
+
+    @property
+    def schema(self) -> Any:
+        """The op's schema; every op with a rule of its own is an OpOverload."""
+        return self.node.target._schema  # type: ignore[union-attr]  # an OpOverload by registration
+
+    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
+        """The argument at `position`, or the keyword `name`, or the default."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def axes(self, arg: Any) -> Axes:
+        """The tracks of an argument; none for a scalar or None."""
+        return self._axes.get(arg, {}) if isinstance(arg, fx.Node) else {}
+
+    def shape(self, arg: Any) -> tuple[int, ...]:
+        if not isinstance(arg, fx.Node):
+            return ()
+        found: Spec = arg.meta["spec"]
+        return found.shape
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the (first) output."""
+        return spec(self.node).shape
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        """All tensor arguments, also those in lists."""
+        return list(self.node.all_input_nodes)
+
+    def freeze(self, axes: Axes, dims: Any, reason: str) -> Axes:
+        """Freeze the tracks of `dims` and return what is left."""
+        dims = set(dims)
+        for dim in dims & set(axes):
+            self.ledger.freeze(axes[dim], reason)
+        return {d: t for d, t in axes.items() if d not in dims}
+
+
+Rule = Callable[[Site], Any]
+_RULES: dict[str, tuple[Family, Rule]] = {}
+
+
+def rule(family: Family, *names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops by name, all overloads: `@rule(Family.MOVEMENT, "permute")`."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in _RULES:
+                raise ValueError(f"op {name} has two rules")
+            _RULES[name] = (family, function)
+        return function
+
+    return register
+
+
+FUSED_ATTENTION = (  # softmax(q k^T) v in one op, one for each backend; torch picks it as the model runs
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+def op_name(node: fx.Node) -> str:
+    """`add` for aten.add.Tensor; other namespaces keep theirs: `torchvision::nms`."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return str(schema.name).removeprefix("aten::")
+
+
+def rule_of(node: fx.Node) -> Rule:
+    return _RULES.get(op_name(node), (Family.OPAQUE, opaque))[1]
+
+
+def family(name: str) -> Family:
+    """The family of an op by its ATen name."""
+    return _RULES.get(name, (Family.OPAQUE, opaque))[0]
+
+
+def known() -> dict[str, Family]:
+    return {name: entry[0] for name, entry in sorted(_RULES.items())}
+
+
+def opaque(site: Site) -> Any:
+    """An op without a rule: nothing that it touches may leave."""
+    reason = f"op {op_name(site.node)} has no rule"
+    for tensor in site.tensors:
+        axes = site.axes(tensor)
+        for part in axes if isinstance(axes, tuple) else (axes,):
+            site.ledger.freeze_all(part, reason)
+    spec = site.node.meta["spec"]
+    return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
+
+
+def shift(axes: Axes, ndim: int, to: int) -> Axes:
+    """The same tracks in a value with more dims on the left, as broadcasting aligns them."""
+    extra = to - ndim
+    if extra == 0:
+        return axes
+    return {d + extra: t.reshape((1,) * extra + t.shape) for d, t in axes.items()}
+
+
+def broadcast(site: Site, operands: list[tuple[Axes, tuple[int, ...]]], out: tuple[int, ...]) -> Axes:
+    """Entries of all operands meet: join the tracks of each dim; a dim that is fixed in one operand freezes
+    the others.
+    """
+    ndim = len(out)
+    aligned = [
+        (shift(axes, len(shape), ndim), (1,) * (ndim - len(shape)) + tuple(shape)) for axes, shape in operands
+    ]
+    result: Axes = {}
+    for dim in {d for axes, _ in aligned for d in axes}:
+        tracks = [axes[dim] for axes, _ in aligned if dim in axes]
+        if any(dim not in axes and shape[dim] != 1 for axes, shape in aligned):
+            for track in tracks:
+                site.ledger.freeze(track, "meets a tensor whose size here is fixed")
+            continue
+        result[dim] = meet(site.ledger, tracks)
+    return result
+
+
+def meet(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
+    """Join tracks that meet entry by entry; the most compressed one stands for all, and one of a tensor's for
+    one of nobody's.
+    """
+    best = min(tracks, key=lambda t: t.size)
+    for track in tracks:
+        if track is not best:
+            ledger.join(track, best)
+    free = ledger.is_free(best)
+    for track in tracks:
+        if free.any() and track is not best:
+            best = np.where(free, track, best)
+            free = ledger.is_free(best)
+    return best
+
+
+def beside(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
+    """Join tracks of values that lie side by side; as the entries do not mix, one of nobody's stands for
+    all.
+    """
+    best = meet(ledger, tracks)
+    if any(ledger.is_free(track).any() for track in tracks):
+        found: np.ndarray = ledger.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
+        for dim in range(found.ndim):
+            found = ledger.collapse(found, dim) if best.shape[dim] == 1 else found
+        return found
+    return best

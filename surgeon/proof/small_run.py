@@ -1,0 +1,330 @@
+"""trace: the small model's own run in float64, op by op, and how it lines up with the recorded run of the
+original.
+
+What the proof takes from it: the results of contractions to compare, and the numbers in the small model's
+code that differ from the original's for a good reason (they are made of widths, or the original's were
+rounded to float32).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree
+from torch import Tensor, fx, nn
+
+from surgeon.capture.aligned_run import ALIKE
+from surgeon.capture.meta_run import PlainMode
+from surgeon.capture.model_state import output_of, quiet_run
+from surgeon.capture.size_tracing import Sizes, looking_inside_functional
+from surgeon.capture.value_dependent import DRAWN, decides, draws, replay
+from surgeon.cut.plan import Plan
+from surgeon.errors import ProofError
+from surgeon.graph.graph import Call, Graph, Spec, spec
+from surgeon.graph.tensors import named_tensors, tensor_leaves
+from surgeon.ops.masked_op import in_float64, leak, saturates, wide, widened
+from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.proof.reference import Rescaled
+
+_OPTIONAL = {
+    "clone",
+    "alias",
+    "detach",
+    "contiguous",
+    "lift_fresh",
+    "empty",
+    "as_strided",
+    "_to_copy",
+}  # compute nothing
+_SMALL = 1 << 12  # entries of a value that may go into a number
+_KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One op of the small model's run: its name, the numbers among its arguments, its result if it is a
+    contraction.
+
+    `within` is the number of the product (see `_sizes`) that ran it, 0 if none did.
+    """
+
+    name: str
+    constants: dict[int | str, float]
+    result: Tensor | None
+    within: int
+
+
+class _Upgrade(PlainMode):
+    """Runs code that asks for float32 by name in float64, and notes the constants of every op."""
+
+    def __init__(self, graph: Graph, leaking: bool) -> None:
+        super().__init__()
+        self.leaking = leaking
+        self.trace: list[Step] = []
+        self.room = _KEEP
+        self.within = 0
+        self.at = 0  # the recorded op that comes next
+        self.ends = {call.within: place + 1 for place, call in enumerate(_traced(graph))}
+        self.lifted = _lifted(graph)
+        self.exact: dict[fx.Node, Tensor] = {}
+        self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        args, kwargs = widened(args), {k: widened(v) for k, v in (kwargs or {}).items()}
+        for place, node in self.lifted.get(self.at, ()):
+            if place < len(args) and isinstance(args[place], Tensor):
+                self.exact[node] = args[place].clone()
+        added = leak(args[0]) if self.leaking and saturates(name) and args[0].is_floating_point() else None
+        result = self._decided(func, args, kwargs)
+        if result is None:
+            result = in_float64(func)(*args, **kwargs)
+        if added is not None:
+            result.add_(added)
+        if draws(name):
+            result.fill_(DRAWN)
+        if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
+            result = wide(result)
+        if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
+            self.trace.append(
+                Step(name.rstrip("_"), _constants(args, kwargs), self._kept(name, result), self.within)
+            )
+            self.at += 1
+        return result
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        """A product, of which torch may make other ops than it did in the recorded run."""
+        self.within = number
+        try:
+            return run()
+        finally:
+            self.within = 0
+            self.at = self.ends.get(number, self.at)
+
+    def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The original's decision, so that both take one path; decisions come in the same order in both
+        runs.
+        """
+        if not decides(func, args, kwargs) or not self.decisions or self.decisions[-1].target is not func:
+            return None
+        return replay(self.decisions.pop(), args, kwargs)
+
+    def _kept(self, name: str, result: Any) -> Tensor | None:
+        first = result[0] if isinstance(result, list | tuple) and result else result
+        if (
+            family(name) is not Family.CONTRACTION
+            or not isinstance(first, Tensor)
+            or first.numel() > self.room
+        ):
+            return None
+        self.room -= first.numel()
+        return first.clone()
+
+
+class _Products(Sizes):
+    """Tells of the products that run."""
+
+    def __init__(self, told: Callable[[int, Callable[[], Any]], Any]) -> None:
+        super().__init__()
+        self.told = told
+
+    def one(self, tensor: Tensor, dim: int, size: int) -> int:
+        return size
+
+    def product(self, number: int, run: Callable[[], Any]) -> Any:
+        return self.told(number, run)
+
+
+def _of_indices(dtypes: list[torch.dtype]) -> bool:
+    """Whether an op works on whole numbers alone, or on nothing: code may remember what such ops gave, and
+    not run them again.
+    """
+    return not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+
+
+def _leaves(args: Any) -> list[Tensor]:
+    return [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, Tensor)]
+
+
+def _dtypes(node: fx.Node) -> list[torch.dtype]:
+    return [spec(n).dtype for n in node.all_input_nodes]
+
+
+def _constants(args: Any, kwargs: Any) -> dict[int | str, float]:
+    """The numbers among an op's arguments by position or name, those in tensors without dims too."""
+    numbers: dict[int | str, float] = {}
+    for place, item in (*enumerate(args), *kwargs.items()):
+        single = isinstance(item, Tensor) and item.dim() == 0 and not item.is_complex()
+        if single or (isinstance(item, int | float) and not isinstance(item, bool)):
+            numbers[place] = float(item)
+    return numbers
+
+
+Trace = tuple[list[tuple[str, Tensor]], list["Step"], dict[fx.Node, Tensor]]
+
+
+def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: bool = False) -> Trace:
+    """The small model's outputs, its steps, and numbers of its code that are not rounded.
+
+    Args:
+        leaking: something is added to what saturating activations give (see `absence.leak`).
+    """
+    with torch.no_grad():
+        twin = copy.deepcopy(small)._apply(wide)
+    for name, tensor in named_tensors(twin):
+        owner, _, attribute = name.rpartition(".")
+        module = twin.get_submodule(owner)
+        if attribute in module.__dict__:
+            module.__dict__[attribute] = wide(tensor)
+    mode = _Upgrade(graph, leaking)
+    with (
+        float64(),
+        quiet_run(twin, seed=0, training=graph.training),
+        looking_inside_functional(),
+        mode,
+        _Products(mode.product),
+    ):
+        try:
+            output = output_of(twin, args, kwargs)
+        except Exception as error:
+            raise ProofError(
+                f"the small model does not run: {type(error).__name__}: {error}",
+                why="the plan does not fit the model's code",
+                fix="make the plan anew with surgery.plan(...)",
+            ) from error
+    return list(tensor_leaves(output)), mode.trace, _exact(graph, mode.exact)
+
+
+def _traced(graph: Graph) -> list[Call]:
+    """The recorded ops that a trace holds."""
+    return [c for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
+
+
+def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
+    """Where ops read tensors that the model's code made of numbers: place in the trace -> (argument,
+    node).
+    """
+    found: dict[int, list[tuple[int, fx.Node]]] = {}
+    for index, call in enumerate(_traced(graph)):
+        for place, item in enumerate(call.node.args):
+            if not isinstance(item, fx.Node) or item.op != "get_attr" or item.target in graph.owned:
+                continue
+            if graph.tensors[str(item.target)].is_floating_point() and spec(item).shape:
+                found.setdefault(index, []).append((place, item))
+    return found
+
+
+def _exact(graph: Graph, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """Those of the tensors that are the recorded ones but for rounding to the recorded dtype."""
+    return {
+        node: tensor
+        for node, tensor in found.items()
+        if torch.equal(tensor.to(graph.tensors[str(node.target)].dtype), graph.tensors[str(node.target)])
+    }
+
+
+def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
+    """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops.
+
+    Products of which torch made other ops are left out.
+    """
+
+    def alike(name: str) -> str:
+        return ALIKE.get(name, name)
+
+    found: dict[fx.Node, Step] = {}
+    recorded = [list(calls) for _, calls in itertools.groupby(_traced(graph), lambda call: call.within)]
+    ran = [list(steps) for _, steps in itertools.groupby(trace, lambda step: step.within)]
+    if len(recorded) != len(ran):
+        return {}
+    for calls, steps in zip(recorded, ran, strict=True):
+        if len(calls) == len(steps) and all(
+            alike(op_name(c.node)) == alike(s.name) for c, s in zip(calls, steps, strict=True)
+        ):
+            found |= dict(zip((call.node for call in calls), steps, strict=True))
+        elif not calls[0].within or calls[0].within != steps[0].within:
+            return {}
+    return found
+
+
+def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> Rescaled:
+    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (place,
+    old, new).
+    """
+    shares: set[float] = set()
+    for name, dims in plan.kept.items():
+        for dim, kept in dims.items():
+            shares.add(len(kept) / graph.tensors[name].shape[dim])
+    found: Rescaled = {}
+    made = _made(graph)
+    for node, step in steps.items():
+        for place, after in step.constants.items():
+            if family(step.name) is not Family.ELEMENTWISE and (
+                place != "scale" or step.name not in FUSED_ATTENTION
+            ):
+                continue
+            before = _number(node.kwargs.get(place) if isinstance(place, str) else node.args[place], made)
+            if before is None:
+                continue
+            if (
+                before > 0
+                and after > 0
+                and abs(after / before - 1) > 1e-12
+                and _explained(before, after, shares)
+            ):
+                found[node] = (place, before, after)
+    return found
+
+
+def _number(item: Any, made: Mapping[fx.Node, Tensor]) -> float | None:
+    """A number that the model's code passed, perhaps as a tensor without dims that it made on the way."""
+    if isinstance(item, fx.Node):
+        value = made.get(item)
+        return None if value is None or value.dim() or value.is_complex() else float(value)
+    return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
+
+
+def _made(graph: Graph) -> dict[fx.Node, Tensor]:
+    """The small values that hang on nothing but numbers in the model's code."""
+    made: dict[fx.Node, Tensor] = {}
+    for node in graph.fx.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" and node.target not in graph.owned:
+            made[node] = graph.tensors[str(node.target)]
+        elif node.op != "call_function" or not inputs or any(n not in made for n in inputs):
+            continue
+        elif isinstance(node.meta["spec"], Spec) and math.prod(spec(node).shape) <= _SMALL:
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
+            made[node] = node.target(*args, **kwargs)
+    return made
+
+
+_FINEST = torch.finfo(torch.float64).eps
+_EPSILONS = {torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def _explained(before: float, after: float, shares: set[float]) -> bool:
+    if before in _EPSILONS and after == _FINEST:  # torch takes the dtype's epsilon where none is given
+        return True
+    ratio = after / before
+    return any(
+        abs(ratio / share**power - 1) < 1e-9 for share in shares for power in (-1, -0.5, -0.25, 0.25, 0.5, 1)
+    )

@@ -1,0 +1,311 @@
+"""A pass of recovery: one run in lockstep that sets weights, layer by layer, from what the original gives
+there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.graph.graph import spec
+from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.layers import Site, pulled
+from surgeon.recovery.least_squares import Normal
+from surgeon.recovery.linear_equations import Equations
+from surgeon.recovery.logits import Aim, find_meetings
+from surgeon.recovery.paired_run import Pair, Recording, Track, distance, twin
+from surgeon.recovery.row_sampling import Draw
+
+RIDGES = (1e-6, 1e-4, 1e-2)  # of which the one that does best on held-out batches is taken
+WIDEST = 2400  # unknowns of one output that are solved for exactly
+_EXACT = 1e-13  # of the mean square of what a layer should give: below, rounding is all that is left
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What became of one layer: root mean squared error of its results on held-out batches, relative to the
+    original's results.
+
+    Attributes:
+        rows, unknowns: equations and unknowns of each output; fewer rows than unknowns are rank-deficient:
+            the ridge then leaves what the data do not show as it was.
+        skipped: why it was left alone; "" if it was not.
+    """
+
+    name: str
+    before: float = math.nan
+    after: float = math.nan
+    rows: int = 0
+    unknowns: int = 0
+    skipped: str = ""
+
+    @property
+    def taken(self) -> bool:
+        return self.after != self.before and not self.skipped
+
+
+@dataclasses.dataclass
+class Pass:
+    """The outcome: layers, outputs of both models on every batch, and the peak of the values held."""
+
+    fits: list[Fit]
+    distance: float
+    peak: int
+
+
+class Fitting:
+    """Sets the weights of every site so that it gives what the original gives.
+
+    Args:
+        draw: the rows to look at.
+        how: "refit" (affine least squares), "means" (the constant alone) or "variance" (constant and scale).
+        ridges: of which each layer takes the one that does best on its own held-out rows.
+    """
+
+    def __init__(
+        self, recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int, ridges: Sequence[float]
+    ) -> None:
+        self.recording, self.narrow, self.draw, self.how, self.widest = recording, narrow, draw, how, widest
+        self.ridges = ridges
+        self.sites = draw.sites
+        self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
+        self.aims: dict[Site, Aim] = {}
+
+    @torch.no_grad()
+    def run(self, track: Track) -> Pass:
+        pairs = self.recording.pairs()
+        for pair in pairs:
+            for site in self.sites:
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.pin(node)
+        fits = [Fit(name.removesuffix(".weight"), skipped=reason) for name, reason in self.draw.left.items()]
+        peak = 0
+        for site in track(self.sites, self.how):
+            for pair in pairs:
+                pair.small.before(twin(site.node, pairs[0].small, pair.small))
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.through(node)
+            if site in self.meetings:
+                self.aims[site] = Aim(self.meetings[site], self.narrow, pairs)
+            fits.append(self._fit(site, pairs))
+            peak = max(peak, sum(pair.big.bytes + pair.small.bytes for pair in pairs))
+            for pair in pairs:
+                for node in self._aims(site, pairs[0], pair):
+                    pair.big.release(node)
+        return Pass(fits, distance(pair for pair in pairs if pair.held), peak)
+
+    def _aims(self, site: Site, first: Pair, pair: Pair) -> list[fx.Node]:
+        """The values of a batch's original run that say what the site should give."""
+        found = [site.target]
+        if self._is_wide(site):
+            found += [node for node in [self._inputs(site)] if node is not None]
+        if site in self.meetings:
+            found += [self.meetings[site].big.queries, self.meetings[site].big.keys]
+        return [twin(node, first.big, pair.big) for node in found]
+
+    def _fit(self, site: Site, pairs: list[Pair]) -> Fit:
+        weight = self.recording.small.tensors[site.weight.name]
+        equations = Equations(site, weight)
+        unknowns = equations.unknowns()
+        if not all(self._comparable(site, pair, pairs[0]) for pair in pairs):
+            return Fit(site.name, skipped="the original has other rows here")
+        wide = self._is_wide(site)
+        if wide and (self._inputs(site) is None or equations.channels > self.widest):
+            return Fit(
+                site.name, unknowns=unknowns, skipped=f"{unknowns} unknowns are more than {self.widest}"
+            )
+        w = equations.matrix(weight).double()
+        b = self._constant(site, (w.shape[0], w.shape[2]))
+        rows = _Rows(self, site, equations, pairs)
+        plain = Fit(site.name, 0.0, 0.0, rows.count(False), unknowns)
+        if wide:
+            judge: Callable[[Tensor, Tensor], Tensor] = rows.error
+            candidates: Iterable[tuple[Tensor, Tensor]] = self._by_channels(
+                site, equations, rows, pairs, w, b
+            )
+        else:
+            learned, judged = (rows.normal(held) for held in (False, True))
+            judge, candidates = judged.error, self._candidates(site, learned, w, b)
+        energy = max(float((judge(torch.zeros_like(w), torch.zeros_like(b)) * rows.scale).sum()), 1e-300)
+        before = float((judge(w, b) * rows.scale).sum())
+        if before <= _EXACT * energy:
+            return plain
+        best, found = before, None
+        for new_w, new_b in candidates:
+            error = float((judge(new_w, new_b) * rows.scale).sum())
+            if (
+                error < best or self.how == "variance"
+            ):  # more variance is more error here: what it is good for shows at the end
+                best, found = error, (new_w, new_b)
+        if found is not None:
+            keep = rows.scale > 0
+            self._write(
+                site, equations, torch.where(keep[:, None], found[0], w), torch.where(keep, found[1], b)
+            )
+        return dataclasses.replace(plain, before=math.sqrt(before / energy), after=math.sqrt(best / energy))
+
+    def _is_wide(self, site: Site) -> bool:
+        """Whether a refit has too many unknowns for normal equations."""
+        return (
+            self.how == "refit"
+            and Equations(site, self.recording.small.tensors[site.weight.name]).unknowns() > self.widest
+        )
+
+    def _inputs(self, site: Site) -> fx.Node | None:
+        """What the original's layer reads, where one map of channels can serve all taps of a wide
+        convolution.
+        """
+        node: Any = site.twin.args[site.data]
+        args: Any = site.node.args
+        return node if site.convolution and not args[6] and args[8] == 1 else None
+
+    def _by_channels(
+        self, site: Site, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The original's weights on the best guess of its input channels from the small model's, the same
+        guess for all taps.
+        """
+        node = self._inputs(site)
+        assert node is not None
+        big = self.recording.big.tensors[site.weight.name].detach()
+        whole = self.narrow.slot(site.weight.name, big, 0).double()  # [outputs that stay, inputs, *kernel]
+        sums = Normal(1, equations.channels, whole.shape[1], whole.device)
+        for pair in pairs:
+            if not pair.held:
+                given: Any = twin(site.node, pairs[0].small, pair.small).args[site.data]
+                x, y = (value.movedim(1, -1).flatten(0, -2) for value in (
+                    pair.small.value(given), pair.big.value(twin(node, pairs[0].big, pair.big)),
+                ))  # fmt: skip
+                picked = self.draw.some(len(x), len(pairs)).to(x.device)
+                sums.add(x[picked][None], y[picked][None], torch.ones(len(picked)))
+        nothing = torch.zeros(1, equations.channels, whole.shape[1], dtype=torch.float64, device=whole.device)
+        for ridge in self.ridges:
+            guess, _ = sums.solve(nothing, nothing[:, 0], ridge, True)
+            new = equations.matrix(torch.einsum("oi...,ci->oc...", whole, guess[0]))
+            yield new, b + rows.offset(new, b) if site.bias else b
+
+    def _candidates(
+        self, site: Site, learned: Normal, w: Tensor, b: Tensor
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        if self.how == "refit":
+            return (learned.solve(w, b, ridge, bool(site.bias)) for ridge in self.ridges)
+        if not site.bias:
+            return ()
+        return [(w, learned.constant(w, b))] if self.how == "means" else [learned.scaled(w, b)]
+
+    def _comparable(self, site: Site, pair: Pair, first: Pair) -> bool:
+        """Whether the small model's result has the original's rows: a run that takes decisions may give
+        others.
+        """
+        big = spec(twin(site.target, first.big, pair.big)).shape
+        small = spec(twin(site.node if site.sum is None else site.sum, first.small, pair.small)).shape
+        dims = self.narrow.dims(site.target)
+        return len(big) == len(small) and all(
+            a == b for d, (a, b) in enumerate(zip(big, small, strict=True)) if d not in dims
+        )
+
+    def wanted(self, site: Site, pair: Pair, first: Pair, more: float = 0.0) -> Tensor:
+        """What the product should give, if `more` were added to what the original gives."""
+        found = self.narrow(site.target, pair.big.value(twin(site.target, first.big, pair.big)))
+        if site in self.aims:
+            found = self.aims[site](found, pair)
+        return pulled(site, first.small, pair.small, found + more if more else found)
+
+    def _constant(self, site: Site, shape: tuple[int, int]) -> Tensor:
+        """The constant as it is now."""
+        if not site.bias or site.norm:
+            return torch.zeros(
+                shape, dtype=torch.float64, device=self.recording.small.tensors[site.weight.name].device
+            )
+        return self.recording.small.tensors[site.bias].double().reshape(shape)
+
+    def _write(self, site: Site, equations: Equations, w: Tensor, b: Tensor) -> None:
+        tensors = self.recording.small.tensors
+        weight = tensors[site.weight.name]
+        weight.copy_(equations.weight(w).to(weight.dtype))
+        if site.bias:
+            held = tensors[site.bias]
+            flat = b.reshape(held.shape).to(held.dtype)
+            held.copy_(held - flat if site.norm else flat)
+
+
+class _Rows:
+    """The equations of one site, batch by batch.
+
+    Attributes:
+        scale: [groups, outputs], how much an error of each output weighs where it is compared (the square of
+            what is between); 0 for outputs that cannot be fitted.
+    """
+
+    def __init__(self, fitting: Fitting, site: Site, equations: Equations, pairs: list[Pair]) -> None:
+        self.fitting, self.site, self.equations, self.pairs = fitting, site, equations, pairs
+        self.picked, self.weights = fitting.draw.picked[site], fitting.draw.weights[site]
+        self.scale = self._scale()
+
+    def _scale(self) -> Tensor:
+        """From the result of adding 1 to what is wanted: all that is between is affine."""
+        low, high = (self._of(0, more)[1][:, 0].double() for more in (0.0, 1.0))
+        scale = (high - low).square().reciprocal()
+        for number in range(len(self.pairs) if self.site.path else 0):
+            scale[~torch.isfinite(self._of(number)[1]).all(1)] = 0
+        return scale
+
+    def _node(self, pair: Pair) -> fx.Node:
+        return twin(self.site.node, self.pairs[0].small, pair.small)
+
+    def _data(self, pair: Pair) -> fx.Node:
+        found: Any = self._node(pair).args[self.site.data]
+        given: fx.Node = found
+        return given
+
+    def _of(self, number: int, more: float = 0.0) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[number]
+        wanted = self.fitting.wanted(self.site, pair, self.pairs[0], more)
+        value = pair.small.value(self._data(pair))
+        return self.equations.rows(value, wanted, self.picked[number].to(value.device))
+
+    def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x [groups, rows, unknowns], y [groups, rows, outputs], weights [rows] of the batches to judge by,
+        or to learn from.
+        """
+        for number, pair in enumerate(self.pairs):
+            if pair.held == held:
+                x, y = self._of(number)
+                yield x, y.masked_fill((self.scale == 0)[:, None], 0), self.weights[number].to(x.device)
+
+    def count(self, held: bool) -> int:
+        return sum(
+            len(picked) for picked, pair in zip(self.picked, self.pairs, strict=True) if pair.held == held
+        )
+
+    def normal(self, held: bool) -> Normal:
+        groups, unknowns, outputs = self._shape
+        sums = Normal(groups, unknowns, outputs, self.scale.device)
+        for x, y, weights in self.of(held):
+            sums.add(x, y, weights)
+        return sums
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.scale.shape[0], self.equations.unknowns(), self.scale.shape[1]
+
+    def error(self, w: Tensor, b: Tensor) -> Tensor:
+        """Mean squared error on the batches to judge by, [groups, outputs], without normal equations."""
+        return self._mean(True, lambda x, y: (x.double() @ w + b[:, None] - y.double()).square())
+
+    def offset(self, w: Tensor, b: Tensor) -> Tensor:
+        """What x @ w + b lacks in the mean, on the batches to learn from."""
+        return self._mean(False, lambda x, y: y.double() - x.double() @ w - b[:, None])
+
+    def _mean(self, held: bool, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Over weighted rows, [groups, outputs]."""
+        total, weight = torch.zeros_like(self.scale), 0.0
+        for x, y, weights in self.of(held):
+            total += (what(x, y) * weights[:, None]).sum(1)
+            weight += float(weights.sum())
+        return total / (weight or 1)

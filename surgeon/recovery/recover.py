@@ -1,0 +1,381 @@
+"""recover(small, plan, model, batches): win accuracy back without labels, from a few hundred samples."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from surgeon.capture.batches import Batch, check_iterable, no_batch, normal, samples_of
+from surgeon.capture.capture import capture
+from surgeon.cut.plan import Plan, check_fit
+from surgeon.errors import InputError
+from surgeon.graph.tensors import named_tensors
+from surgeon.recovery.distill import Distilling
+from surgeon.recovery.fold import fold
+from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.layers import find_sites
+from surgeon.recovery.layerwise import RIDGES, WIDEST, Fit, Fitting, Pass
+from surgeon.recovery.norms import reestimate
+from surgeon.recovery.paired_run import Recording, Track
+from surgeon.recovery.row_sampling import Draw
+
+STEPS = ("refit", "means", "variance", "batch_norm", "distill")
+DEFAULT = ("refit", "batch_norm")
+STRONGER = (0.1, 1.0, 10.0)  # ridges of all layers at once
+_LIMIT = 50_000  # samples that are read at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step: the distance of the outputs from the original's on held-out samples, before it and with it.
+
+    Attributes:
+        taken: whether it was kept: only what lowers the distance is.
+        ridge: of all layers, where one for all did better than each layer's own choice; None where it did
+            not.
+        fits: what became of each layer.
+        peak: bytes of the activations that were held at once, at most.
+    """
+
+    name: str
+    before: float
+    after: float
+    fits: tuple[Fit, ...] = ()
+    peak: int = 0
+    ridge: float | None = None
+
+    @property
+    def taken(self) -> bool:
+        return self.after < self.before
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """The recovered model, and what each step did; printable.
+
+    Attributes:
+        model: a copy of the small model with other weights.
+        before, after: relative distance of its outputs from the original's on held-out samples (root mean
+            square), in all.
+        learned, held: samples that were learned from, and that judged.
+        remarks: what was found wanting.
+    """
+
+    model: nn.Module
+    steps: tuple[Step, ...]
+    before: float
+    after: float
+    learned: int
+    held: int
+    remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.held:
+            return "\n".join(["Recovery", *(f"  {remark}" for remark in self.remarks)])
+        judged = f"on {self.held} samples that were held out of {self.learned + self.held}"
+        lines = [
+            f"Recovery: outputs {self.before:.2%} -> {self.after:.2%} away from the original's, {judged}"
+        ]
+        for step in self.steps:
+            what = f"{step.before:.2%} -> {step.after:.2%}" + ("" if step.taken else ": not taken")
+            fitted = sum(fit.taken for fit in step.fits)
+            layers = f", {fitted} of {len(step.fits)} layers" if step.fits else ""
+            ridge = f", all with ridge {step.ridge:g}" if step.ridge is not None else ""
+            peak = f", {step.peak / 2**20:.0f} MiB of activations" if step.peak else ""
+            lines.append(f"  {step.name}: {what}{layers}{ridge}{peak}")
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
+
+
+@torch.inference_mode(mode=False)  # whatever the caller is in
+def recover(
+    small: nn.Module,
+    plan: Plan,
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    steps: Sequence[str] | None = None,
+    held_out: float = 0.15,
+    ridges: Sequence[float] | None = None,
+    widest: int = WIDEST,
+    epochs: int | None = None,
+    rate: float | None = None,
+    seed: int = 0,
+) -> Recovery:
+    """Set the small model's weights so that its layers give what the original's give; no labels.
+
+    Both models run side by side, layer by layer, over all batches. Each layer's input comes from the small
+    model as it is by then, its target from the original, at the sum with the residual stream where there is
+    one; so errors do not pile up.
+
+    Args:
+        small: what the plan made of the model; it is not touched.
+        model: the original.
+        batches: of inputs as the model takes them, without targets; some hundred to some thousand samples in
+            all. Two or more batches of one shape are best: the last ones are held out. None: what left is
+            folded into the channels that are most like it, by their filters alone (Kim et al., Neuron
+            Merging, 2020); nothing judges then.
+        example_inputs: without batches, for the run that is recorded; found from the model if left out, as in
+            `inspect`.
+        steps: ("refit", "batch_norm") if left out; in this order, of
+            "refit": the affine map of least squares for every convolution and linear layer (normal equations
+            in float64 over sampled rows that weigh as the outputs feel them; He et al., Channel Pruning,
+            2017; Luo et al., ThiNet, 2017), ridged towards the weights as cut;
+            "means": only the constants (An et al., FLAP, 2024);
+            "variance": constant and scale of every output, so that mean and variance are the original's
+            (Jordan et al., REPAIR, 2023);
+            "batch_norm": mean and variance of every batch norm's input anew, each with those before it set;
+            "distill": gradient steps on all weights at once, towards the original's outputs and residual
+            stream. Batches of about 32 samples are best: each is a step.
+        held_out: share of the samples that is not learned from, in whole batches. It judges: each layer's new
+            weights, each ridge, and each whole step; what does not lower the distance to the original is not
+            taken.
+        ridges: candidates of each layer, relative to the mean square of its inputs. None: three weak ones;
+            then stronger ones for all layers at once, in passes of their own, as long as the outputs gain.
+        widest: convolutions with more unknowns per output (input channels x taps) get one map of channels for
+            all taps; other layers with more, and those with more channels, are left as cut.
+        epochs: of "distill": passes over the batches, of which the best counts. None: 10, or as many as make
+            600 steps.
+        rate: of "distill": the share of its root mean square by which a step changes a tensor, at first.
+            None: 0.01.
+        seed: of the sampled rows, and of the order of the batches.
+
+    Returns:
+        A `Recovery`, with the new model in `.model`.
+
+    Raises:
+        InputError: no batches, too many, or some that do not run, take another path or give NaN (the first
+            layer is named); batches and example inputs at once; steps without batches, options of a step that
+            is not among them; the small model is not what the plan makes of the model; the model gives no
+            numbers to compare; "distill" finds no gradients.
+        PlanError: the plan does not fit the model.
+    """
+    options = {"steps": steps, "ridges": ridges, "epochs": epochs, "rate": rate}
+    given = [name for name, value in options.items() if value is not None]
+    if batches is None and given:
+        raise InputError(
+            f"{given[0]} needs samples", why="without any, what left is folded", fix="pass batches of inputs"
+        )
+    steps = DEFAULT if steps is None else steps
+    _check_options(steps, held_out, ridges, epochs, rate)
+    if batches is not None and example_inputs is not None:
+        raise InputError(
+            "got batches and example_inputs",
+            fix="leave example_inputs out: the first batch is what is recorded",
+        )
+    _check_made_by(plan, small, model)
+    recovered = copy.deepcopy(small)
+    if batches is None:
+        return _folded(recovered, plan, model, example_inputs)
+    read = [normal(batch, f"batch {number}") for number, batch in enumerate(batches_of(batches), 1)]
+    remarks = (
+        [f"a single batch: its samples were split, {held_out:.0%} of them judge"] if len(read) == 1 else []
+    )
+    parts, held = split(read, held_out)
+    recording = Recording(model, recovered, parts, held)
+    narrow = Narrow(recording.big, plan)
+    now = first = recording.distance()
+    done = []
+    with _progress() as track:
+        draw = Draw(recording, narrow, track, seed) if set(steps) - {"batch_norm", "distill"} else None
+        for name in steps:
+            before, ridge = _state(recovered), None
+            if name == "batch_norm":
+                found = reestimate(recording, track)
+            elif name == "distill":
+                found = Distilling(recording, narrow, epochs=epochs, rate=rate, seed=seed).run(track)
+            else:
+                assert draw is not None
+                fitting = partial(Fitting, recording, narrow, draw, name, widest)
+                if name == "refit" and ridges is None:
+                    found, ridge = _refitted(fitting, recovered, track)
+                else:
+                    found = fitting(ridges or RIDGES).run(track)
+            step = Step(name, now, found.distance, tuple(found.fits), found.peak, ridge)
+            done.append(step)
+            if step.taken:
+                now = step.after
+            else:
+                _restore(recovered, before)
+    remarks += [draw.remark] if draw is not None and draw.remark else []
+    thin = sorted({fit.name for step in done for fit in step.fits if 0 < fit.rows < fit.unknowns})
+    if thin:
+        remarks.append(
+            f"{len(thin)} layers have fewer rows than unknowns ({thin[0]} for one): their statistics are rank-deficient, and "
+            "what the data do not show stays as it was cut; pass more batches"
+        )
+    counts = [samples_of(batch) for batch in parts]
+    judged = sum(itertools.compress(counts, held))
+    return Recovery(recovered, tuple(done), first, now, sum(counts) - judged, judged, tuple(remarks))
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """Refuse what is no list of steps.
+
+    Raises:
+        InputError: so it is.
+    """
+    known = ", ".join(STEPS)
+    if isinstance(steps, str):
+        raise InputError(f"steps must be a list of names, got {steps!r}", fix=f"use some of {known}")
+    for name in steps:
+        if name not in STEPS:
+            raise InputError(f"unknown step {name!r}", fix=f"use some of {known}")
+
+
+def _check_options(
+    steps: Sequence[str],
+    held_out: float,
+    ridges: Sequence[float] | None,
+    epochs: int | None,
+    rate: float | None,
+) -> None:
+    """Refuse steps and options of which one is out of range, or none of the steps has a use for it."""
+    check_steps(steps)
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
+    if ridges is not None and min(ridges, default=0) <= 0:
+        raise InputError(
+            f"ridges must be positive numbers, got {ridges}",
+            why="without any, dead channels have no solution",
+        )
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
+        raise InputError(f"epochs must be a positive whole number, got {epochs!r}")
+    if rate is not None and not 0 < rate < 1:
+        raise InputError(f"rate must be a share in (0, 1), got {rate!r}")
+    for name, value in (("epochs", epochs), ("rate", rate)):
+        if value is not None and "distill" not in steps:
+            raise InputError(
+                f"{name} is an option of the step 'distill'", fix=f"pass steps={[*steps, 'distill']}"
+            )
+
+
+def _refitted(
+    fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Track
+) -> tuple[Pass, float | None]:
+    """A pass in which each layer chooses its ridge; or, where the outputs say that it is better, one with the
+    same for all.
+
+    A layer's rows do not show by how few samples its weights were found: those of one sample have much in
+    common, what they share is a small part of a layer's error, and it is what pooled outputs see.
+    """
+    before = _state(recovered)
+    best, chosen = fitting(RIDGES).run(track), None
+    for ridge in STRONGER:
+        kept = _state(recovered)
+        _restore(recovered, before)
+        found = fitting((ridge,)).run(track)
+        if found.distance >= best.distance:
+            _restore(recovered, kept)
+            break
+        best, chosen = found, ridge
+    return best, chosen
+
+
+def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: Any) -> Recovery:
+    big = capture(model, example_inputs)
+    small = capture(recovered, dict(big.kwargs) or big.args)
+    sites, _ = find_sites(small, big)
+    fits = tuple(Fit(name) for name in fold(sites, Narrow(big, plan), big, small.tensors))
+    remark = f"no batches: what left was folded into {len(fits)} layers, and nothing judged it"
+    return Recovery(recovered, (Step("fold", math.nan, math.nan, fits),), math.nan, math.nan, 0, 0, (remark,))
+
+
+def batches_of(batches: Iterable[Any]) -> list[Any]:
+    """All batches of an iterable.
+
+    Raises:
+        InputError: none, or more than the limit (an endless iterator, say).
+    """
+    check_iterable(batches, "batches")
+    found: list[Any] = []
+    samples = 0
+    for batch in batches:
+        found.append(batch)
+        samples += samples_of(normal(batch, f"batch {len(found)}"))
+        if samples > _LIMIT:
+            raise InputError(
+                f"the batches hold more than {_LIMIT} samples",
+                why="they are all held in memory, and an endless iterator has no end",
+                fix="pass some thousand samples, such as itertools.islice(loader, 20)",
+            )
+    if not found:
+        raise no_batch("batches")
+    return found
+
+
+def split(batches: list[Batch], share: float) -> tuple[list[Batch], list[bool]]:
+    """The batches, and whether each is held out; a single one is cut in two along its samples.
+
+    Raises:
+        InputError: there is a single sample.
+    """
+    if len(batches) == 1:
+        count = samples_of(batches[0])
+        if count < 2:
+            raise InputError(
+                "one sample is too little to recover from",
+                why="nothing is left to judge by",
+                fix="pass some hundred samples",
+            )
+        aside = max(1, round(count * share))
+        return [_rows(batches[0], 0, count - aside), _rows(batches[0], count - aside, count)], [False, True]
+    aside = min(max(1, math.ceil(len(batches) * share - 0.5)), len(batches) - 1)
+    return batches, [number >= len(batches) - aside for number in range(len(batches))]
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    count = samples_of(batch)
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() and tensor.shape[0] == count else tensor
+
+    found: Batch = torch.utils._pytree.tree_map_only(Tensor, some, batch)
+    return found
+
+
+def _check_made_by(plan: Plan, small: nn.Module, model: nn.Module) -> None:
+    check_fit(plan, model)
+    shapes = dict(small.named_parameters())
+    for name, tensor in model.named_parameters():
+        want = [len(plan.kept.get(name, {}).get(d, range(n))) for d, n in enumerate(tensor.shape)]
+        if name not in shapes or list(shapes[name].shape) != want:
+            raise InputError(
+                "the small model is not what the plan makes of the model",
+                where=name,
+                why=f"its shape is {list(shapes[name].shape) if name in shapes else 'missing'}, the plan says {want}",
+                fix="pass small = plan.apply(model), before fusing",
+            )
+
+
+def _state(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(model)]
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, state: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in state:
+        tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Track]:
+    """Shows what is walked through, on a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def show(items: Iterable[Any], what: str) -> Iterable[Any]:
+            return bar.track(list(items), description=what)
+
+        yield show

@@ -1,0 +1,324 @@
+"""Predict, exactly and before anything is changed, the shapes, MACs and params of the model that a choice
+leaves.
+
+A *choice* is a mask over ids: which classes leave (see `solve`). One MAC is one multiply-accumulate of a
+convolution, matrix product or attention product, for the example inputs as given, batch included;
+`torch.utils.flop_counter` counts two per MAC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.nn import Parameter
+
+from surgeon.capture.aliasing import is_view, writes
+from surgeon.coupling.propagate import Propagation
+from surgeon.coupling.solve import Solution
+from surgeon.graph.graph import Graph, spec
+from surgeon.ops.ids import Axes, Track
+from surgeon.ops.table import FUSED_ATTENTION, op_name
+
+Choice = Track
+
+
+class Shapes:
+    """Shapes of values and slots under a choice; evaluating one is cheap, so that budgets can be searched.
+
+    What was computed for the last choice holds for the next one where no atom of what it read has changed. A
+    choice that was evaluated must not be written to.
+    """
+
+    def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
+        self.graph, self.propagation, self.solution = graph, propagation, solution
+        self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of tracks, by dim
+        self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
+        self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on a track
+        self._asking: Hashable = None  # the part that is being computed
+        self._index: tuple[Track, Track] | None = None  # atoms, ascending, and the track that holds each
+        self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
+        self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self._atoms: dict[int, list[Track]] = {}  # of each number
+        self._choice = self._former = nothing(solution)
+        self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
+
+    def leaves(self, track: Track, choice: Choice) -> Track:
+        """Which entries of a track leave."""
+        gone = np.zeros(track.shape, dtype=bool)
+        for part in self._atoms[self._number(track)]:
+            gone |= choice[part] & (part >= 0)
+        return gone
+
+    def width(self, track: Track, dim: int, choice: Choice) -> int:
+        """How many entries stay along `dim` (in the rows that stay)."""
+        self._follow(choice)
+        number = self._number(track)
+        if self._asking is not None:
+            self._readers[number].add(self._asking)
+        widths = self._widths[number]
+        if dim not in widths:
+            widths[dim] = int((~self.leaves(track, choice)).sum(axis=dim).max(initial=0))
+        return widths[dim]
+
+    def _follow(self, choice: Choice) -> None:
+        """Forget what hangs on atoms that differ from the last choice's."""
+        if choice is self._choice:
+            return
+        changed = np.flatnonzero(choice != self._former)
+        self._choice, self._former = choice, choice.copy()
+        if not changed.size or not self._widths:
+            return
+        atoms, tracks = self._held()
+        first, last = np.searchsorted(atoms, changed), np.searchsorted(atoms, changed, side="right")
+        counts = last - first
+        places = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        for number in np.unique(tracks[places]).tolist():
+            self._widths.pop(number, None)
+            for part in self._readers.pop(number, ()):
+                self._parts.pop(part, None)
+
+    def _held(self) -> tuple[Track, Track]:
+        """All atoms, ascending, and the numbers of the tracks that hold them."""
+        if self._index is None:
+            found = [(np.unique(part[part >= 0]), n) for n, atoms in self._atoms.items() for part in atoms]
+            atoms = np.concatenate([part for part, _ in found])
+            order = np.argsort(atoms, kind="stable")
+            self._index = (
+                atoms[order],
+                np.repeat([n for _, n in found], [len(part) for part, _ in found])[order],
+            )
+        return self._index
+
+    def _part(self, key: Hashable, choice: Choice, compute: Callable[[], int]) -> int:
+        """A part of a sum, computed once for as long as nothing changes that it hangs on."""
+        self._follow(choice)
+        if key not in self._parts:
+            self._asking = key
+            try:
+                self._parts[key] = compute()
+            finally:
+                self._asking = None
+        return self._parts[key]
+
+    def _number(self, track: Track) -> int:
+        number = self._numbers.get(id(track))
+        if number is None:
+            number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
+            self._numbers[id(track)] = number
+            if number not in self._atoms:
+                self._atoms[number] = self.solution.atoms(track)
+                self._index = None
+        return number
+
+    def shape(self, node: fx.Node, choice: Choice, output: int = 0) -> tuple[int, ...]:
+        """Shape of (one output of) a node in the small model."""
+        spec, axes = node.meta["spec"], self.propagation.axes.get(node, {})
+        if isinstance(spec, tuple):
+            spec = spec[output]
+            axes = axes[output] if isinstance(axes, tuple) else axes
+        return self._small(spec.shape, axes, choice)
+
+    def _small(self, shape: tuple[int, ...], axes: Axes, choice: Choice) -> tuple[int, ...]:
+        return tuple(self.width(axes[d], d, choice) if d in axes else n for d, n in enumerate(shape))
+
+    def kept(self, choice: Choice) -> dict[str, dict[int, list[int]]]:
+        """Kept indices of every slot that loses some: {tensor name: {dim: indices}}."""
+        found: dict[str, dict[int, list[int]]] = {}
+        lists: dict[bytes, list[int]] = {}  # slots of one group share one list
+        for (name, dim), ids in self.propagation.slots.items():
+            gone = self.leaves(ids, choice)
+            if gone.any():
+                key = gone.tobytes()
+                if key not in lists:
+                    lists[key] = np.flatnonzero(~gone).tolist()
+                found.setdefault(name, {})[dim] = lists[key]
+        return found
+
+    def chosen(self, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> Choice:
+        """The choice that leaves these indices, as `kept` gives them: the atoms of removed ones, but those
+        that a kept one has.
+
+        Where no choice leaves just these, `kept` of what is returned differs from them.
+        """
+        gone, stays = nothing(self.solution), nothing(self.solution)
+        for (name, dim), ids in self.propagation.slots.items():
+            present = np.zeros(len(ids), dtype=bool)
+            present[kept.get(name, {}).get(dim, slice(None))] = True
+            for atoms in self.solution.atoms(ids):
+                known = atoms >= 0
+                gone[atoms[known & ~present]] = True
+                stays[atoms[known & present]] = True
+        gone &= ~stays
+        return gone
+
+    def params(self, choice: Choice) -> int:
+        """Number of elements of all parameters (not buffers); tied weights count once."""
+        return sum(self.params_by_tensor(choice).values())
+
+    def params_by_tensor(self, choice: Choice) -> dict[str, int]:
+        return {name: self._elements(name, choice) for name in self.parameters}
+
+    def size(self, choice: Choice) -> int:
+        """Bytes of all parameters and stored buffers, tied ones once; a file adds its header, some hundred
+        bytes per tensor.
+        """
+        tensors = self.graph.tensors
+        return sum(self._elements(name, choice) * tensors[name].element_size() for name in self.graph.stored)
+
+    def _elements(self, name: str, choice: Choice) -> int:
+        return self._part(("elements", name), choice, partial(self._count, name, choice))
+
+    def _count(self, name: str, choice: Choice) -> int:
+        shape = list(self.graph.tensors[name].shape)
+        for dim in range(len(shape)):
+            ids = self.propagation.slots.get((name, dim))
+            if ids is not None:
+                shape[dim] = self.width(ids, 0, choice)
+        return math.prod(shape)
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        return [name for name in self.graph.owned if isinstance(self.graph.tensors[name], Parameter)]
+
+    def memory(self, choice: Choice) -> int:
+        """Bytes of the activations that are alive at once, at most, in one run on the example inputs.
+
+        The inputs live throughout, each other value from the op that makes it to the last one that reads it;
+        views and in-place ops share the memory of what they are made of. An executor that keeps values longer
+        (or fuses ops) needs more (or less).
+        """
+        alive = peak = 0
+        for made, ended in self._lifetimes:
+            alive += sum(self._bytes(node, choice) for node in made)
+            peak = max(peak, alive)
+            alive -= sum(self._bytes(node, choice) for node in ended)
+        return peak
+
+    def _bytes(self, node: fx.Node, choice: Choice) -> int:
+        return self._part(("bytes", node), choice, partial(self._sized, node, choice))
+
+    def _sized(self, node: fx.Node, choice: Choice) -> int:
+        specs = node.meta["spec"]
+        outputs = specs if isinstance(specs, tuple) else (specs,)
+        sizes = (
+            s.dtype.itemsize * math.prod(self.shape(node, choice, i))
+            for i, s in enumerate(outputs)
+            if s is not None
+        )
+        return sum(sizes)
+
+    @cached_property
+    def _lifetimes(self) -> list[tuple[list[fx.Node], list[fx.Node]]]:
+        """For each op: the values whose memory it takes, and those of which it is the last reader."""
+        called = {call.node: call.op for call in self.graph.calls}
+        owner: dict[fx.Node, fx.Node | None] = {}  # whose memory a value lies in; None for the weights'
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.fx.nodes:
+            first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            op = called.get(
+                node
+            )  # nodes that no op made take no memory: they put a write through a view into its base
+            shares = node.op == "call_function" and (op is None or is_view(op) or writes(op))
+            owner[node] = owner[first] if first is not None and shares else node
+            if node.op == "output" or (node.op == "get_attr" and node.target in self.graph.owned):
+                owner[node] = None  # weights are no activations
+            for used in (node, *node.all_input_nodes):
+                whose = owner[used]
+                if whose is not None:
+                    last[whose] = node
+        inputs = {node for _, node in self.graph.inputs}  # whoever calls the model holds them
+        ends: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for value, node in last.items():
+            if value not in inputs:
+                ends[node].append(value)
+        made = {value for value in owner.values() if value is not None}
+        return [([node] if node in made else [], ends[node]) for node in self.graph.fx.nodes]
+
+    def macs(self, choice: Choice) -> int:
+        """MACs of one run on the example inputs."""
+        return sum(
+            self._part(("macs", node), choice, partial(self._product, node, choice)) for node in self.products
+        )
+
+    def _product(self, node: fx.Node, choice: Choice) -> int:
+        shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
+        found: int = MACS[op_name(node)](self.shape(node, choice), *shapes)
+        return found
+
+
+def macs_of(graph: Graph) -> int:
+    """MACs of one run of the model as it was recorded."""
+    total = 0
+    for node in graph.fx.nodes:
+        if node.op == "call_function" and op_name(node) in MACS:
+            given = [spec(a).shape if isinstance(a, fx.Node) else a for a in node.args]
+            total += MACS[op_name(node)](spec(node).shape, *given)
+    return total
+
+
+def needed_blocks(graph: Graph) -> dict[tuple[str, int], int]:
+    """Slot -> what its width must be a multiple of, whatever is asked for: products by expert want rows of 16
+    bytes.
+    """
+    found: dict[tuple[str, int], int] = {}
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or op_name(node) != "_grouped_mm":
+            continue
+        tensor = node.args[1]
+        while isinstance(tensor, fx.Node) and tensor.op == "call_function":  # turned, or converted
+            tensor = tensor.args[0]
+        if isinstance(tensor, fx.Node):
+            block = max(1, 16 // spec(node.args[1]).dtype.itemsize)
+            found |= dict.fromkeys(((str(tensor.target), dim) for dim in (1, 2)), block)
+    return found
+
+
+def nothing(solution: Solution) -> Choice:
+    """The choice that keeps everything."""
+    return np.zeros(len(solution.root), dtype=bool)
+
+
+def _convolution(out: Any, x: Any, weight: Any, *rest: Any) -> int:
+    transposed = rest[4]
+    places: int = math.prod(x[2:]) * x[0] if transposed else math.prod(out[2:]) * out[0]
+    return places * int(math.prod(weight))
+
+
+def _attention(out: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
+    batch, heads, queries, dim = q
+    pairs: int = batch * heads * queries * k[2]
+    return pairs * int(dim + v[3])
+
+
+def _trilinear(out: Any, a: Any, b: Any, c: Any, *expands: Any) -> int:
+    wide = []
+    for shape, expand in zip((a, b, c), expands, strict=False):
+        sizes = list(shape)
+        for dim in sorted(expand):
+            sizes.insert(dim, 1)
+        wide.append(sizes)
+    return math.prod(map(max, zip(*wide, strict=True)))
+
+
+MACS: Mapping[str, Any] = {
+    "convolution": _convolution,
+    "_convolution": _convolution,
+    "mm": lambda out, a, b, *_: math.prod(out) * a[1],
+    "addmm": lambda out, bias, a, b, *_: math.prod(out) * a[1],
+    "bmm": lambda out, a, b, *_: math.prod(out) * a[2],
+    "baddbmm": lambda out, bias, a, b, *_: math.prod(out) * a[2],
+    "addbmm": lambda out, bias, a, b, *_: math.prod(a) * b[2],
+    "mv": lambda out, a, b, *_: math.prod(a),
+    "addmv": lambda out, bias, a, b, *_: math.prod(a),
+    "dot": lambda out, a, b, *_: math.prod(a),
+    "vdot": lambda out, a, b, *_: math.prod(a),
+    "_trilinear": _trilinear,
+    "linear": lambda out, x, weight, *_: math.prod(out) * weight[1],
+    **dict.fromkeys(FUSED_ATTENTION, _attention),
+}

@@ -1,0 +1,324 @@
+"""Runners: one entry of a benchmark on one backend, loaded, run once, and ready to be timed.
+
+Backends of modules: "torch" (eager, where the weights are), "compile" (torch.compile with inductor),
+"cudagraph". Of files: "onnxruntime" (CPU), "onnxruntime-cuda", "onnxruntime-tensorrt",
+"onnxruntime-openvino".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgeon.capture.model_state import copies, output_of
+from surgeon.errors import BenchError, FileError, SurgeonError
+from surgeon.files import silence
+from surgeon.onnx.compare import Inputs, feeds
+from surgeon.onnx.file import open_session, read, size_on_disk
+from surgeon.timing.ort_profile import blocked, profile, providers_of
+from surgeon.timing.table import Row
+
+MODULE_BACKENDS = ("torch", "compile", "cudagraph")
+_PROVIDERS = {
+    "onnxruntime": ("CPUExecutionProvider", "onnxruntime"),
+    "onnxruntime-cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "onnxruntime-tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu (and TensorRT)"),
+    "onnxruntime-openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+}
+FILE_BACKENDS = tuple(_PROVIDERS)
+Timed = Callable[[Callable[[], float]], float]  # (clock) -> seconds of one run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runner:
+    """What is known before any timing; one run; and how a run is timed."""
+
+    row: Row
+    run: Callable[[], Any]
+    timed: Timed
+    fed: dict[str, Any] | None = None  # of a file: its inputs
+
+
+def open_entry(name: str, entry: Any, backend: str, inputs: Inputs, threads: int, details: bool) -> Runner:
+    """An entry that has run once.
+
+    Raises:
+        BenchError: its file is missing or damaged, its backend's package is not installed, or it does not run
+            on the inputs.
+    """
+    before = _resident(reset=True)
+    if isinstance(entry, nn.Module):
+        runner = _module(name, entry, backend, inputs)
+    else:
+        runner = _file(name, Path(entry), backend, inputs, threads)
+    start = time.perf_counter()
+    try:
+        runner.run()
+    except Exception as error:  # the model's own code or ONNX Runtime's own classes: all of it is reported
+        fix = "pass example_inputs that fit every entry; a file of fixed batch needs that batch"
+        raise BenchError(f"entry '{name}' does not run on the inputs", why=_reason(error), fix=fix) from error
+    cold = (time.perf_counter() - start) * 1e3
+    after = _resident()
+    peak = after - before if before is not None and after is not None and after > before else None
+    if isinstance(entry, nn.Module) and torch.cuda.is_available() and _device(entry).type == "cuda":
+        peak = torch.cuda.max_memory_allocated(_device(entry))
+    row = dataclasses.replace(runner.row, cold_ms=cold, peak_bytes=peak, backend=backend)
+    if details and runner.fed is not None:
+        row = _with_nodes(row, Path(entry), runner.fed, threads)
+    return dataclasses.replace(runner, row=row)
+
+
+# -- modules -------------------------------------------------------------------------------------------------
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _call(what: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[], Any]:
+    """Runs a model on the same inputs; those that it writes into, as the first run shows, are copied for each
+    run.
+    """
+    writes: bool | None = None
+
+    def run() -> Any:
+        nonlocal writes
+        if writes is None:
+            given = copies((args, kwargs))
+            out = what(*given[0], **given[1])
+            writes = _differ(given, (args, kwargs))
+            return out
+        return output_of(what, args, kwargs) if writes else what(*args, **kwargs)
+
+    return run
+
+
+def _differ(given: Any, inputs: Any) -> bool:
+    after, before = pytree.tree_leaves(given), pytree.tree_leaves(inputs)
+    if len(after) != len(before):
+        return True
+    return any(
+        not torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is not b
+        for a, b in zip(after, before, strict=True)
+    )
+
+
+def _module(name: str, module: nn.Module, backend: str, inputs: Inputs) -> Runner:
+    tensors = [*module.parameters(), *module.buffers()]
+    device = _device(module)
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "cuda") or tensor.device != device:
+            fix = "move all of the model to one device: model.cpu() or model.cuda()"
+            raise BenchError(
+                f"entry '{name}' is on {tensor.device}",
+                why="only one CPU or CUDA device is measured",
+                fix=fix,
+            )
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+    def placed(value: Tensor) -> Tensor:
+        half = dtype in (torch.float16, torch.bfloat16) and value.dtype is torch.float32
+        return value.to(device, dtype if half else value.dtype)
+
+    args, kwargs = pytree.tree_map_only(Tensor, placed, inputs)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    params = sum(parameter.numel() for parameter in module.parameters())
+    where = "" if device.type == "cpu" else f", {torch.cuda.get_device_name(device)}"
+    row, load, kind = Row(name, f"torch eager{where}", params, size), None, device.type
+
+    run = _call(module, args, kwargs)
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if backend == "compile":
+        compiled, start = torch.compile(module), time.perf_counter()
+        run = _call(compiled, args, kwargs)
+        try:
+            with silence():
+                run()
+        except Exception as error:  # inductor, its C++ compiler, or the model: all of it is reported
+            fix = "bench it with the backend 'torch'; inductor needs a C++ compiler"
+            raise BenchError(f"entry '{name}' cannot be compiled", why=_reason(error), fix=fix) from error
+        load, row = (
+            (time.perf_counter() - start) * 1e3,
+            dataclasses.replace(row, provider=f"torch.compile{where}"),
+        )
+    elif backend == "cudagraph":
+        if kind != "cuda":
+            raise BenchError(
+                f"entry '{name}' is on {device}",
+                why="CUDA graphs need a CUDA device",
+                fix="call model.cuda()",
+            )
+        run, row = _graph(run).replay, dataclasses.replace(row, provider=f"CUDA graph{where}")
+    return Runner(
+        dataclasses.replace(row, load_ms=load), run, events(run) if kind == "cuda" else clocked(run)
+    )
+
+
+def _graph(run: Callable[[], Any]) -> Any:
+    """A CUDA graph of one run, after a few on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def clocked(run: Callable[[], Any]) -> Timed:
+    """One run by the clock that is given."""
+
+    def timed(now: Callable[[], float]) -> float:
+        start = now()
+        run()
+        return now() - start
+
+    return timed
+
+
+def events(run: Callable[[], Any]) -> Timed:
+    """One run by CUDA events; the clock does not matter."""
+
+    def timed(now: Callable[[], float]) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+    return timed
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def providers_for(backend: str, name: str) -> list[str]:
+    """The execution providers of a backend, the CPU last.
+
+    Raises:
+        BenchError: its package is not installed.
+    """
+    import onnxruntime
+
+    provider, package = _PROVIDERS[backend]
+    if provider not in onnxruntime.get_available_providers():
+        have = ", ".join(onnxruntime.get_available_providers())
+        fix = f"pip install {package}; it takes the place of onnxruntime"
+        raise BenchError(
+            f"entry '{name}': the backend {backend} is not installed", why=f"ONNX Runtime has {have}", fix=fix
+        )
+    return list(dict.fromkeys([provider, "CPUExecutionProvider"]))
+
+
+def _file(name: str, path: Path, backend: str, inputs: Inputs, threads: int) -> Runner:
+    try:
+        proto = read(path)
+    except FileError as error:
+        raise BenchError(
+            f"entry '{name}': {error.what}", where=error.where, why=error.why, fix=error.fix
+        ) from error
+    providers = providers_for(backend, name)
+    start = time.perf_counter()
+    try:
+        session = open_session(path, threads, providers)
+    except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
+        what, fix = (
+            f"entry '{name}' is not an ONNX file that ONNX Runtime can load",
+            "write it anew with surgeon.export(...)",
+        )
+        raise BenchError(what, where=str(path), why=_reason(error), fix=fix) from error
+    load = (time.perf_counter() - start) * 1e3
+    fed = _feeds(name, path, inputs, session)
+    row = Row(name, ", ".join(session.get_providers()), None, size_on_disk(path, proto), load_ms=load)
+    run = (
+        _bound(session, fed)
+        if backend in ("onnxruntime-cuda", "onnxruntime-tensorrt")
+        else lambda: session.run(None, fed)
+    )
+    return Runner(row, run, clocked(run), fed)
+
+
+def _feeds(name: str, path: Path, inputs: Inputs, session: Any) -> dict[str, Any]:
+    try:
+        return feeds(inputs, session.get_inputs())
+    except SurgeonError as error:
+        fix = "pass example_inputs with one tensor for each input of the file, of its dtype"
+        raise BenchError(f"entry '{name}' cannot be fed", where=str(path), why=str(error), fix=fix) from error
+
+
+def _bound(session: Any, fed: dict[str, Any]) -> Callable[[], Any]:
+    """A run whose inputs lie on the device and whose outputs stay there; it returns when they are
+    computed.
+    """
+    import onnxruntime
+
+    binding = session.io_binding()
+    for key, array in fed.items():
+        binding.bind_ortvalue_input(key, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+    for item in session.get_outputs():
+        binding.bind_output(item.name, "cuda")
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
+
+
+def _with_nodes(row: Row, path: Path, fed: dict[str, Any], threads: int) -> Row:
+    """The row with what ran each op, by one profiled run of another session."""
+    providers = providers_for(row.backend, row.name)
+    ops = profile(path, fed, threads=threads, providers=providers)
+    nchwc = blocked(ops) if providers == ["CPUExecutionProvider"] else None
+    return dataclasses.replace(row, nodes=providers_of(ops), nchwc=nchwc)
+
+
+def files_in(name: str, path: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of an entry that is a path: all ONNX files of a folder, or itself.
+
+    Raises:
+        BenchError: the folder holds none.
+    """
+    if not path.is_dir():
+        yield name, path
+        return
+    found = sorted(path.glob("*.onnx"))
+    if not found:
+        raise BenchError(
+            f"entry '{name}': the folder holds no .onnx file",
+            where=str(path),
+            fix="export the models into it first",
+        )
+    for file in found:
+        yield f"{name}/{file.stem}", file
+
+
+def _resident(reset: bool = False) -> int | None:
+    """Bytes of this process in memory now (`reset`: from here on the peak is counted anew), or at the peak
+    since then.
+    """
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux, or not allowed
+        return None
+    found = re.search(rf"{'VmRSS' if reset else 'VmHWM'}:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:400]}"

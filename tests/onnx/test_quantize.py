@@ -1,0 +1,196 @@
+"""quantize: sizes, errors against arithmetic by hand, and one clear error for each bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
+from surgeon.onnx.export import export
+from surgeon.onnx.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 64),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(*layers, nn.Linear(64, 10)).eval()
+    path = tmp_path_factory.mktemp("quantize") / "cnn.onnx"
+    export(model, path, torch.randn(2, 3, 8, 8))
+    return model, path
+
+
+def _batches(count: int = 4, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def _run(path: Path, x: Tensor) -> Any:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+_LIMITS = {"static": (0.3, 0.1), "dynamic": (0.5, 0.05), "fp16": (0.52, 2e-3)}
+
+
+@pytest.mark.parametrize("method", _LIMITS)
+def test_methods(cnn: tuple[nn.Module, Path], tmp_path: Path, method: str) -> None:
+    model, path = cnn
+    batches = _batches()
+    report = quantize(path, tmp_path / "new" / "small.onnx", batches, method=method)
+    size, error = _LIMITS[method]
+    assert report.size_before == path.stat().st_size and report.size_after == report.path.stat().st_size
+    assert report.size_after < size * report.size_before
+    with torch.no_grad():
+        expected = torch.cat([model(x) for x in batches]).numpy()
+    found = np.concatenate([_run(report.path, x) for x in batches])
+    assert report.error == pytest.approx(
+        np.linalg.norm(found - expected) / np.linalg.norm(expected), rel=1e-3
+    )
+    assert 0 < report.error < error
+    assert len(report.layers) == 4 and list(report.layers) == sorted(report.layers, key=lambda x: -x.added)
+    last = next(layer for layer in report.layers if layer.name == "node_linear_1")
+    close = 0.2 if method == "fp16" else 1e-6  # ONNX Runtime leaves out the rounding of what nobody looks at
+    assert last.error == pytest.approx(report.error, rel=close) and 0 <= last.added <= last.error
+    facts = {item.key: item.value for item in onnx.load(str(report.path)).metadata_props}
+    assert facts["surgeon.quantized"] == method and "surgeon.macs" in facts
+    assert [file.name for file in report.path.parent.iterdir()] == ["small.onnx"]
+    assert report.layers[0].name in str(report)
+
+
+def test_static_is_signed_per_channel_qdq(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    report = quantize(cnn[1], tmp_path / "a.onnx", _batches())
+    proto = onnx.load(str(report.path))
+    scales = [tuple(t.dims) for t in proto.graph.initializer if t.name.endswith("weight_scale")]
+    assert (32,) in scales and (64,) in scales
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
+    whole = quantize(cnn[1], tmp_path / "b.onnx", _batches(), per_channel=False)
+    assert whole.layers != report.layers and whole.error > report.error
+
+
+def test_ranges_differ(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Of values with long tails, entropy and percentile take less than all."""
+    wild = [x**3 for x in _batches(8)]
+    scales = {}
+    for ranges in ("minmax", "entropy", "percentile"):
+        proto = onnx.load(str(quantize(cnn[1], tmp_path / f"{ranges}.onnx", wild, ranges=ranges).path))
+        (scale,) = (t for t in proto.graph.initializer if t.name == "input_scale")
+        scales[ranges] = float(onnx.numpy_helper.to_array(scale))
+    widest = max(float(x.max()) for x in wild) - min(float(x.min()) for x in wild)
+    assert scales["minmax"] == pytest.approx(widest / 255, rel=1e-3)
+    assert scales["percentile"] < scales["minmax"] and scales["entropy"] < scales["minmax"]
+
+
+def test_the_worst_layer_is_found_and_can_be_left(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[0].weight[0] = 0.0
+        model[0].bias[0] = 0.0
+        model[2].weight[:, 0] = 50.0  # it only ever meets zeros, but spoils the scale of the whole weight
+    export(model, tmp_path / "a.onnx", torch.randn(2, 8))
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    report = quantize(tmp_path / "a.onnx", tmp_path / "b.onnx", batches, per_channel=False)
+    names = [node.name for node in onnx.load(str(tmp_path / "a.onnx")).graph.node if node.op_type == "Gemm"]
+    assert report.layers[0].name == names[1]
+    better = quantize(tmp_path / "a.onnx", tmp_path / "c.onnx", batches, per_channel=False, ignore=[names[1]])
+    assert better.error < report.error / 2
+
+
+def test_scores_of_both_files(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    seen = []
+
+    def evaluate(run: Any) -> float:
+        seen.append(run(_batches()[0])[0].argmax(1))
+        return float(len(seen))
+
+    report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), evaluate=evaluate)
+    assert (report.score_before, report.score_after) == (1.0, 2.0) and "1.0000 -> 2.0000" in str(report)
+    assert (seen[0] == seen[1]).mean() >= 0.75
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "entropy", "percentile"])
+def test_batches_may_differ_in_size(cnn: tuple[nn.Module, Path], tmp_path: Path, ranges: str) -> None:
+    rows = torch.cat(_batches(5))
+    parts = [
+        quantize(cnn[1], tmp_path / f"{n}.onnx", rows.split(n), ranges=ranges, test_batches=[rows])
+        for n in (8, 4)
+    ]
+    assert parts[0].error == pytest.approx(parts[1].error, rel=1e-6)
+
+
+def test_bad_input(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    path = cnn[1]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "text.onnx").write_text("not a model")
+    (folder / "empty.onnx").write_bytes(b"")
+    (folder / "cut.onnx").write_bytes(path.read_bytes()[:5000])
+    (folder / "sub").mkdir()
+    onnx.save(
+        onnx.load(str(path)),
+        str(folder / "apart.onnx"),
+        save_as_external_data=True,
+        location="apart.data",
+        size_threshold=1000,
+    )
+    apart = (folder / "apart.data").read_bytes()
+    (folder / "short.onnx").write_bytes(
+        (folder / "apart.onnx").read_bytes().replace(b"apart.data", b"short.data")
+    )
+    (folder / "short.data").write_bytes(apart[:100])
+    (folder / "apart.data").unlink()
+    export(nn.Conv2d(3, 4, 1), folder / "conv.onnx", torch.randn(2, 3, 8, 8))
+    out, good = tmp_path / "out" / "a.onnx", _batches(1)
+    bad: list[tuple[str, type[SurgeonError], Any, Any, Any, dict[str, Any]]] = [
+        ("no such file", FileError, folder / "none.onnx", out, good, {}),
+        ("folder", FileError, folder / "sub", out, good, {}),
+        ("empty", FileError, folder / "empty.onnx", out, good, {}),
+        ("not an ONNX file", FileError, folder / "text.onnx", out, good, {}),
+        ("not an ONNX file", FileError, folder / "cut.onnx", out, good, {}),
+        ("apart.data is missing", FileError, folder / "apart.onnx", out, good, {}),
+        ("short.data has 100 of", FileError, folder / "short.onnx", out, good, {}),
+        ("cannot write", FileError, path, folder / "sub", good, {}),
+        ("cannot write", FileError, path, folder / "text.onnx" / "a.onnx", good, {}),
+        ("no batches", InputError, path, out, [], {}),
+        ("method 'int4'", InputError, path, out, good, {"method": "int4"}),
+        ("ranges 'mean'", InputError, path, out, good, {"ranges": "mean"}),
+        ("no node 'x'", InputError, path, out, good, {"ignore": ["x"]}),
+        ("batch 0 does not fit", QuantizeError, path, out, [torch.randn(4, 3, 7, 8)], {}),
+        ("batch 1 does not fit", QuantizeError, path, out, [*good, "text"], {}),
+        ("nothing was quantised", QuantizeError, folder / "conv.onnx", out, good, {"method": "dynamic"}),
+    ]
+    before = sorted(folder.rglob("*"))
+    for match, kind, source, target, batches, options in bad:
+        with pytest.raises(kind, match=match):
+            quantize(source, target, batches, **options)
+    assert sorted(folder.rglob("*")) == before and not out.parent.exists()
+
+
+def test_external_weights_are_found(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    path = tmp_path / "apart.onnx"
+    onnx.save(
+        onnx.load(str(cnn[1])),
+        str(path),
+        save_as_external_data=True,
+        location="apart.data",
+        size_threshold=1000,
+    )
+    report = quantize(path, tmp_path / "out" / "small.onnx", _batches())
+    assert report.size_before == path.stat().st_size + (tmp_path / "apart.data").stat().st_size
+    assert report.error < 0.1
