@@ -17,7 +17,7 @@ from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.coupling.explain import Explanation, FrozenShare, explain, frozen_share
 from surgeon.coupling.frozen import FrozenGroup
 from surgeon.coupling.groups import Group, Link, reachable
-from surgeon.coupling.ignore import Held
+from surgeon.coupling.ignore import Ignored
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.criteria import Criterion
@@ -28,14 +28,14 @@ from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
 from surgeon.graph.queries import check_values
 from surgeon.latency.search import timed
-from surgeon.mend.config_model import Blueprint
+from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, restrict, unsaid
 from surgeon.mend.edits import Edit
 from surgeon.mend.mend import find_edits
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 from surgeon.report.text import describe
 from surgeon.selection.choose import Costs, choose
-from surgeon.selection.cost import Choice, Shapes, nothing
+from surgeon.selection.cost import Choice, ShapeModel, nothing
 from surgeon.selection.linked_groups import without_kept_heads
 from surgeon.selection.options import Budget, Ratio, Request
 
@@ -59,7 +59,7 @@ class Surgery:
                 "the weights have no values (meta device): a plan says how many channels stay, and takes the first",
             )
         self.analysis: Analysis = analyse(graph, *further)
-        self.shapes = Shapes(graph, self.propagation, self.solution)
+        self.shapes = ShapeModel(graph, self.propagation, self.solution)
 
     @property
     def propagation(self) -> Propagation:
@@ -94,9 +94,9 @@ class Surgery:
         return any(self.graph.tensors[name].is_meta for name in self.graph.owned)
 
     @cached_property
-    def blueprint(self) -> Blueprint | None:
+    def blueprint(self) -> ConfigModel | None:
         """What the model's config can say of its sizes; None if its class is not built from one."""
-        return Blueprint.of(self.model)
+        return ConfigModel.of(self.model)
 
     @cached_property
     def macs(self) -> int:
@@ -114,7 +114,7 @@ class Surgery:
     @cached_property
     def memory(self) -> int:
         """Bytes of the activations that are alive at once, at most, for the example inputs; see
-        `Shapes.memory`.
+        `ShapeModel.memory`.
         """
         return self.shapes.memory(nothing(self.solution))
 
@@ -267,9 +267,9 @@ class Surgery:
             next((self.graph.tensors[name].device.type for name in self.shapes.parameters), "cpu")
         )
         said = {k: v for k, v in vars(request).items() if v is not None}
-        known: dict[str, Track] = {}
+        known: dict[str, DimIds] = {}
 
-        def scores(group: Group) -> Track:
+        def scores(group: Group) -> DimIds:
             if group.name not in known:
                 known[group.name] = criteria.scores(which, group, self.graph.tensors)
             return known[group.name]
@@ -374,7 +374,7 @@ class Surgery:
         self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str] = ()
     ) -> list[Group]:
         """The groups less the units that the outputs (or inputs) of ignored modules hold."""
-        held = Held(self.model, self.graph, self.propagation, self.solution)
+        held = Ignored(self.model, self.graph, self.propagation, self.solution)
         return held.groups_left(self.groups, self.links, held.units(ignore, ignore_inputs))
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ ALIKE = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view", "u
 OPTIONAL = {"clone", "alias", "detach", "contiguous"}  # run or not by how a tensor lies in memory
 
 
-class Beside(PlainMode):
+class AlignedRun(PlainMode):
     """Follows a run through the recorded ops that every like run repeats; `at` is the one that comes next."""
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:

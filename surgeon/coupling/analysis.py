@@ -46,7 +46,7 @@ def analyse(*runs: Graph) -> Analysis:
         runs: recorded runs of one model, at least one.
     """
     propagation = propagate(*runs)
-    solution = solve(propagation.ledger)
+    solution = solve(propagation.constraints)
     groups, stuck = find_groups(propagation, solution)
     links, pinned = find_links(propagation, solution, groups)
     pinned = reachable(pinned, links)

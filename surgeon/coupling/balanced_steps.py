@@ -1,4 +1,4 @@
-"""find_lanes(solution) -> Lanes: from balances to steps that keep them.
+"""find_lanes(solution) -> BalancedSets: from balances to steps that keep them.
 
 Atoms that stand equally often in the same balanced rows share a lane. A family of lanes, connected by common
 balances, moves in bundles: so many units of each lane leave at once that all rows of every balance lose
@@ -18,7 +18,7 @@ import numpy as np
 import sympy
 
 from surgeon.coupling.solve import Solution
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 _DROPPED, _TRIED = (
     5,
@@ -27,12 +27,12 @@ _DROPPED, _TRIED = (
 
 
 @dataclasses.dataclass
-class Lanes:
+class BalancedSets:
     """label[atom]: its lane (0: none); bundles: per family of lanes, label -> how many of it one step must
     remove.
     """
 
-    label: Track
+    label: DimIds
     bundles: dict[int, dict[int, int]]
 
 
@@ -42,13 +42,13 @@ class _Incidence:
     in all.
     """
 
-    atom: Track
-    row: Track
-    count: Track
+    atom: DimIds
+    row: DimIds
+    count: DimIds
     rows: int
 
 
-def find_lanes(solution: Solution) -> Lanes:
+def find_lanes(solution: Solution) -> BalancedSets:
     """From balances to lanes: atoms with the same incidence in all balanced rows share a lane."""
     label = np.zeros(len(solution.root), dtype=np.uint64)
     random = np.random.default_rng(0)
@@ -73,10 +73,10 @@ def find_lanes(solution: Solution) -> Lanes:
             weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
             np.add.at(label, atom, weights[row] * count.astype(np.uint64))
             found.append(_Incidence(atom, row, count, height))
-    return Lanes(label, _bundles(label, found, _roles(solution)))
+    return BalancedSets(label, _bundles(label, found, _roles(solution)))
 
 
-def _roles(solution: Solution) -> Track:
+def _roles(solution: Solution) -> DimIds:
     """atom -> 1 for rows of grids, 2 for columns, 3 for both, 0 for others."""
     cells = np.flatnonzero((solution.row >= 0) & ~solution.outer)
     found = np.zeros(len(solution.root), dtype=np.int64)
@@ -86,12 +86,12 @@ def _roles(solution: Solution) -> Track:
     return found
 
 
-def _bundles(label: Track, found: list[_Incidence], roles: Track) -> dict[int, dict[int, int]]:
+def _bundles(label: DimIds, found: list[_Incidence], roles: DimIds) -> dict[int, dict[int, int]]:
     """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if
     there is none.
     """
     families = nx.Graph()
-    equations: dict[int, list[tuple[Track, Track, Track, int]]] = defaultdict(list)
+    equations: dict[int, list[tuple[DimIds, DimIds, DimIds, int]]] = defaultdict(list)
     role: dict[int, int] = {}
     for item in found:
         labels = label[item.atom]
@@ -112,16 +112,16 @@ def _bundles(label: Track, found: list[_Incidence], roles: Track) -> dict[int, d
 
 def _solve_bundles(
     lanes: list[int],
-    rows: list[tuple[Track, Track, Track, int]],
+    rows: list[tuple[DimIds, DimIds, DimIds, int]],
     population: dict[int, int],
     role: dict[int, int],
 ) -> list[dict[int, int]]:
     """Bundles of lanes: in each, smallest positive counts such that all rows of every balance lose equally
     many.
 
-    Lanes that are alike (as many units, standing as often) form a bundle of their own where that keeps every
-    balance: the parts of a row need not shrink in step. So do rows of grids, and columns: either is an
-    alternative to the other. Lanes of a single odd unit that make this impossible keep all of theirs.
+    BalancedSets that are alike (as many units, standing as often) form a bundle of their own where that keeps
+    every balance: the parts of a row need not shrink in step. So do rows of grids, and columns: either is an
+    alternative to the other. BalancedSets of a single odd unit that make this impossible keep all of theirs.
     """
     place = {lane: i for i, lane in enumerate(lanes)}
     blocks, counts = [], []
@@ -146,7 +146,7 @@ def _solve_bundles(
     return []
 
 
-def _connected(matrix: Track, lanes: list[int]) -> list[list[int]]:
+def _connected(matrix: DimIds, lanes: list[int]) -> list[list[int]]:
     """Those of the lanes that equations bind to one another, apart from the others."""
     bound = nx.Graph()
     bound.add_nodes_from(lanes)
@@ -155,7 +155,7 @@ def _connected(matrix: Track, lanes: list[int]) -> list[list[int]]:
     return [sorted(own) for own in nx.connected_components(bound)]
 
 
-def _solve(lanes: list[int], matrix: Track, population: dict[int, int]) -> dict[int, int]:
+def _solve(lanes: list[int], matrix: DimIds, population: dict[int, int]) -> dict[int, int]:
     """One bundle of these lanes, of which as few units as possible are left out; {} if there is none."""
     for kept in _subsets([population[lane] for lane in lanes]):
         counts = _positive(matrix[:, kept])
@@ -175,7 +175,7 @@ def _subsets(sizes: list[int]) -> Iterator[list[int]]:
         yield [i for i in every if i not in drop]
 
 
-def _positive(matrix: Track) -> list[int] | None:
+def _positive(matrix: DimIds) -> list[int] | None:
     """Smallest positive counts per column that make every row vanish, if they are unique up to a factor or
     all one.
     """

@@ -20,7 +20,7 @@ from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
 from surgeon.errors import InputError
 from surgeon.graph.messages import where
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 from surgeon.ops.table import Family, family, op_name
 
 OUTPUT = "is the model's output"
@@ -198,14 +198,14 @@ def ties_of(propagation: Propagation, solution: Solution, unit: int) -> nx.Graph
     """
     atoms = np.array([int(a[0]) for a in solution.atoms(np.array([unit])) if a[0] >= 0])
 
-    def leaves(ids: Track) -> Track:
+    def leaves(ids: DimIds) -> DimIds:
         return np.asarray(np.any([np.isin(part, atoms) for part in solution.atoms(ids)], axis=0))
 
     graph = nx.Graph()
     graph.add_node(unit)
-    for join in propagation.ledger.joins:
+    for join in propagation.constraints.joins:
         _edges(graph, join.left, join.right, join.node, leaves)
-    for part in propagation.ledger.parts:
+    for part in propagation.constraints.parts:
         for side in (part.row, part.column):
             _edges(graph, part.cell, side, part.node, leaves)
     for slot, ids in propagation.slots.items():
@@ -215,7 +215,7 @@ def ties_of(propagation: Propagation, solution: Solution, unit: int) -> nx.Graph
 
 
 def _edges(
-    graph: nx.Graph, left: Track, right: Track, node: fx.Node | None, leaves: Callable[[Track], Track]
+    graph: nx.Graph, left: DimIds, right: DimIds, node: fx.Node | None, leaves: Callable[[DimIds], DimIds]
 ) -> None:
     both = leaves(left) & leaves(right)
     graph.add_edges_from(zip(left[both].tolist(), right[both].tolist(), strict=True), node=node)
@@ -282,13 +282,13 @@ def frozen_share(analysis: Analysis) -> FrozenShare:
     return FrozenShare(channels, frozen)
 
 
-def _reason(analysis: Analysis, ids: Track) -> str:
+def _reason(analysis: Analysis, ids: DimIds) -> str:
     if analysis.solution.frozen[analysis.solution.root[ids]].any():
         return analysis.solution.why(ids)[0]
     return SIZE_OF_FROZEN
 
 
-def _outputs(analysis: Analysis) -> Iterator[Track]:
+def _outputs(analysis: Analysis) -> Iterator[DimIds]:
     """Ids of the output channels of each weight that some activation is multiplied with."""
     weights: set[fx.Node] = set()
     for run in analysis.runs:
@@ -303,7 +303,7 @@ def _outputs(analysis: Analysis) -> Iterator[Track]:
                     yield from _output_of(analysis, node, weights)
 
 
-def _output_of(analysis: Analysis, node: fx.Node, weights: set[fx.Node]) -> Iterator[Track]:
+def _output_of(analysis: Analysis, node: fx.Node, weights: set[fx.Node]) -> Iterator[DimIds]:
     name = op_name(node)
     places = {"convolution": (1,), "addmm": (1, 2), "linear": (1,), "baddbmm": (1, 2), "embedding": (0,)}.get(
         name, (0, 1)

@@ -10,7 +10,7 @@ from torch import fx
 
 from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FrozenGroup:
     node: fx.Node | None
 
 
-def _stuck(groups_of: Track, atoms: Track, slot_of: Track, slots: list[Slot]) -> list[FrozenGroup]:
+def _stuck(groups_of: DimIds, atoms: DimIds, slot_of: DimIds, slots: list[Slot]) -> list[FrozenGroup]:
     """Units that are not frozen, but of which no combination leaves every balance even."""
     alone = groups_of[atoms] < 0
     if not alone.any():
@@ -37,7 +37,7 @@ def find_frozen(propagation: Propagation, solution: Solution) -> list[FrozenGrou
     """Slots with frozen indices, those of one class set together, with a reason."""
     found: dict[tuple[str, int, int], FrozenGroup] = {}
     by_key: dict[tuple[int, bytes], list[Slot]] = defaultdict(list)
-    ids_of: dict[tuple[int, bytes], Track] = {}
+    ids_of: dict[tuple[int, bytes], DimIds] = {}
     for slot, ids in propagation.slots.items():
         roots = solution.root[ids]
         stuck = roots[solution.frozen[roots]]

@@ -16,11 +16,11 @@ import networkx as nx
 import numpy as np
 from torch import fx
 
-from surgeon.coupling.balanced_steps import Lanes, find_lanes
+from surgeon.coupling.balanced_steps import BalancedSets, find_lanes
 from surgeon.coupling.frozen import FrozenGroup, _stuck
 from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 Link = tuple[str, str]
 
@@ -33,8 +33,8 @@ class Member:
 
     tensor: str
     dim: int
-    index: Track
-    unit: Track
+    index: DimIds
+    unit: DimIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Group:
     """
 
     name: str
-    lanes: Track
+    lanes: DimIds
     members: tuple[Member, ...]
-    strata: Track
+    strata: DimIds
     kind: str = "channels"
     grid: int = -1
     batched: bool = False
@@ -135,7 +135,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     return found, _stuck(groups_of, atoms, slot_of, slots)
 
 
-def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str, Track]:
+def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str, DimIds]:
     """Atoms of the channels that the first op gives which meets a tensor, or what is computed from tensors
     alone, with data.
 
@@ -143,7 +143,7 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
     second one of a transposed convolution's, of an embedding's and of `x @ weight`.
     """
     owned: dict[fx.Node, set[str]] = {}
-    found: dict[str, list[Track]] = defaultdict(list)
+    found: dict[str, list[DimIds]] = defaultdict(list)
     for node, axes in propagation.axes.items():
         sources = node.all_input_nodes
         if node.op == "get_attr":
@@ -160,7 +160,7 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}
 
 
-def _attention(solution: Solution, lanes: Track) -> str:
+def _attention(solution: Solution, lanes: DimIds) -> str:
     return "heads" if solution.heads[lanes].any() else "head dims" if solution.head_dims[lanes].any() else ""
 
 
@@ -175,7 +175,9 @@ def _unique_names(groups: list[Group]) -> list[Group]:
     return result
 
 
-def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) -> tuple[Track, Track, Track]:
+def _touches(
+    propagation: Propagation, solution: Solution, slots: list[Slot]
+) -> tuple[DimIds, DimIds, DimIds]:
     """Parallel arrays (atom, slot number, index): every index of every slot with each atom that takes it
     along.
     """
@@ -196,7 +198,7 @@ def _touches(propagation: Propagation, solution: Solution, slots: list[Slot]) ->
     return atom[order], number[order], index[order]
 
 
-def _cells(propagation: Propagation, solution: Solution) -> Track:
+def _cells(propagation: Propagation, solution: Solution) -> DimIds:
     """The classes of cells of grids that some slot's entries lie in; others are only met on the way, as a
     reshape merges dims.
     """
@@ -211,7 +213,7 @@ def _cells(propagation: Propagation, solution: Solution) -> Track:
     return np.flatnonzero(found & ~solution.outer)
 
 
-def _is_row(solution: Solution, cells: Track) -> Track:
+def _is_row(solution: Solution, cells: DimIds) -> DimIds:
     """Which atoms are rows of a grid: they may touch the same slots as its columns, and are another group."""
     found = np.zeros(len(solution.root), dtype=bool)
     for atoms in solution.atoms(solution.row[cells]):
@@ -220,8 +222,8 @@ def _is_row(solution: Solution, cells: Track) -> Track:
 
 
 def _families(
-    atoms: Track, slot_of: Track, lanes: Lanes, slots: int, is_row: Track
-) -> tuple[list[Track], Track]:
+    atoms: DimIds, slot_of: DimIds, lanes: BalancedSets, slots: int, is_row: DimIds
+) -> tuple[list[DimIds], DimIds]:
     """[lanes, steps] atoms per group, in order of first appearance; and of each atom, a number for the slots
     that it touches.
     """
@@ -240,7 +242,7 @@ def _families(
     unique, signature = unique[order], signature[order]
     label = lanes.label[unique]
     stratum[unique] = np.unique(signature, return_inverse=True)[1]
-    families: list[tuple[int, Track]] = []
+    families: list[tuple[int, DimIds]] = []
     plain = label == 0
     for key in dict.fromkeys(signature[plain].tolist()):
         where = np.flatnonzero(plain & (signature == key))
@@ -260,11 +262,11 @@ def _families(
 
 
 def _members(
-    groups_of: Track,
-    unit_of: Track,
-    atoms: Track,
-    slot_of: Track,
-    index_of: Track,
+    groups_of: DimIds,
+    unit_of: DimIds,
+    atoms: DimIds,
+    slot_of: DimIds,
+    index_of: DimIds,
     slots: list[Slot],
     count: int,
 ) -> list[list[Member]]:
@@ -284,7 +286,7 @@ def _members(
 
 
 def _kinds(
-    solution: Solution, cells: Track, groups_of: Track, families: list[Track]
+    solution: Solution, cells: DimIds, groups_of: DimIds, families: list[DimIds]
 ) -> tuple[list[str], list[int]]:
     """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
     count = len(families)
@@ -336,14 +338,14 @@ def find_links(
             grids[group.grid].append(number)
     of_grid = {number: members for members in grids.values() for number in members}
 
-    def touched(ids: Track) -> set[int]:
+    def touched(ids: DimIds) -> set[int]:
         found: set[int] = set()
         for atoms in solution.atoms(ids):
             found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
         return {n for number in found for n in of_grid.get(number, [number])}
 
     links, pinned = set(), set()
-    for share in propagation.ledger.shares:
+    for share in propagation.constraints.shares:
         own, other = share.own, share.other
         if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
             continue

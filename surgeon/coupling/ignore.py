@@ -16,17 +16,17 @@ from surgeon.coupling.solve import Solution
 from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
 from surgeon.graph.queries import nodes_inside
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class Ignored:
     model: nn.Module
     graph: Graph
     propagation: Propagation
     solution: Solution
 
-    def units(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str]) -> Track:
+    def units(self, ignore: Iterable[nn.Module | str], ignore_inputs: Iterable[nn.Module | str]) -> DimIds:
         """Whether each atom is held.
 
         Raises:
@@ -40,7 +40,7 @@ class Held:
                         held[atoms[atoms >= 0]] = True
         return held
 
-    def groups_left(self, groups: list[Group], links: Sequence[Link], held: Track) -> list[Group]:
+    def groups_left(self, groups: list[Group], links: Sequence[Link], held: DimIds) -> list[Group]:
         """Groups less the held units; groups of several lanes or with links stay whole or not at all."""
         if not held.any():
             return groups
@@ -55,7 +55,7 @@ class Held:
             kept.append(group if free.all() else _restricted(group, free))
         return kept
 
-    def _outputs_of(self, item: nn.Module | str) -> list[Track]:
+    def _outputs_of(self, item: nn.Module | str) -> list[DimIds]:
         path = self._path(item, "ignore")
         if path in self.graph.tensors:
             return [ids for (name, _), ids in self.propagation.slots.items() if name == path]
@@ -63,7 +63,7 @@ class Held:
         given = {n for n in nodes if any(user.op == "output" or user not in nodes for user in n.users)}
         return self._tracks(given)
 
-    def _inputs_of(self, item: nn.Module | str) -> list[Track]:
+    def _inputs_of(self, item: nn.Module | str) -> list[DimIds]:
         nodes = self._nodes_of(self._path(item, "ignore_inputs"), "ignore_inputs")
         read = {used for node in nodes for used in node.all_input_nodes}
         return self._tracks(node for node in read if node not in nodes and node.op != "get_attr")
@@ -85,7 +85,7 @@ class Held:
             )
         return found
 
-    def _tracks(self, nodes: Iterable[fx.Node]) -> list[Track]:
+    def _tracks(self, nodes: Iterable[fx.Node]) -> list[DimIds]:
         found = []
         for node in nodes:
             axes = self.propagation.axes[node]
@@ -95,7 +95,7 @@ class Held:
         return found
 
 
-def _restricted(group: Group, free: Track) -> Group:
+def _restricted(group: Group, free: DimIds) -> Group:
     """The group with only some of its units (single lane)."""
     number = np.full(group.units, -1, dtype=np.int64)
     number[free] = np.arange(int(free.sum()))

@@ -17,7 +17,7 @@ from torch import fx
 
 from surgeon.capture.size_tracing import Follows
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.ids import Axes, Ledger, Track
+from surgeon.ops.ids import Constraints, DimIds, ValueIds
 from surgeon.ops.table import Family, Site, family, op_name, rule_of
 
 Slot = tuple[str, int]
@@ -28,13 +28,13 @@ class Propagation:
     """What is known after the walk.
 
     Attributes:
-        ledger: every fact about ids.
+        constraints: every fact about ids.
         slots: (tensor name, dim) -> the ids of its indices, 1-d.
         axes: node -> its tracks (a tuple of them where the op has several outputs).
     """
 
-    ledger: Ledger
-    slots: Mapping[tuple[str, int], Track]
+    constraints: Constraints
+    slots: Mapping[tuple[str, int], DimIds]
     axes: Mapping[fx.Node, Any]
 
 
@@ -46,38 +46,38 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
         further: other runs of the same model (its training mode, say); the slots are the same, so what any of
             them ties is tied.
     """
-    ledger = Ledger()
-    slots: dict[tuple[str, int], Track] = {}
+    constraints = Constraints()
+    slots: dict[tuple[str, int], DimIds] = {}
     axes: dict[fx.Node, Any] = {}
-    made: dict[str, Axes] = {}
+    made: dict[str, ValueIds] = {}
     for run in (graph, *further):
         fed = {node for _, node in run.inputs}
         for node in run.fx.nodes:
-            ledger.node = node
+            constraints.node = node
             if node.op == "get_attr":
                 name = str(node.target)
                 if name not in made or name not in run.owned:
-                    made[name] = _slot_axes(run, name, node, ledger, slots)
+                    made[name] = _slot_axes(run, name, node, constraints, slots)
                 axes[node] = made[name]
             elif node.op == "placeholder":
                 axes[node] = {}
             elif node.op == "call_function":
-                axes[node] = rule_of(node)(Site(node, axes, ledger))
+                axes[node] = rule_of(node)(Site(node, axes, constraints))
                 for part in _parts(axes[node]):
-                    ledger.value(part)
+                    constraints.value(part)
                 if not fed.isdisjoint(node.all_input_nodes):
                     fed.add(node)
-                _read(node, axes, node in fed, ledger)
+                _read(node, axes, node in fed, constraints)
             if isinstance(axes.get(node), dict):
-                _follow(node, axes, ledger)
+                _follow(node, axes, constraints)
         for path, node in run.outputs:
-            ledger.node = node
-            ledger.freeze_all(axes[node], f"is the model's output '{path}'")
-    ledger.node = None
-    return Propagation(ledger, slots, axes)
+            constraints.node = node
+            constraints.freeze_all(axes[node], f"is the model's output '{path}'")
+    constraints.node = None
+    return Propagation(constraints, slots, axes)
 
 
-def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, ledger: Ledger) -> None:
+def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, constraints: Constraints) -> None:
     """What an op computes with: everything, of values that come from the model's inputs; else what it sums or
     normalises over.
 
@@ -88,27 +88,27 @@ def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, ledger: Ledger) ->
     given = [part for source in node.all_input_nodes for part in _parts(axes[source])]
     if fed and kind not in (Family.MOVEMENT, Family.FACTORY):
         for part in given:
-            ledger.read(part)
+            constraints.read(part)
     elif kind in (Family.CONTRACTION, Family.REDUCTION, Family.OPAQUE):
         passed = [track.ravel() for part in _parts(axes[node]) for track in part.values()]
         gone = np.concatenate(passed) if passed else np.zeros(0, dtype=np.int64)
         for part in given:
-            ledger.read({dim: np.setdiff1d(track, gone) for dim, track in part.items()})
+            constraints.read({dim: np.setdiff1d(track, gone) for dim, track in part.items()})
 
 
-def _parts(axes: Any) -> tuple[Axes, ...]:
+def _parts(axes: Any) -> tuple[ValueIds, ...]:
     """The tracks of each output of an op."""
     return axes if isinstance(axes, tuple) else (axes,)
 
 
-def _follow(node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
+def _follow(node: fx.Node, axes: dict[fx.Node, Any], constraints: Constraints) -> None:
     """Dims, and parts of them, whose sizes are computed from other sizes."""
     for dim, source in node.meta.get("follows", {}).items():
         own, other = axes[node].get(dim), _of_source(axes, source)
         same = (
             spec(node).shape[dim] == spec(source.node).shape[source.dim]
         )  # a multiple may hold another number that changes
-        _share(ledger, own, other, same)
+        _share(constraints, own, other, same)
     for cut in node.meta.get("cuts", ()):
         own, other = axes[node].get(cut.dim), _of_source(axes, cut.source)
         if (
@@ -118,64 +118,64 @@ def _follow(node: fx.Node, axes: dict[fx.Node, Any], ledger: Ledger) -> None:
         ):
             line = _line(own, cut.dim)
             if math.gcd(cut.last - cut.first, line.size) == 1 < line.size:
-                ledger.freeze(
+                constraints.freeze(
                     own, "is sliced where its code computes, and no smaller width has the same share there"
                 )
             else:
-                ledger.share(line[cut.first : cut.last], line)
+                constraints.share(line[cut.first : cut.last], line)
             continue
         same = cut.last - cut.first == spec(cut.source.node).shape[cut.source.dim]
         _share(
-            ledger,
+            constraints,
             None if own is None else np.moveaxis(own, cut.dim, -1)[..., cut.first : cut.last],
             other,
             same,
         )
 
 
-def _of_source(axes: dict[fx.Node, Any], source: Follows) -> Track | None:
+def _of_source(axes: dict[fx.Node, Any], source: Follows) -> DimIds | None:
     found = axes.get(source.node, {})
     return found.get(source.dim) if isinstance(found, dict) else None
 
 
-def _share(ledger: Ledger, own: Track | None, other: Track | None, same: bool) -> None:
+def _share(constraints: Constraints, own: DimIds | None, other: DimIds | None, same: bool) -> None:
     """Write down that two tracks keep the same share, if one of them is fixed only where both are of the
     `same` size.
     """
     if (own is not None and other is not None) or (same and (own is not None or other is not None)):
         nothing = np.zeros(0, dtype=np.int64)
-        ledger.share(nothing if own is None else own, nothing if other is None else other)
+        constraints.share(nothing if own is None else own, nothing if other is None else other)
 
 
-def _line(track: Track, dim: int) -> Track:
+def _line(track: DimIds, dim: int) -> DimIds:
     """The ids along a dim, of its first row."""
-    found: Track = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])[0]
+    found: DimIds = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])[0]
     return found
 
 
 def _slot_axes(
-    graph: Graph, name: str, node: fx.Node, ledger: Ledger, slots: dict[tuple[str, int], Track]
-) -> Axes:
+    graph: Graph, name: str, node: fx.Node, constraints: Constraints, slots: dict[tuple[str, int], DimIds]
+) -> ValueIds:
     shape = spec(node).shape
     if name not in graph.owned:
         tensor = graph.tensors[name]
         if not tensor.is_meta and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
-            return _fresh(ledger, shape)  # one repeated constant
+            return _fresh(constraints, shape)  # one repeated constant
         return {}
-    axes = _fresh(ledger, shape)
+    axes = _fresh(constraints, shape)
     dtype = spec(node).dtype
     for dim, track in axes.items():
         slots[name, dim] = track.ravel()
     if not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
-        ledger.freeze_all(axes, "holds whole numbers, such as positions")
+        constraints.freeze_all(axes, "holds whole numbers, such as positions")
         return {}
     return axes
 
 
-def _fresh(ledger: Ledger, shape: tuple[int, ...]) -> Axes:
+def _fresh(constraints: Constraints, shape: tuple[int, ...]) -> ValueIds:
     ndim = len(shape)
     return {
-        dim: np.ascontiguousarray(ledger.new(size).reshape([-1 if d == dim else 1 for d in range(ndim)]))
+        dim: np.ascontiguousarray(constraints.new(size).reshape([-1 if d == dim else 1 for d in range(ndim)]))
         for dim, size in enumerate(shape)
         if size > 1
     }

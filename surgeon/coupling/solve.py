@@ -1,4 +1,4 @@
-"""solve(ledger) -> Solution: draw all conclusions from the facts about ids, once, in bulk.
+"""solve(constraints) -> Solution: draw all conclusions from the facts about ids, once, in bulk.
 
 Joined ids form a *class*, named by its smallest id. A class is *composite* if its ids are cells of a grid: it
 leaves if and only if its row class or its column class leaves. All other classes are *atoms*, the things that
@@ -25,7 +25,7 @@ import math
 import numpy as np
 from torch import fx
 
-from surgeon.ops.ids import Freeze, Ledger, Track
+from surgeon.ops.ids import Constraints, DimIds, Freeze
 
 _DEPTH = 8  # grids within grids; deeper ones are frozen
 
@@ -41,22 +41,22 @@ class Solution:
         outer: class -> whether the grid is a flattened outer product, whose factors are independent channels.
         batched: class -> whether some op computes its entries one by one, as attention does heads.
         heads, head_dims: class -> whether attention computes it one by one, or sums over it or gives it.
-        freezes: the freezes of the ledger, for `why`.
+        freezes: the freezes of the constraints, for `why`.
         balances: (matrix of ids, node): every row keeps equally many.
     """
 
-    root: Track
-    frozen: Track
-    row: Track
-    column: Track
-    outer: Track
-    batched: Track
-    heads: Track
-    head_dims: Track
+    root: DimIds
+    frozen: DimIds
+    row: DimIds
+    column: DimIds
+    outer: DimIds
+    batched: DimIds
+    heads: DimIds
+    head_dims: DimIds
     freezes: tuple[Freeze, ...]
-    balances: tuple[tuple[Track, fx.Node | None], ...]
+    balances: tuple[tuple[DimIds, fx.Node | None], ...]
 
-    def why(self, ids: Track) -> tuple[str, fx.Node | None]:
+    def why(self, ids: DimIds) -> tuple[str, fx.Node | None]:
         """(reason, node) of the first freeze that holds one of the ids, directly or through a grid."""
         wanted = np.zeros(len(self.root), dtype=bool)
         wanted[self.root[ids]] = True
@@ -67,10 +67,10 @@ class Solution:
                 return freeze.reason, freeze.node
         return "must keep as many as a part that is frozen", None
 
-    def atoms(self, ids: Track) -> list[Track]:
+    def atoms(self, ids: DimIds) -> list[DimIds]:
         """Arrays like `ids` of the atoms whose leaving takes each entry along; -1 where there are fewer."""
-        todo: list[Track] = [self.root[ids]]
-        found: list[Track] = []
+        todo: list[DimIds] = [self.root[ids]]
+        found: list[DimIds] = []
         for _ in range(_DEPTH):
             if not todo:
                 return found
@@ -89,7 +89,7 @@ class Solution:
             todo = following
         return found + todo
 
-    def leaves(self, ids: Track, removed: Track) -> Track:
+    def leaves(self, ids: DimIds, removed: DimIds) -> DimIds:
         """Which entries leave when the classes marked in `removed` (a mask over ids) do."""
         gone = np.zeros(ids.shape, dtype=bool)
         for atoms in self.atoms(ids):
@@ -97,39 +97,43 @@ class Solution:
         return gone
 
 
-def solve(ledger: Ledger) -> Solution:
+def solve(constraints: Constraints) -> Solution:
     """See the module's text. The cost is linear in the number of facts, up to a few passes."""
-    n = ledger.count
+    n = constraints.count
     root = np.arange(n, dtype=np.int64)
     frozen = np.zeros(n, dtype=bool)
-    if ledger.joins:
-        left = np.concatenate([j.left for j in ledger.joins])
-        right = np.concatenate([j.right for j in ledger.joins])
+    if constraints.joins:
+        left = np.concatenate([j.left for j in constraints.joins])
+        right = np.concatenate([j.right for j in constraints.joins])
         root = unite(root, left, right)
-    if ledger.freezes:
-        frozen[root[np.concatenate([f.ids for f in ledger.freezes])]] = True
-    cell = np.concatenate([p.cell for p in ledger.parts]) if ledger.parts else np.zeros(0, dtype=np.int64)
+    if constraints.freezes:
+        frozen[root[np.concatenate([f.ids for f in constraints.freezes])]] = True
+    cell = (
+        np.concatenate([p.cell for p in constraints.parts])
+        if constraints.parts
+        else np.zeros(0, dtype=np.int64)
+    )
     split = (
-        np.concatenate([np.full(p.cell.size, p.split) for p in ledger.parts])
-        if ledger.parts
+        np.concatenate([np.full(p.cell.size, p.split) for p in constraints.parts])
+        if constraints.parts
         else cell.astype(bool)
     )
-    balances = [(b.matrix, b.node) for b in ledger.balances]
-    for share in ledger.shares:
+    balances = [(b.matrix, b.node) for b in constraints.balances]
+    for share in constraints.shares:
         matrix = _parts_alike(root, share.own, share.other)
         if matrix is not None:
             balances.append((matrix, share.node))
-    row, column = _orient(root, frozen, ledger)
-    owned = np.flatnonzero(~ledger.is_free(np.arange(n)))
-    freezes = list(ledger.freezes)
+    row, column = _orient(root, frozen, constraints)
+    owned = np.flatnonzero(~constraints.is_unowned(np.arange(n)))
+    freezes = list(constraints.freezes)
     while True:
         root, frozen, changed = _close_parts(root, frozen, cell, row, column, owned)
         changed |= _freeze_unbalanced(root, frozen, balances) or _freeze_idle(
             root, frozen, cell, row, column, owned
         )
         if not changed:
-            unread = _unread(root, frozen, cell, row, column, ledger.is_read)
-            alone = _alone(root, frozen, ledger)
+            unread = _unread(root, frozen, cell, row, column, constraints.is_read)
+            alone = _alone(root, frozen, constraints)
             if not unread.size and not alone.size:
                 break
             freezes.append(Freeze(unread, "is not read for this input, but may be for others", None))
@@ -137,10 +141,10 @@ def solve(ledger: Ledger) -> Solution:
                 Freeze(alone, "would leave nothing of a tensor that the model computes with", None)
             )
             frozen[unread] = frozen[alone] = True
-    return _assemble(ledger, freezes, root, frozen, (cell, row, column, split), balances)
+    return _assemble(constraints, freezes, root, frozen, (cell, row, column, split), balances)
 
 
-def _parts_alike(root: Track, own: Track, other: Track) -> Track | None:
+def _parts_alike(root: DimIds, own: DimIds, other: DimIds) -> DimIds | None:
     """The balance that keeps a part of a dim and the rest at the same share; None if `own` is no part of
     `other`.
 
@@ -153,7 +157,7 @@ def _parts_alike(root: Track, own: Track, other: Track) -> Track | None:
     return np.stack([np.tile(ids, common // ids.size) for ids in (own, rest)])
 
 
-def unite(root: Track, left: Track, right: Track) -> Track:
+def unite(root: DimIds, left: DimIds, right: DimIds) -> DimIds:
     """Connected components after adding the edges left-right; `root` maps every id to the smallest of its
     component.
     """
@@ -173,7 +177,7 @@ def unite(root: Track, left: Track, right: Track) -> Track:
             root = jumped
 
 
-def _orient(root: Track, frozen: Track, ledger: Ledger) -> tuple[Track, Track]:
+def _orient(root: DimIds, frozen: DimIds, constraints: Constraints) -> tuple[DimIds, DimIds]:
     """Rows and columns of all parts, with those of merged dims swapped where that ties less.
 
     A split knows its row from its column. A merge of two dims does not (after a channel shuffle the columns
@@ -181,17 +185,17 @@ def _orient(root: Track, frozen: Track, ledger: Ledger) -> tuple[Track, Track]:
     leaves more classes is taken.
     """
     empty = np.zeros(0, dtype=np.int64)
-    if not ledger.parts:
+    if not constraints.parts:
         return empty, empty
-    rows, columns = [p.row for p in ledger.parts], [p.column for p in ledger.parts]
+    rows, columns = [p.row for p in constraints.parts], [p.column for p in constraints.parts]
     owner: dict[int, tuple[int, int]] = {}
     is_row, is_column = np.zeros(len(root), dtype=bool), np.zeros(len(root), dtype=bool)
-    for part in ledger.parts:
+    for part in constraints.parts:
         if part.split:
             is_row[root[part.row]] = is_column[root[part.column]] = True
-    order = sorted(range(len(ledger.parts)), key=lambda i: not ledger.parts[i].split)
+    order = sorted(range(len(constraints.parts)), key=lambda i: not constraints.parts[i].split)
     for number in order:
-        part = ledger.parts[number]
+        part = constraints.parts[number]
         classes = root[part.cell].tolist()
         if not part.split and is_row[root[part.column]].all() and is_column[root[part.row]].all():
             rows[number], columns[number] = part.column, part.row
@@ -215,7 +219,7 @@ def _orient(root: Track, frozen: Track, ledger: Ledger) -> tuple[Track, Track]:
     return np.concatenate(rows), np.concatenate(columns)
 
 
-def _classes_left(left: Track, right: Track) -> int:
+def _classes_left(left: DimIds, right: DimIds) -> int:
     """How many classes remain after uniting two arrays entry by entry."""
     _, index = np.unique(np.concatenate([left, right]), return_inverse=True)
     united = unite(np.arange(index.max() + 1), index[: left.size], index[left.size :])
@@ -223,8 +227,8 @@ def _classes_left(left: Track, right: Track) -> int:
 
 
 def _close_parts(
-    root: Track, frozen: Track, cell: Track, row: Track, column: Track, owned: Track
-) -> tuple[Track, Track, bool]:
+    root: DimIds, frozen: DimIds, cell: DimIds, row: DimIds, column: DimIds, owned: DimIds
+) -> tuple[DimIds, DimIds, bool]:
     """Apply the three conclusions about grids until they hold."""
     changed = False
     while cell.size:
@@ -262,14 +266,16 @@ def _close_parts(
     return root, marked, changed
 
 
-def _idle(root: Track, owned: Track) -> Track:
+def _idle(root: DimIds, owned: DimIds) -> DimIds:
     """Which classes hold free ids only: so far they met nothing that could take them along."""
     found = np.ones(len(root), dtype=bool)
     found[root[owned]] = False
     return found
 
 
-def _freeze_idle(root: Track, frozen: Track, cell: Track, row: Track, column: Track, owned: Track) -> bool:
+def _freeze_idle(
+    root: DimIds, frozen: DimIds, cell: DimIds, row: DimIds, column: DimIds, owned: DimIds
+) -> bool:
     """Rows that met nothing, of cells that are their own columns, never leave: a batch that learned queries
     are repeated for.
     """
@@ -280,7 +286,9 @@ def _freeze_idle(root: Track, frozen: Track, cell: Track, row: Track, column: Tr
     return bool(found.size)
 
 
-def _unread(root: Track, frozen: Track, cell: Track, row: Track, column: Track, is_read: Track) -> Track:
+def _unread(
+    root: DimIds, frozen: DimIds, cell: DimIds, row: DimIds, column: DimIds, is_read: DimIds
+) -> DimIds:
     """Classes that may leave so far, but that no op computed with, nor with a cell, row or column of them."""
     found = np.zeros(len(root), dtype=bool)
     found[root[is_read]] = True
@@ -294,19 +302,19 @@ def _unread(root: Track, frozen: Track, cell: Track, row: Track, column: Track, 
     return np.unique(root[~found[root] & ~frozen[root]])
 
 
-def _alone(root: Track, frozen: Track, ledger: Ledger) -> Track:
+def _alone(root: DimIds, frozen: DimIds, constraints: Constraints) -> DimIds:
     """Classes that may leave so far and are the only one along a dim of a value."""
-    firsts = np.array([track.flat[0] for track in ledger.dims.values()], dtype=np.int64)
+    firsts = np.array([track.flat[0] for track in constraints.dims.values()], dtype=np.int64)
     loose = ~frozen[root[firsts]]
     found = [
         root[i]
-        for i, t, may in zip(firsts, ledger.dims.values(), loose, strict=True)
+        for i, t, may in zip(firsts, constraints.dims.values(), loose, strict=True)
         if may and (root[t] == root[i]).all()
     ]
     return np.unique(np.array(found, dtype=np.int64))
 
 
-def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, fx.Node | None]]) -> bool:
+def _freeze_unbalanced(root: DimIds, frozen: DimIds, balances: list[tuple[DimIds, fx.Node | None]]) -> bool:
     """A row that cannot lose anything freezes the rows that must keep as many as it does."""
     changed = False
     for matrix, _ in balances:
@@ -319,12 +327,12 @@ def _freeze_unbalanced(root: Track, frozen: Track, balances: list[tuple[Track, f
 
 
 def _assemble(
-    ledger: Ledger,
+    constraints: Constraints,
     freezes: list[Freeze],
-    root: Track,
-    frozen: Track,
-    parts: tuple[Track, ...],
-    balances: list[tuple[Track, fx.Node | None]],
+    root: DimIds,
+    frozen: DimIds,
+    parts: tuple[DimIds, ...],
+    balances: list[tuple[DimIds, fx.Node | None]],
 ) -> Solution:
     cell, row, column, split = parts
     of_row, of_column = np.full(len(root), -1, dtype=np.int64), np.full(len(root), -1, dtype=np.int64)
@@ -338,7 +346,9 @@ def _assemble(
         outer[c[proper]] = True
         outer[c[proper & (split | of_grid[r] | of_grid[k])]] = False
     marks = [np.zeros(len(root), dtype=bool) for _ in range(3)]
-    for mark, tracks in zip(marks, (ledger.batched, ledger.heads, ledger.head_dims), strict=True):
+    for mark, tracks in zip(
+        marks, (constraints.batched, constraints.heads, constraints.head_dims), strict=True
+    ):
         for ids in tracks:
             mark[root[ids]] = True
     batched, heads, head_dims = marks
@@ -351,9 +361,9 @@ def _assemble(
     )
 
 
-def _unmarked_parts(mark: Track, of_row: Track, of_column: Track) -> Track:
+def _unmarked_parts(mark: DimIds, of_row: DimIds, of_column: DimIds) -> DimIds:
     """Rows and columns of marked classes that are not marked yet."""
     found = np.concatenate([of_row[mark], of_column[mark]])
     found = found[found >= 0]
-    unmarked: Track = found[~mark[found]]
+    unmarked: DimIds = found[~mark[found]]
     return unmarked

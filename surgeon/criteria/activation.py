@@ -15,7 +15,7 @@ from torch import Tensor
 from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.measured import FromReadings
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 class TaylorActivation(FromReadings):
@@ -28,7 +28,7 @@ class TaylorActivation(FromReadings):
     name = "taylor_activation"
     needs: ClassVar[frozenset[str]] = frozenset(("activation_gradients",))
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         return reading.sum(found.felt / max(found.samples, 1), units)
 
@@ -43,7 +43,7 @@ class ActivationMean(FromReadings):
     name = "activation_mean"
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         return reading.mean(found.size / max(found.count, 1), units)
 
@@ -58,7 +58,7 @@ class ActivationNorm(FromReadings):
     name = "activation_l2"
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         root = (found.square / max(found.count, 1)).sqrt()
         return reading.sum(root * found.weight_size / found.weight_share, units)
@@ -73,7 +73,7 @@ class Variance(FromReadings):
     name = "variance"
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         count = max(found.count, 1)
         spread = (found.square / count - (found.total / count).square()).clamp(min=0)
@@ -92,7 +92,7 @@ class HighRank(FromReadings):
     missing = "no value of the recorded run holds them as maps [samples, channels, height, width]"
     instead = "'l2', or at other activations, such as 'variance'"
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         return reading.mean(found.ranks / max(found.samples, 1), units)
 
@@ -113,7 +113,7 @@ class Entropy(FromReadings):
             raise InputError(f"bins must be 2 or more, got {bins}", where="Entropy")
         self.bins = bins
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         means = torch.cat(reading.statistics.means).flatten(1)  # [samples, entries]
         if len(means) < 2:
             raise InputError(

@@ -34,7 +34,7 @@ from surgeon.criteria.second_order import OBS
 from surgeon.criteria.similarity import GeometricMedian
 from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 FROM_WEIGHTS: Mapping[str, Callable[[int], Criterion]] = {
     "bn_scale": lambda seed: BatchNormScale(),
@@ -125,7 +125,7 @@ def prepare(
     return found.fresh() if isinstance(found, Combined) else found
 
 
-def scores(which: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+def scores(which: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
     """The criterion's scores as a float64 array [lanes, steps], checked.
 
     Raises:

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from surgeon.coupling.groups import Group, Member
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 Criterion: TypeAlias = Callable[[Group, Mapping[str, Tensor]], Any]
 
-COMBINE: Mapping[str, Callable[[Track], Track]] = {
+COMBINE: Mapping[str, Callable[[DimIds], DimIds]] = {
     "mean": lambda parts: np.nanmean(parts, axis=0),
     "sum": lambda parts: np.nansum(parts, axis=0),
     "max": lambda parts: np.nanmax(parts, axis=0),
     "first": lambda parts: np.take_along_axis(parts, np.isfinite(parts).argmax(axis=0)[None], axis=0)[0],
 }
-NORMALIZE: Mapping[str | None, Callable[[Track], float]] = {
+NORMALIZE: Mapping[str | None, Callable[[DimIds], float]] = {
     "mean": lambda part: float(np.nanmean(part)),
     "max": lambda part: float(np.nanmax(part)),
     "sum": lambda part: float(np.nansum(part)),
@@ -55,21 +55,21 @@ class Combined:
         """A copy that remembers nothing of a model."""
         return copy.copy(self)
 
-    def combined(self, parts: Sequence[Track], units: int) -> Track:
+    def combined(self, parts: Sequence[DimIds], units: int) -> DimIds:
         if not parts:
             return np.zeros(units)
         scale = NORMALIZE[self.normalize]
         return COMBINE[self.combine](np.stack([part / max(scale(part), 1e-30) for part in parts]))
 
 
-def by_unit(member: Member, values: Track, units: int) -> Track:
+def by_unit(member: Member, values: DimIds, units: int) -> DimIds:
     """Values per index of a slot, summed by the unit that each leaves with."""
-    found: Track = np.bincount(member.unit, weights=values[member.index], minlength=units)
+    found: DimIds = np.bincount(member.unit, weights=values[member.index], minlength=units)
     return found
 
 
-def array(tensor: Tensor) -> Track:
-    found: Track = tensor.detach().double().cpu().numpy()
+def array(tensor: Tensor) -> DimIds:
+    found: DimIds = tensor.detach().double().cpu().numpy()
     return found
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from surgeon.coupling.groups import Member
 from surgeon.criteria.combine import array, by_unit
 from surgeon.criteria.measured import FromParameters
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
-def _summed(values: Tensor, member: Member, units: int) -> Track:
+def _summed(values: Tensor, member: Member, units: int) -> DimIds:
     """Values of a parameter, summed over all that leaves with a unit of one slot."""
     others = [d for d in range(values.dim()) if d != member.dim]
     return by_unit(member, array(values.sum(others) if others else values), units)
@@ -40,7 +40,7 @@ class Taylor(FromParameters):
     def needs(self) -> frozenset[str]:  # type: ignore[override]  # which sums are needed depends on the form
         return frozenset(("gates",)) if self.joint else frozenset(("gradients",))
 
-    def part(self, member: Member, units: int) -> Track:
+    def part(self, member: Member, units: int) -> DimIds:
         known = self.evidence.gradients[member.tensor]
         if self.joint:
             return by_unit(member, array(known.gate_square[member.dim]), units) / self.evidence.batches
@@ -56,7 +56,7 @@ class Gradient(FromParameters):
     name = "gradient"
     needs: ClassVar[frozenset[str]] = frozenset(("gradients",))
 
-    def part(self, member: Member, units: int) -> Track:
+    def part(self, member: Member, units: int) -> DimIds:
         known = self.evidence.gradients[member.tensor]
         return np.sqrt(_summed(known.square, member, units) / self.evidence.batches)
 
@@ -73,7 +73,7 @@ class Fisher(FromParameters):
     name = "fisher"
     needs: ClassVar[frozenset[str]] = frozenset(("gradients",))
 
-    def part(self, member: Member, units: int) -> Track:
+    def part(self, member: Member, units: int) -> DimIds:
         known = self.evidence.gradients[member.tensor]
         return _summed(known.tensor.detach().double().square() * known.square, member, units) / (
             2 * self.evidence.batches

@@ -16,7 +16,7 @@ from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
 from surgeon.criteria.second_order import inverted
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 _ROUNDS = 64  # in which the units of a group leave, at most
 
@@ -60,7 +60,7 @@ class KFAC(FromReadings):
             )
         self.damping, self.widest, self.stepwise = damping, widest, stepwise
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         self.listen(group)
         found = [self._left(reading, group.units) for reading in self.evidence.of(group)]
         if any(item.entries > self.stepwise for item in found):
@@ -76,7 +76,7 @@ class KFAC(FromReadings):
         return _Left(reading, units, curvature, inverse.numpy(), curvature.error.numpy())
 
 
-def _in_turn(found: Sequence[_Left], units: int) -> Track:
+def _in_turn(found: Sequence[_Left], units: int) -> DimIds:
     scores, gone, most = np.zeros(units), np.zeros(units, dtype=bool), 0.0
     together = -(-units // _ROUNDS)
     while not gone.all():
@@ -99,8 +99,8 @@ class _Left:
         reading: Reading,
         units: int,
         curvature: Curvature,
-        inverse: Track | None = None,
-        product: Track | None = None,
+        inverse: DimIds | None = None,
+        product: DimIds | None = None,
     ) -> None:
         self.units, self.inverse, self.product = units, inverse, product
         alone = reading.sum(curvature.alone, units)
@@ -121,12 +121,12 @@ class _Left:
         ):
             self.parts.append((int(unit[part[0]]), int(group[part[0]]), places[part]))
 
-    def scores(self) -> Track:
+    def scores(self) -> DimIds:
         """What each unit's leaving would add now."""
         found = self.constant.copy()
         if self.inverse is None or self.product is None:
             return found
-        sizes: dict[int, list[tuple[int, int, Track]]] = {}
+        sizes: dict[int, list[tuple[int, int, DimIds]]] = {}
         for part in self.parts:
             sizes.setdefault(len(part[2]), []).append(part)
         for parts in sizes.values():
@@ -137,12 +137,12 @@ class _Left:
             found += np.bincount(unit, weights=np.maximum(lost, 0.0), minlength=self.units) * self.share
         return found
 
-    def remove(self, units: Track) -> None:
+    def remove(self, units: DimIds) -> None:
         self.constant[units] = 0.0
         if self.inverse is None or self.product is None:
             return
         leaving = set(units.tolist())
-        by_group: dict[int, list[Track]] = {}
+        by_group: dict[int, list[DimIds]] = {}
         for _, group, where in (part for part in self.parts if part[0] in leaving):
             by_group.setdefault(group, []).append(where)
         for group, parts in by_group.items():

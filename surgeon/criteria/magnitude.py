@@ -13,7 +13,7 @@ from torch import Tensor
 from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, array, by_unit, weights
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 class Norm(Combined):
@@ -30,25 +30,26 @@ class Norm(Combined):
             raise InputError(f"p must be a positive number, got {p}", where=type(self).__name__)
         super().__init__(combine, normalize)
         self.p = p
-        self._sums: dict[int, tuple[Track, Track]] = {}  # a weight speaks for its outputs and for its inputs
+        # a weight speaks for its outputs and for its inputs
+        self._sums: dict[int, tuple[DimIds, DimIds]] = {}
 
     def fresh(self) -> Self:
         found = super().fresh()
         found._sums = {}
         return found
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         return self.combined(
             [self.part(m, tensors, group.units) for m in weights(group, tensors)], group.units
         )
 
-    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> Track:
+    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> DimIds:
         """The norm of what one slot loses with each unit."""
         powers = self._power_sums(tensors[member.tensor].detach(), member.dim)
-        norm: Track = by_unit(member, powers, units) ** (1 / self.p)
+        norm: DimIds = by_unit(member, powers, units) ** (1 / self.p)
         return norm
 
-    def _power_sums(self, tensor: Tensor, dim: int) -> Track:
+    def _power_sums(self, tensor: Tensor, dim: int) -> DimIds:
         """sum |w|^p over all dims but one."""
         known = self._sums.get(tensor.data_ptr())
         if known is not None and dim < 2 <= tensor.dim():
@@ -79,10 +80,10 @@ class Lamp(Norm):
     def __init__(self, combine: str = "mean", normalize: str | None = None) -> None:
         super().__init__(2, combine, normalize)
 
-    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> Track:
+    def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> DimIds:
         return super().part(member, tensors, units) ** 2
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         size = super().__call__(group, tensors)
         order = np.argsort(size, kind="stable")
         found = np.zeros(len(size))
@@ -104,7 +105,7 @@ class BatchNormScale(Combined):
     def __init__(self, combine: str = "mean", normalize: str | None = None) -> None:
         super().__init__(combine, normalize)
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         found = scales(group, tensors)
         if not found:
             raise InputError(
@@ -132,11 +133,11 @@ class Random:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         digest = hashlib.sha256(f"{self.seed}:{group.name}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).random(group.units)
 
 
-def first(group: Group, tensors: Mapping[str, Tensor]) -> Track:
+def first(group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
     """The first channels stay: for models without values, of which only the sizes are asked for."""
     return -np.arange(group.units, dtype=np.float64)

@@ -12,7 +12,7 @@ from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined
 from surgeon.criteria.data.evidence import Evidence, Reading
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 class Measured(Combined):
@@ -54,7 +54,7 @@ class Measured(Combined):
 class FromReadings(Measured):
     """Parts are the consumers that read the group's channels."""
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         return self.combined(
             [self._heard(reading, group.units) for reading in self.listen(group)], group.units
         )
@@ -78,7 +78,7 @@ class FromReadings(Measured):
             )
         return readings
 
-    def _heard(self, reading: Reading, units: int) -> Track:
+    def _heard(self, reading: Reading, units: int) -> DimIds:
         """The part, with NaN for units of which the consumer reads nothing."""
         silent = np.bincount(reading.unit, minlength=units) == 0
         return np.where(silent, np.nan, self.part(reading, units))
@@ -86,7 +86,7 @@ class FromReadings(Measured):
     missing = "no convolution or matrix product of the recorded run sums over them"
     instead = "'l2' or 'taylor'"
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         """The score of each unit in the eyes of one consumer."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class FromReadings(Measured):
 class FromParameters(Measured):
     """Parts are the group's slots of parameters that take gradients."""
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         known = self.evidence.gradients
         members = [m for m in group.members if m.tensor in known]
         if not members:
@@ -106,6 +106,6 @@ class FromParameters(Measured):
             )
         return self.combined([self.part(m, group.units) for m in members], group.units)
 
-    def part(self, member: Member, units: int) -> Track:
+    def part(self, member: Member, units: int) -> DimIds:
         """The score of each unit in the eyes of one slot."""
         raise NotImplementedError

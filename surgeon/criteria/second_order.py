@@ -12,7 +12,7 @@ from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 
 class OBS(FromReadings):
@@ -45,7 +45,7 @@ class OBS(FromReadings):
             )
         self.damping, self.widest = damping, widest
 
-    def part(self, reading: Reading, units: int) -> Track:
+    def part(self, reading: Reading, units: int) -> DimIds:
         found = reading.statistics
         inverse = torch.stack(
             [inverted(block, self.damping) for block in found.covariance / max(found.count, 1)]

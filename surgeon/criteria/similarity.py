@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, weights
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 _CHUNK = 1 << 22  # numbers that are made float64 at a time
 
@@ -24,13 +24,13 @@ class GeometricMedian(Combined):
     one layer.)
     """
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         return self.combined(
             [self.part(m, tensors[m.tensor], group.units) for m in weights(group, tensors)], group.units
         )
 
     @staticmethod
-    def part(member: Member, tensor: Tensor, units: int) -> Track:
+    def part(member: Member, tensor: Tensor, units: int) -> DimIds:
         """Distances from ||a - b||^2 = a.a + b.b - 2 a.b, the products in chunks."""
         rows = (
             tensor.detach().movedim(member.dim, 0).flatten(1)
@@ -52,5 +52,5 @@ class GeometricMedian(Combined):
                 product += block @ block.T
         square = product.diagonal()
         distances = (square[:, None] + square[None] - 2 * product).clamp(min=0).sqrt()
-        found: Track = distances.fill_diagonal_(0).sum(1).numpy()
+        found: DimIds = distances.fill_diagonal_(0).sum(1).numpy()
         return found

@@ -11,10 +11,10 @@ from torch import nn
 from surgeon.cut.plan import Plan, check_fit
 from surgeon.cut.slice import Kept, shrink_module
 from surgeon.errors import InputError, PlanError
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
 
-def composed(model: nn.Module, shapes: Shapes, plans: Sequence[Plan]) -> Choice:
+def composed(model: nn.Module, shapes: ShapeModel, plans: Sequence[Plan]) -> Choice:
     """The choice that leaves what the last plan leaves.
 
     Args:

@@ -12,7 +12,7 @@ from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.cut.plan import Plan
 from surgeon.graph.graph import Graph
-from surgeon.selection.cost import Shapes
+from surgeon.selection.cost import ShapeModel
 
 
 class Inspected(Protocol):
@@ -26,7 +26,7 @@ class Inspected(Protocol):
 
     model: nn.Module
     graph: Graph
-    shapes: Shapes
+    shapes: ShapeModel
 
     @property
     def groups(self) -> list[Group]: ...

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from surgeon.fusion import affine, forward
 from surgeon.fusion.channels import features, follow, labels_of, per_channel
-from surgeon.fusion.fold import Fold, Site, family_of, set_module
+from surgeon.fusion.fold import Fold, Foldable, family_of, set_module
 from surgeon.fusion.owners import NORMS, TRANSPOSED
 from surgeon.graph.graph import spec
 from surgeon.mend.edits import Edit, apply_edit
@@ -22,7 +22,7 @@ from surgeon.mend.edits import Edit, apply_edit
 _Affine = tuple[Tensor, Tensor]
 
 
-def after(site: Site) -> Iterator[Fold]:
+def after(site: Foldable) -> Iterator[Fold]:
     """conv-bn, linear-bn, conv-scale, linear-shift and so on: an op that alone reads a layer's output."""
     for node in site.graph.fx.nodes:
         layer = site.owners.layer(node)
@@ -47,7 +47,7 @@ def after(site: Site) -> Iterator[Fold]:
             )
 
 
-def before(site: Site) -> Iterator[Fold]:
+def before(site: Foldable) -> Iterator[Fold]:
     """bn-conv, scale-linear and so on: an op that only a layer reads, where no padding comes between them."""
     for op in site.graph.fx.nodes:
         value = _value(op)
@@ -87,7 +87,7 @@ def before(site: Site) -> Iterator[Fold]:
 
 
 def _affine(
-    site: Site, op: fx.Node, data: fx.Node, labels: Tensor
+    site: Foldable, op: fx.Node, data: fx.Node, labels: Tensor
 ) -> tuple[_Affine, str, Callable[[], None], str] | None:
     """((s, t) per label, kind, what takes the op out of the model, what leaves) if `op` is s * data + t for
     each label.
@@ -139,7 +139,7 @@ def _form(op: fx.Node, values: Tensor, position: int) -> _Affine | None:
     return None
 
 
-def _norm_leaves(site: Site, op: fx.Node, norm: nn.Module) -> Callable[[], None] | None:
+def _norm_leaves(site: Foldable, op: fx.Node, norm: nn.Module) -> Callable[[], None] | None:
     path = op.meta["module"]
     if type(norm) in NORMS:
         return lambda: set_module(site.model, path, nn.Identity().eval())
@@ -154,7 +154,7 @@ def _norm_leaves(site: Site, op: fx.Node, norm: nn.Module) -> Callable[[], None]
     return leave
 
 
-def _op_leaves(site: Site, op: fx.Node, other: Any, family: str) -> Callable[[], None] | None:
+def _op_leaves(site: Foldable, op: fx.Node, other: Any, family: str) -> Callable[[], None] | None:
     path = op.meta["module"]
     module = site.owners.code(path)
     if module is None:
@@ -174,7 +174,7 @@ def _op_leaves(site: Site, op: fx.Node, other: Any, family: str) -> Callable[[],
     return lambda: apply_edit(site.model, edit)
 
 
-def _alone(site: Site, op: fx.Node, module: nn.Module) -> bool:
+def _alone(site: Foldable, op: fx.Node, module: nn.Module) -> bool:
     """Whether the module does nothing but this op, on its only input."""
     path = op.meta["module"]
     code = forward.traced(module)
@@ -201,7 +201,7 @@ def _number(value: Any) -> Tensor | None:
     return torch.tensor(float(value), dtype=torch.float64) if is_number else None
 
 
-def _data(site: Site, op: fx.Node) -> fx.Node | None:
+def _data(site: Foldable, op: fx.Node) -> fx.Node | None:
     """The operand of a norm or elementwise op that is no constant."""
     if family_of(op) not in ("norm", "scale", "shift") or op in site.constants:
         return None
@@ -211,7 +211,7 @@ def _data(site: Site, op: fx.Node) -> fx.Node | None:
     return given[0] if len(given) == 1 and len(op.args) > 1 else None
 
 
-def _channel_dim(site: Site, op: fx.Node, data: fx.Node) -> int | None:
+def _channel_dim(site: Foldable, op: fx.Node, data: fx.Node) -> int | None:
     """The dim along which the constant of an op varies; 1 for a batch norm."""
     shape = spec(data).shape
     if family_of(op) == "norm":

@@ -1,5 +1,5 @@
-"""Fold: one op that a layer can take in, as it was found; Site: the recorded model in which folds are looked
-for.
+"""Fold: one op that a layer can take in, as it was found; Foldable: the recorded model in which folds are
+looked for.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fold:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Foldable:
     """A model that may be changed, its recorded run, who owns what in it, and what in it is constant."""
 
     model: nn.Module
@@ -47,8 +47,8 @@ class Site:
     constants: Constants
 
     @staticmethod
-    def of(model: nn.Module, graph: Graph) -> Site:
-        return Site(model, graph, Owners(model, graph), Constants(graph))
+    def of(model: nn.Module, graph: Graph) -> Foldable:
+        return Foldable(model, graph, Owners(model, graph), Constants(graph))
 
 
 _FAMILIES = {

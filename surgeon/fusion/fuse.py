@@ -29,7 +29,7 @@ from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.cut.plan import Plan
 from surgeon.errors import CaptureError, FuseError
 from surgeon.fusion import constants, products
-from surgeon.fusion.fold import Fold, Site, counted, set_module
+from surgeon.fusion.fold import Fold, Foldable, counted, set_module
 from surgeon.fusion.forward import DROPOUTS
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import tensor_leaves
@@ -106,7 +106,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     graph = first = capture(fused, example_inputs)
     inputs = dict(graph.kwargs) or graph.args
     done: list[Folded] = []
-    while found := _round(Site.of(fused, graph)):
+    while found := _round(Foldable.of(fused, graph)):
         for fold in found:
             fold.make()
             done.append(Folded(fold.kind, fold.layer, fold.gone))
@@ -142,7 +142,7 @@ def fusable_pairs(model: nn.Module, example_inputs: Any = None) -> list[tuple[st
         CaptureError: the model does not run on the example inputs.
     """
     _check_eval(model)
-    site = Site.of(model, capture(model, example_inputs))
+    site = Foldable.of(model, capture(model, example_inputs))
     return [(fold.layer, fold.gone) for fold in constants.after(site) if fold.kind.endswith("-bn")]
 
 
@@ -177,7 +177,7 @@ def _copied(model: nn.Module) -> nn.Module:
     return fused
 
 
-def _round(site: Site) -> list[Fold]:
+def _round(site: Foldable) -> list[Fold]:
     """Folds that share no op; what they leave may be folded in the next round."""
     found: list[Fold] = []
     used: set[Any] = set()

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.fusion import affine, forward
-from surgeon.fusion.fold import Fold, Site, set_module
+from surgeon.fusion.fold import Fold, Foldable, set_module
 from surgeon.fusion.owners import CONVS
 from surgeon.mend.edits import Edit, apply_edit
 
 _aten = torch.ops.aten
 
 
-def chains(site: Site) -> Iterator[Fold]:
+def chains(site: Foldable) -> Iterator[Fold]:
     """linear-linear, conv-conv (the second 1x1): nothing in between, and fewer MACs as one layer."""
     for node in site.graph.fx.nodes:
         second = site.owners.layer(node)
@@ -100,7 +100,7 @@ class _Branch:
     layer: Any
 
 
-def branches(site: Site) -> Iterator[Fold]:
+def branches(site: Foldable) -> Iterator[Fold]:
     """parallel: the sum of two convolutions, or of one and a batch norm of the same input or that input
     itself.
     """
@@ -135,7 +135,7 @@ def branches(site: Site) -> Iterator[Fold]:
             break
 
 
-def _conv(site: Site, node: Any) -> _Branch | None:
+def _conv(site: Foldable, node: Any) -> _Branch | None:
     layer = site.owners.layer(node)
     if not isinstance(layer, CONVS) or _padding(layer) is None:
         return None
@@ -143,7 +143,7 @@ def _conv(site: Site, node: Any) -> _Branch | None:
     return _Branch(node, node.args[0], path, layer.kernel_size, layer.padding, layer.dilation, layer)  # type: ignore[arg-type]
 
 
-def _diagonal(site: Site, node: Any, wide: _Branch) -> _Branch | None:
+def _diagonal(site: Foldable, node: Any, wide: _Branch) -> _Branch | None:
     """A batch norm of the convolution's input, or that input itself, as a 1x1 kernel on the diagonal."""
     layer = wide.layer
     if layer.in_channels != layer.out_channels or any(n != 1 for n in layer.stride):
@@ -189,7 +189,7 @@ def _taps(wide: _Branch, added: _Branch) -> list[list[int]] | None:
 
 
 def _leave(
-    site: Site, owner: nn.Module, op: fx.Node, wide: _Branch, added: _Branch
+    site: Foldable, owner: nn.Module, op: fx.Node, wide: _Branch, added: _Branch
 ) -> Callable[[], None] | None:
     """What puts the merged layer where one operand of the sum is and nothing where the other one is, and
     drops the sum.

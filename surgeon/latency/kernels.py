@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.ops.table import FUSED_ATTENTION, op_name
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
 _REPEATS = 12  # timed runs of a kernel, after two that are not timed
 
@@ -73,12 +73,12 @@ def _part(width: int, share: float, block: int) -> int:
     return width if share == 1 else max(min(width, block), round(width * share / block) * block)
 
 
-def kernels(shapes: Shapes, choice: Choice) -> list[list[Kernel]]:
+def kernels(shapes: ShapeModel, choice: Choice) -> list[list[Kernel]]:
     """The kernels of every product of the graph, in order: two for a fused attention."""
     return [_kernels(shapes, node, choice) for node in shapes.products]
 
 
-def _kernels(shapes: Shapes, node: fx.Node, choice: Choice) -> list[Kernel]:
+def _kernels(shapes: ShapeModel, node: fx.Node, choice: Choice) -> list[Kernel]:
     name = op_name(node)
     given: list[Any] = [shapes.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
     if name in ("convolution", "_convolution"):

@@ -24,9 +24,9 @@ from surgeon.errors import InputError
 from surgeon.files import write_atomically
 from surgeon.graph.graph import spec
 from surgeon.latency.kernels import Kernel, kernels, time_by_onnxruntime, time_by_torch
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 from surgeon.ops.table import Family, family, op_name
-from surgeon.selection.cost import MACS, Choice, Shapes, nothing
+from surgeon.selection.cost import MACS, Choice, ShapeModel, nothing
 from surgeon.timing.bench import cpu_name
 
 RUNTIMES = ("onnxruntime", "torch")
@@ -115,7 +115,7 @@ class Predictor:
         block: widths at which kernels are timed are multiples of it.
     """
 
-    def __init__(self, shapes: Shapes, table: LatencyTable, total: float, block: int) -> None:
+    def __init__(self, shapes: ShapeModel, table: LatencyTable, total: float, block: int) -> None:
         self.shapes, self.table, self.total = shapes, table, total
         whole = nothing(shapes.solution)
         self._original = kernels(shapes, whole)
@@ -153,13 +153,13 @@ class Predictor:
                 total += max(found, least)
         return total
 
-    def _surface(self, points: Sequence[Kernel]) -> Track:
+    def _surface(self, points: Sequence[Kernel]) -> DimIds:
         """Least squares of relative errors, with coefficients that are not negative."""
         rows = np.stack([_features(kernel) for kernel in points])
         times = np.array([max(self.table.known[kernel.key], 1e-4) for kernel in points])
         left, right = rows / times[:, None], np.ones(len(points))
         scale = np.abs(left).max(axis=0)
-        surface: Track = _nonnegative(left / scale, right) / scale
+        surface: DimIds = _nonnegative(left / scale, right) / scale
         return surface
 
     def _written(self, choice: Choice) -> float:
@@ -169,19 +169,19 @@ class Predictor:
         )
 
 
-def _features(kernel: Kernel) -> Track:
+def _features(kernel: Kernel) -> DimIds:
     into, out = kernel.widths
-    found: Track = np.array([1.0, into, out, into * out / kernel.groups])
+    found: DimIds = np.array([1.0, into, out, into * out / kernel.groups])
     return found
 
 
-def _nonnegative(rows: Track, want: Track) -> Track:
+def _nonnegative(rows: DimIds, want: DimIds) -> DimIds:
     """Least squares with coefficients >= 0: the worst negative one is left out until there is none."""
     active = list(range(rows.shape[1]))
     while True:
         found = np.zeros(rows.shape[1])
         found[active] = np.linalg.lstsq(rows[:, active], want, rcond=None)[0]
         if found.min() >= 0 or len(active) == 1:
-            clipped: Track = np.maximum(found, 0.0)
+            clipped: DimIds = np.maximum(found, 0.0)
             return clipped
         active.remove(int(np.argmin(found)))

@@ -19,7 +19,7 @@ from surgeon.errors import BudgetError, InputError
 from surgeon.latency.predict import LatencyTable, Predictor
 from surgeon.onnx.export import export
 from surgeon.selection.choose import Costs
-from surgeon.selection.cost import Choice, Shapes, nothing
+from surgeon.selection.cost import Choice, ShapeModel, nothing
 from surgeon.selection.options import Request
 from surgeon.timing.bench import bench
 
@@ -32,7 +32,7 @@ _ROUNDS = 24  # interleaved runs of two whole models
 
 def timed(
     model: nn.Module,
-    shapes: Shapes,
+    shapes: ShapeModel,
     request: Request,
     chosen: Callable[[Request, Costs], Candidate],
     cut: Callable[[Choice], nn.Module],

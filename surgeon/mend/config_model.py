@@ -27,7 +27,7 @@ from surgeon.mend.edits import set_path
 
 _BUILDS = 96  # configs tried for one plan
 _DEPTH = 3  # config.vision_config.hidden_sizes.0
-Sizes = Mapping[Slot, int]
+ConfigSizes = Mapping[Slot, int]
 Values = dict[str, int]
 
 
@@ -53,7 +53,7 @@ class Response:
         return int(found) if found.denominator == 1 and found > 0 else None
 
 
-class Blueprint:
+class ConfigModel:
     """Builds a model's class from changed configs."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,14 +62,14 @@ class Blueprint:
         self.values: Values = dict(numbers_of(self.config))
 
     @staticmethod
-    def of(model: nn.Module) -> Blueprint | None:
+    def of(model: nn.Module) -> ConfigModel | None:
         """The blueprint of a model whose class builds the same architecture from its config; None for all
         others.
         """
         config = getattr(model, "config", None)
         if not hasattr(config, "to_dict") or not hasattr(type(config), "from_dict"):
             return None
-        blueprint = Blueprint(model)
+        blueprint = ConfigModel(model)
         built = blueprint.build({})
         return blueprint if built is not None and architecture(built) == architecture(model) else None
 
@@ -90,7 +90,7 @@ class Blueprint:
                 return None
 
     @cached_property
-    def base(self) -> Sizes:
+    def base(self) -> ConfigSizes:
         """The sizes that the config as it is says."""
         return sizes_of(self._plain)
 
@@ -134,7 +134,7 @@ class Blueprint:
             if name in saying or (sizes_of(other).keys() == self.base.keys() and _scalars(other) != plain)
         ]
 
-    def fits(self, target: Sizes, shares: Collection[Fraction]) -> Iterator[Values]:
+    def fits(self, target: ConfigSizes, shares: Collection[Fraction]) -> Iterator[Values]:
         """Changes of the config with which the class builds just these sizes; those that change least come
         first.
 

@@ -17,16 +17,16 @@ from surgeon.coupling.propagate import Slot
 from surgeon.errors import PlanError
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import tensor_leaves
-from surgeon.mend.config_model import Blueprint, Sizes, Values, numbers_of, sizes_of
+from surgeon.mend.config_model import ConfigModel, ConfigSizes, Values, numbers_of, sizes_of
 from surgeon.mend.edits import Edit, apply_edit, get_path
 from surgeon.mend.size_check import compare
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
 _RUNS = 12  # models that are built and run for one plan
 
 
 def configure(
-    blueprint: Blueprint, small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice
+    blueprint: ConfigModel, small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice
 ) -> tuple[Edit, ...] | str:
     """Bring the small model's config in step with its widths.
 
@@ -54,7 +54,7 @@ def configure(
 
 
 def _express(
-    blueprint: Blueprint, small: nn.Module, graph: Graph, shares: Collection[Fraction]
+    blueprint: ConfigModel, small: nn.Module, graph: Graph, shares: Collection[Fraction]
 ) -> Values | str:
     """Changes of the config that build a model which, with the small model's weights, computes the same bit
     for bit.
@@ -88,7 +88,7 @@ def _express(
     return f"{_name(slot)} has size {target[slot]}, but {fields or 'the config'} holds for other layers too"
 
 
-def _odd_one(blueprint: Blueprint, target: Sizes) -> tuple[Slot, str]:
+def _odd_one(blueprint: ConfigModel, target: ConfigSizes) -> tuple[Slot, str]:
     """A slot whose share disagrees with that of most others that the same numbers say."""
     shares: dict[str, dict[Fraction, list[Slot]]] = defaultdict(lambda: defaultdict(list))
     for slot, responses in blueprint.responses.items():
@@ -101,7 +101,7 @@ def _odd_one(blueprint: Blueprint, target: Sizes) -> tuple[Slot, str]:
 
 
 def _same(
-    blueprint: Blueprint, values: Values, small: nn.Module, graph: Graph, outputs: list[Tensor]
+    blueprint: ConfigModel, values: Values, small: nn.Module, graph: Graph, outputs: list[Tensor]
 ) -> bool:
     """Whether the config, written and read again, builds a model that computes the very same with the small
     one's weights.
@@ -124,7 +124,7 @@ def _same(
 
 
 def restrict(
-    blueprint: Blueprint, groups: Iterable[Group], aliases: Mapping[str, str]
+    blueprint: ConfigModel, groups: Iterable[Group], aliases: Mapping[str, str]
 ) -> tuple[list[tuple[str, str]], set[str]]:
     """Pairs of groups whose sizes one number says, so that they must keep the same share; and groups that may
     not shrink.
@@ -155,7 +155,7 @@ def restrict(
     return sorted((a, b) for a, b in links if a != b), fixed
 
 
-def _config_edits(blueprint: Blueprint, small: nn.Module, values: Values) -> tuple[Edit, ...]:
+def _config_edits(blueprint: ConfigModel, small: nn.Module, values: Values) -> tuple[Edit, ...]:
     """The edits that bring the small model's config to these numbers."""
     found = []
     for name, new in {**blueprint.values, **values}.items():

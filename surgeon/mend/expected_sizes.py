@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import fx
 
-from surgeon.ops.ids import Axes
+from surgeon.ops.ids import ValueIds
 from surgeon.ops.indexing import normal_slice
 from surgeon.ops.movement import dense
 from surgeon.ops.table import Site, op_name
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
-Want = Callable[[Shapes, Choice, Site], dict[int, Any]]
+Want = Callable[[ShapeModel, Choice, Site], dict[int, Any]]
 
 
 def _to_shape(position: int) -> Want:
     return lambda shapes, choice, site: {position: list(shapes.shape(site.node, choice))}
 
 
-def _want_slice(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_slice(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     x = site.args[0]
     dim, start, stop, step = normal_slice(site, site.shape(x))
     track = site.axes(x).get(dim)
@@ -43,7 +43,7 @@ def _want_slice(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     return want
 
 
-def _want_slice_scatter(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_slice_scatter(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     x = site.args[0]
     dim = int(site.arg(2, "dim", 0)) % len(site.shape(x))
     if dim not in site.axes(x):
@@ -55,14 +55,14 @@ def _want_slice_scatter(shapes: Shapes, choice: Choice, site: Site) -> dict[int,
     }
 
 
-def _kept_before(shapes: Shapes, choice: Choice, axes: Axes, dim: int, position: int) -> int:
+def _kept_before(shapes: ShapeModel, choice: Choice, axes: ValueIds, dim: int, position: int) -> int:
     """How many entries before `position` stay along `dim`."""
     gone = shapes.leaves(axes[dim], choice)
     head = gone[(slice(None),) * dim + (slice(0, position),)]
     return int((~head).sum(axis=dim).max(initial=0)) if position else 0
 
 
-def _want_split(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_split(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     dim = int(site.arg(2, "dim", 0)) % len(site.shape(site.args[0]))
     sizes = [shapes.shape(site.node, choice, i)[dim] for i in range(len(site.node.meta["spec"]))]
     if op_name(site.node).endswith("with_sizes"):
@@ -70,7 +70,7 @@ def _want_split(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     return {1: sizes[0]} if site.shape(site.args[0])[dim] != shapes.shape(site.args[0], choice)[dim] else {}
 
 
-def _want_pad(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_pad(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     pads, ndim = list(site.arg(1)), len(site.out)
     axes = shapes.propagation.axes[site.node]
     old, small = site.out, shapes.shape(site.node, choice)
@@ -86,13 +86,13 @@ def _want_pad(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
     return {1: pads}
 
 
-def _want_convolution(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_convolution(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     x, weight = (shapes.shape(a, choice) for a in site.args[:2])
     out = shapes.shape(site.node, choice)
     return {8: (out[1] if site.arg(6) else x[1]) // weight[1]}
 
 
-def _want_group_norm(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_group_norm(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     x = site.args[0]
     small, groups = shapes.shape(x, choice), int(site.arg(6))
     track = site.axes(x).get(1)
@@ -104,19 +104,19 @@ def _want_group_norm(shapes: Shapes, choice: Choice, site: Site) -> dict[int, An
     return {3: small[0], 4: small[1], 6: groups}
 
 
-def _want_layer_norm(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_layer_norm(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     count = len(site.arg(1))
     return {1: list(shapes.shape(site.args[0], choice)[-count:])}
 
 
-def _want_repeat(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_repeat(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     x = shapes.shape(site.args[0], choice)
     out = shapes.shape(site.node, choice)
     x = (1,) * (len(out) - len(x)) + x
     return {1: [new // size if size else 1 for new, size in zip(out, x, strict=True)]}
 
 
-def _want_as_strided(shapes: Shapes, choice: Choice, site: Site) -> dict[int, Any]:
+def _want_as_strided(shapes: ShapeModel, choice: Choice, site: Site) -> dict[int, Any]:
     """Each stride is so many steps along each dim of what is read."""
     if "layout" not in site.node.meta:
         return {}
@@ -148,11 +148,11 @@ _WANT: Mapping[str, Want] = {
 }
 
 
-def wanted(node: fx.Node, shapes: Shapes, choice: Choice) -> dict[int, Any]:
+def wanted(node: fx.Node, shapes: ShapeModel, choice: Choice) -> dict[int, Any]:
     """The sizes among an op's arguments, by position, as the small model must pass them."""
     rule = _WANT.get(op_name(node)) if node.op == "call_function" else None
     return (
         {}
         if rule is None
-        else rule(shapes, choice, Site(node, shapes.propagation.axes, shapes.propagation.ledger))
+        else rule(shapes, choice, Site(node, shapes.propagation.axes, shapes.propagation.constraints))
     )

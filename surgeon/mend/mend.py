@@ -29,13 +29,15 @@ from surgeon.mend.edits import Edit, apply_edit
 from surgeon.mend.expected_sizes import wanted
 from surgeon.mend.size_check import COMPARISONS, Note, compare, of_ones
 from surgeon.ops.table import op_name
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
 _PAIRS = 4  # second attributes that are tried with a first one
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
-def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> tuple[Edit, ...]:
+def find_edits(
+    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice
+) -> tuple[Edit, ...]:
     """Find the edits and make them in `small`, which is the copy that `shrink_module` gave.
 
     Args:
@@ -202,7 +204,7 @@ def _applied(small: nn.Module, edit: Edit, refused: set[tuple[str, str, str]]) -
     return True
 
 
-def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> list[str]:
+def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: ShapeModel, choice: Choice) -> list[str]:
     """The layers whose outputs have the noted sizes; of those that lose the same channels, one."""
     calls = {(note.call, note.module, note.op) for note in notes}
     nodes = {
@@ -226,7 +228,7 @@ def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: Shapes, choice
     return list(dict.fromkeys(found))
 
 
-def _may_differ(small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> bool:
+def _may_differ(small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice) -> bool:
     """Whether the model's own code gives a size that must change, or decides on sizes; else a run could find
     nothing.
     """
@@ -288,7 +290,9 @@ _LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {
 }
 
 
-def _layer_edits(small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice) -> Iterator[Edit]:
+def _layer_edits(
+    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice
+) -> Iterator[Edit]:
     """Numbers of torch's own layers that their tensors do not show: groups of convolutions and norms, heads
     of attention.
     """

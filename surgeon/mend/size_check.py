@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgeon.capture.aliasing import getitem
-from surgeon.capture.aligned_run import Beside, alike, same
+from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.size_tracing import CheckedInt, Sizes, looking_inside_functional
@@ -29,7 +29,7 @@ from surgeon.graph.messages import source_line
 from surgeon.graph.tensors import named_tensors
 from surgeon.mend.expected_sizes import wanted
 from surgeon.ops.table import op_name
-from surgeon.selection.cost import Choice, Shapes
+from surgeon.selection.cost import Choice, ShapeModel
 
 COMPARISONS = ("eq", "ne")
 _END = sys.maxsize
@@ -67,7 +67,7 @@ class Note:
 
 
 def compare(
-    small: nn.Module, runs: Sequence[Graph], shapes: Shapes, choice: Choice, comparisons: bool = True
+    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice, comparisons: bool = True
 ) -> list[Note]:
     """Run the small model as the original was run and note every size that differs from what the cut asks
     for.
@@ -84,7 +84,7 @@ def compare(
 
 
 def _compare_one(
-    small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice, comparisons: bool
+    small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice, comparisons: bool
 ) -> list[Note]:
     mode = _Comparer(small, graph, shapes, choice)
     with quiet_run(small, seed=0, training=graph.training), mode.stack:
@@ -107,7 +107,7 @@ def _compare_one(
     return mode.notes
 
 
-def of_ones(calls: Iterable[Call], shapes: Shapes, choice: Choice) -> str:
+def of_ones(calls: Iterable[Call], shapes: ShapeModel, choice: Choice) -> str:
     """What else to do if a width of these ops is 1 now: code may treat it apart (`squeeze`)."""
     for call in calls:
         spec = call.node.meta["spec"]
@@ -158,8 +158,8 @@ class _SmallSizes(Sizes):
             return self.comparer.reshaped(args[0], sizes)
 
 
-class _Comparer(Beside):
-    def __init__(self, small: nn.Module, graph: Graph, shapes: Shapes, choice: Choice) -> None:
+class _Comparer(AlignedRun):
+    def __init__(self, small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice) -> None:
         super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
         self.notes: list[Note] = []

@@ -1,8 +1,8 @@
 """All that is known of ATen ops: what each does to ids, and what it computes when entries are gone. One file
 a family.
 
-A rule takes a `Site` (one op of a recorded graph) and returns the `Axes` of its output, or a tuple of them.
-Importing this package
+A rule takes a `Site` (one op of a recorded graph) and returns the `ValueIds` of its output, or a tuple of
+them. Importing this package
 registers every rule; an op that has none is opaque: it freezes what it touches, and the reason names it.
 """
 

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 from surgeon.ops.elementwise import per_channel
-from surgeon.ops.ids import Axes
+from surgeon.ops.ids import ValueIds
 from surgeon.ops.reshape import reshape
 from surgeon.ops.table import FUSED_ATTENTION, Family, Site, broadcast, meet, op_name, opaque, rule
 
-Operand = tuple[Axes, tuple[int, ...], str]
+Operand = tuple[ValueIds, tuple[int, ...], str]
 
 
 _ATTENDS = ("bmm", "baddbmm", *FUSED_ATTENTION)
 
 
-def contract(site: Site, operands: list[Operand], out: str) -> Axes:
+def contract(site: Site, operands: list[Operand], out: str) -> ValueIds:
     """Join per letter and return the tracks of the output's letters."""
-    ledger = site.ledger
+    constraints = site.constraints
     attends = op_name(site.node) in _ATTENDS
     letters = sorted({letter for _, _, names in operands for letter in names})
     place = {letter: i for i, letter in enumerate(letters)}
@@ -40,23 +40,23 @@ def contract(site: Site, operands: list[Operand], out: str) -> Axes:
                 fixed = True
         if tracks and fixed:
             for track in tracks:
-                ledger.freeze(track, "is multiplied with a tensor whose size here is fixed")
+                constraints.freeze(track, "is multiplied with a tensor whose size here is fixed")
         elif tracks:
-            joined[letter] = meet(ledger, tracks)
+            joined[letter] = meet(constraints, tracks)
             if letter in out and len(tracks) > 1:
-                ledger.batched.append(joined[letter].ravel())
+                constraints.batched.append(joined[letter].ravel())
                 if attends:
-                    ledger.heads.append(joined[letter].ravel())
+                    constraints.heads.append(joined[letter].ravel())
             elif attends and (letter not in out or letter not in operands[0][2]):
-                ledger.head_dims.append(joined[letter].ravel())
+                constraints.head_dims.append(joined[letter].ravel())
             elif attends and letter == "g":  # heads of queries that share a head of keys and values
-                ledger.heads.append(joined[letter].ravel())
-    result: Axes = {}
+                constraints.heads.append(joined[letter].ravel())
+    result: ValueIds = {}
     for letter, track in joined.items():
         if letter not in out:
             continue
         for ended in set(letters) - set(out):
-            track = ledger.collapse(track, place[ended])
+            track = constraints.collapse(track, place[ended])
         kept = [place[name] for name in sorted(out)]
         flat = track.reshape([track.shape[i] for i in kept])
         order = [sorted(out).index(name) for name in out]
@@ -77,7 +77,7 @@ def _operand(site: Site, arg: Any, names: str) -> Operand:
     return site.axes(arg), site.shape(arg), names
 
 
-def _plain(site: Site, left: Any, right: Any, spec: str) -> Axes:
+def _plain(site: Site, left: Any, right: Any, spec: str) -> ValueIds:
     ins, out = spec.split("->")
     a, b = ins.split(",")
     return contract(site, [_operand(site, left, a), _operand(site, right, b)], out)
@@ -94,13 +94,13 @@ _SPECS = {
 
 
 @rule(Family.CONTRACTION, *_SPECS)
-def product(site: Site) -> Axes:
+def product(site: Site) -> ValueIds:
     name = op_name(site.node)
     return _plain(site, site.args[0], site.args[1], _SPECS[name])
 
 
 @rule(Family.CONTRACTION, "_trilinear")
-def trilinear(site: Site) -> Axes:
+def trilinear(site: Site) -> ValueIds:
     """Three operands, each with dims of size 1 put in, multiplied and summed over `sumdim`: nn.Bilinear."""
     operands: list[Operand] = []
     for node, expand in zip(site.args[:3], site.args[3:6], strict=True):
@@ -123,7 +123,7 @@ _LETTERS = "abcdefgh"
 
 
 @rule(Family.REDUCTION, "_cdist_forward", "_euclidean_dist")
-def distances(site: Site) -> Axes:
+def distances(site: Site) -> ValueIds:
     """Distances of all rows of one matrix [..., i, k] from those of another [..., j, k]; leading dims are
     broadcast.
     """
@@ -137,7 +137,7 @@ def distances(site: Site) -> Axes:
 
 
 @rule(Family.CONTRACTION, "_grouped_mm")
-def grouped_product(site: Site) -> Axes:
+def grouped_product(site: Site) -> ValueIds:
     """x [T, K] in consecutive blocks of rows (up to each of `offs`), each times its own matrix of weight [E,
     K, N].
     """
@@ -153,7 +153,7 @@ def grouped_product(site: Site) -> Axes:
 
 
 @rule(Family.CONTRACTION, "addmm", "baddbmm", "addbmm", "addmv")
-def product_plus(site: Site) -> Axes:
+def product_plus(site: Site) -> ValueIds:
     name = op_name(site.node)
     spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addbmm": "bik,bkj->ij", "addmv": "ik,k->i"}[
         name
@@ -164,7 +164,7 @@ def product_plus(site: Site) -> Axes:
 
 
 @rule(Family.CONTRACTION, "linear")
-def linear(site: Site) -> Axes:
+def linear(site: Site) -> ValueIds:
     x, weight, bias = site.arg(0), site.arg(1), site.arg(2, "bias")
     rows = "abcdefgh"[: len(site.out) - 1]
     out = contract(site, [_operand(site, x, rows + "k"), _operand(site, weight, "zk")], rows + "z")
@@ -174,7 +174,7 @@ def linear(site: Site) -> Axes:
 
 
 @rule(Family.CONTRACTION, "convolution", "_convolution")
-def convolution(site: Site) -> Axes:
+def convolution(site: Site) -> ValueIds:
     """Input [N, C, ...], weight [O, C/g, ...] (transposed: [C, O/g, ...]). Groups cut C and O into a grid
     with equal rows.
     """
@@ -198,15 +198,15 @@ def convolution(site: Site) -> Axes:
     else:
         w_split = (groups, filters // groups, channels // groups)
         w_names = "goc"
-    w_axes = reshape(site.ledger, w_axes, w_shape[:2], w_split)
-    x_axes = reshape(site.ledger, x_axes, shape, in_shape)
+    w_axes = reshape(site.constraints, w_axes, w_shape[:2], w_split)
+    x_axes = reshape(site.constraints, x_axes, shape, in_shape)
     x_axes = {d: _flatten_dims(site, t, fixed, 1) for d, t in x_axes.items()}
     out = contract(
         site,
         [(x_axes, (*in_shape[:3], *places), "ngc" + spatial), (w_axes, w_split, w_names)],
         "ngo" + spatial,
     )
-    merged = reshape(site.ledger, out, out_shape, (shape[0], filters, *places))
+    merged = reshape(site.constraints, out, out_shape, (shape[0], filters, *places))
     if bias is None:
         return merged
     vector = per_channel(site.shape(bias), site.axes(bias), ndim)[1]
@@ -228,7 +228,7 @@ def passes(args: Any, weight: Any, dim: int) -> bool:
 
 def _flatten_dims(site: Site, track: np.ndarray, dims: list[int], offset: int) -> np.ndarray:
     for dim in dims:
-        track = site.ledger.collapse(track, dim + offset)
+        track = site.constraints.collapse(track, dim + offset)
     return track
 
 
@@ -247,21 +247,21 @@ def attention(site: Site) -> Any:
     batch, heads, queries, width = site.shape(q)
     served = site.shape(k)[1]
     cut, shape = (batch, served, heads // served), (batch, heads, queries, site.shape(k)[2])
-    wide = reshape(site.ledger, site.axes(q), site.shape(q), (*cut, queries, width))
+    wide = reshape(site.constraints, site.axes(q), site.shape(q), (*cut, queries, width))
     scores = contract(site, [(wide, (*cut, queries, width), "bhgnd"), _operand(site, k, "bhmd")], "bhgnm")
-    scores = reshape(site.ledger, scores, (*cut, *shape[2:]), shape)
+    scores = reshape(site.constraints, scores, (*cut, *shape[2:]), shape)
     if mask is not None:
         scores = broadcast(site, [(scores, shape), (site.axes(mask), site.shape(mask))], shape)
     q_axes, v_axes = site.axes(q), site.axes(v)
-    wide = reshape(site.ledger, scores, shape, (*cut, *shape[2:]))
+    wide = reshape(site.constraints, scores, shape, (*cut, *shape[2:]))
     out = contract(site, [(wide, (*cut, *shape[2:]), "bhgnm"), _operand(site, v, "bhmd")], "bhgnd")
     out = reshape(
-        site.ledger, out, (*cut, queries, site.shape(v)[3]), (batch, heads, queries, site.shape(v)[3])
+        site.constraints, out, (*cut, queries, site.shape(v)[3]), (batch, heads, queries, site.shape(v)[3])
     )
     if site.shape(q)[3] == site.shape(v)[3]:  # the fused kernels take one head dim
         if 3 in q_axes and 3 in v_axes:
             rows = [axes[3].reshape(-1, axes[3].shape[-1]) for axes in (q_axes, v_axes)]
-            site.ledger.balance(np.concatenate(rows), 1)
+            site.constraints.balance(np.concatenate(rows), 1)
         else:
             for axes in (q_axes, v_axes):
                 site.freeze(axes, [3], "shares its head size with queries or values whose size here is fixed")
@@ -269,22 +269,22 @@ def attention(site: Site) -> Any:
 
 
 @rule(Family.CONTRACTION, "embedding")
-def embedding(site: Site) -> Axes:
+def embedding(site: Site) -> ValueIds:
     """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
     weight, index = site.args[:2]
     axes = site.freeze(site.axes(weight), [0], "is looked up by index")
-    site.ledger.freeze_all(site.axes(index), "is used as an index")
+    site.constraints.freeze_all(site.axes(index), "is used as an index")
     ndim = len(site.out)
     return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}
 
 
 @rule(Family.CONTRACTION, "_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(site: Site) -> tuple[Axes, ...]:
+def embedding_bag(site: Site) -> tuple[ValueIds, ...]:
     """As `embedding`, the rows of each bag put together; which were the greatest is of the same shape."""
     axes = site.freeze(site.axes(site.args[0]), [0], "is looked up by index")
     for other in site.tensors:
         if other is not site.args[0]:
-            site.ledger.freeze_all(site.axes(other), "is used as an index, or one for each row")
+            site.constraints.freeze_all(site.axes(other), "is used as an index, or one for each row")
     out = {1: axes[1]} if 1 in axes else {}
     return tuple(
         out if spec is not None and spec.shape == site.out else {} for spec in site.node.meta["spec"]

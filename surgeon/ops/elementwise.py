@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from surgeon.ops.ids import Axes
+from surgeon.ops.ids import ValueIds
 from surgeon.ops.table import Family, Site, broadcast, rule
 
 UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp
@@ -33,7 +33,7 @@ def elementwise(site: Site) -> Any:
     return broadcast(site, _operands(site), spec.shape)
 
 
-def _operands(site: Site) -> list[tuple[Axes, tuple[int, ...]]]:
+def _operands(site: Site) -> list[tuple[ValueIds, tuple[int, ...]]]:
     found = []
     for arg in (*site.args, *site.node.kwargs.values()):
         if isinstance(arg, fx.Node):
@@ -42,7 +42,7 @@ def _operands(site: Site) -> list[tuple[Axes, tuple[int, ...]]]:
 
 
 @rule(Family.ELEMENTWISE, "_prelu_kernel", "prelu")
-def prelu(site: Site) -> Axes:
+def prelu(site: Site) -> ValueIds:
     x, weight = site.args[:2]
     shape, axes = site.shape(weight), site.axes(weight)
     if len(shape) == 1 and len(site.out) > 1:  # one slope per channel, dim 1
@@ -50,7 +50,7 @@ def prelu(site: Site) -> Axes:
     return broadcast(site, [(site.axes(x), site.shape(x)), (axes, shape)], site.out)
 
 
-def per_channel(shape: tuple[int, ...], axes: Axes, ndim: int) -> tuple[tuple[int, ...], Axes]:
+def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tuple[int, ...], ValueIds]:
     """A vector as it meets dim 1 of a value with `ndim` dims: [C] -> [1, C, 1, ...]."""
     wide = (1, *shape, *(1,) * (ndim - 2))
     return wide, ({1: axes[0].reshape(wide)} if 0 in axes else {})

@@ -1,13 +1,13 @@
-"""Channel ids: integers on the entries of values, and a ledger of what must leave together.
+"""Channel ids: integers on the entries of values, and a constraints of what must leave together.
 
-A value carries `Axes`: for each of its dims that can shrink, a *track*, an integer array that is
+A value carries `ValueIds`: for each of its dims that can shrink, a *track*, an integer array that is
 broadcastable to the value's shape, full along that dim, and gives the id of every entry. A dim without a
 track is fixed. A track may also vary along other dims, its *rows*: in a value of heads x head_dim the track
 of the second dim may give each head its own ids, and then every row must lose equally many entries so that
 what stays is rectangular.
 
-The `Ledger` collects facts and never compares ids while it does; `solve` draws all conclusions at once (see
-`groups`):
+The `Constraints` collects facts and never compares ids while it does; `solve` draws all conclusions at once
+(see `groups`):
 
 - joins:    a and b leave together.
 - freezes:  a may not leave, with the reason.
@@ -35,20 +35,20 @@ from collections.abc import Sequence
 import numpy as np
 from torch import fx
 
-Track = np.ndarray
-Axes = dict[int, Track]
+DimIds = np.ndarray
+ValueIds = dict[int, DimIds]
 
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    left: Track
-    right: Track
+    left: DimIds
+    right: DimIds
     node: fx.Node | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Freeze:
-    ids: Track
+    ids: DimIds
     reason: str
     node: fx.Node | None
 
@@ -59,16 +59,16 @@ class Part:
     alternatives.
     """
 
-    cell: Track
-    row: Track
-    column: Track
+    cell: DimIds
+    row: DimIds
+    column: DimIds
     split: bool
     node: fx.Node | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Balance:
-    matrix: Track
+    matrix: DimIds
     node: fx.Node | None
 
 
@@ -76,12 +76,12 @@ class Balance:
 class Share:
     """`own` and `other` keep the same share. No ids for a dim that is fixed."""
 
-    own: Track
-    other: Track
+    own: DimIds
+    other: DimIds
     node: fx.Node | None
 
 
-class Ledger:
+class Constraints:
     """Gives out ids and writes down facts about them. `node` is the op whose rule is speaking."""
 
     def __init__(self) -> None:
@@ -91,59 +91,59 @@ class Ledger:
         self.parts: list[Part] = []
         self.balances: list[Balance] = []
         self.shares: list[Share] = []
-        self.batched: list[Track] = []
-        self.heads: list[Track] = []
-        self.head_dims: list[Track] = []
-        self.dims: dict[int, Track] = {}
-        self._free = np.zeros(1 << 10, dtype=bool)
+        self.batched: list[DimIds] = []
+        self.heads: list[DimIds] = []
+        self.head_dims: list[DimIds] = []
+        self.dims: dict[int, DimIds] = {}
+        self._unowned = np.zeros(1 << 10, dtype=bool)
         self._read = np.zeros(1 << 10, dtype=bool)
         self.node: fx.Node | None = None
-        self._splits: dict[tuple[bytes, tuple[int, ...]], Axes] = {}
-        self._cells: dict[bytes, Track] = {}
-        self._factors: dict[bytes, tuple[Track, Track]] = {}
+        self._splits: dict[tuple[bytes, tuple[int, ...]], ValueIds] = {}
+        self._cells: dict[bytes, DimIds] = {}
+        self._factors: dict[bytes, tuple[DimIds, DimIds]] = {}
 
-    def new(self, shape: int | tuple[int, ...]) -> Track:
+    def new(self, shape: int | tuple[int, ...]) -> DimIds:
         """Fresh ids in an array of the given shape."""
         size = int(np.prod(shape))
         ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
-        if self.count > len(self._free):
-            self._free, self._read = (
-                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._free, self._read)
+        if self.count > len(self._unowned):
+            self._unowned, self._read = (
+                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._unowned, self._read)
             )
         return ids
 
-    def mark_free(self, ids: Track) -> None:
+    def mark_unowned(self, ids: DimIds) -> None:
         """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of
         them left.
         """
-        self._free[ids] = True
+        self._unowned[ids] = True
 
-    def is_free(self, ids: Track) -> Track:
-        found: Track = self._free[ids]
+    def is_unowned(self, ids: DimIds) -> DimIds:
+        found: DimIds = self._unowned[ids]
         return found
 
-    def value(self, axes: Axes) -> None:
+    def value(self, axes: ValueIds) -> None:
         """An op gives a value with these tracks."""
         self.dims |= {id(track): track for track in axes.values() if track.size}
 
-    def read(self, axes: Axes) -> None:
+    def read(self, axes: ValueIds) -> None:
         """An op computes with these entries."""
         for track in axes.values():
             self._read[track] = True
 
     @property
-    def is_read(self) -> Track:
+    def is_read(self) -> DimIds:
         """id -> whether an op computes with it."""
         return self._read[: self.count]
 
-    def reduced(self, ids: Track) -> None:
+    def reduced(self, ids: DimIds) -> None:
         """These entries are summed or normalised over."""
-        held = ids[self._free[ids]]
+        held = ids[self._unowned[ids]]
         if held.size:
             self.freeze(held, "is padding or a repeated entry that is reduced over")
 
-    def join(self, left: Track, right: Track) -> None:
+    def join(self, left: DimIds, right: DimIds) -> None:
         """Entries that meet (after broadcasting) leave together."""
         if left is right:
             return
@@ -154,15 +154,15 @@ class Ledger:
             left, right = np.divmod(np.unique(left * self.count + right), self.count)
         self.joins.append(Join(left, right, self.node))
 
-    def freeze(self, ids: Track, reason: str) -> None:
+    def freeze(self, ids: DimIds, reason: str) -> None:
         """These ids may not leave."""
         self.freezes.append(Freeze(ids.ravel(), reason, self.node))
 
-    def freeze_all(self, axes: Axes, reason: str) -> None:
+    def freeze_all(self, axes: ValueIds, reason: str) -> None:
         for track in axes.values():
             self.freeze(track, reason)
 
-    def balance(self, track: Track, dim: int) -> None:
+    def balance(self, track: DimIds, dim: int) -> None:
         """Every row of `track` along `dim` keeps equally many entries."""
         matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
         if not _ascending(matrix):
@@ -170,11 +170,11 @@ class Ledger:
         if len(matrix) > 1:
             self.balances.append(Balance(matrix, self.node))
 
-    def share(self, own: Track, other: Track) -> None:
+    def share(self, own: DimIds, other: DimIds) -> None:
         """How many there are of the one is computed from how many there are of the other."""
         self.shares.append(Share(own.ravel(), other.ravel(), self.node))
 
-    def collapse(self, track: Track, dim: int) -> Track:
+    def collapse(self, track: DimIds, dim: int) -> DimIds:
         """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any,
         stands for all.
         """
@@ -182,10 +182,10 @@ class Ledger:
             return track
         first = np.take(track, [0], axis=dim)
         self.join(track, first)
-        free = self._free[track]
+        free = self._unowned[track]
         return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
 
-    def compose(self, outer: Track, inner: Track) -> Track:
+    def compose(self, outer: DimIds, inner: DimIds) -> DimIds:
         """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
         shape = np.broadcast_shapes(outer.shape, inner.shape)
         outer, inner = self._spread(outer, shape), self._spread(inner, shape)
@@ -203,12 +203,12 @@ class Ledger:
                 cells = self.new(pairs.shape[1])
                 known = cells[order][index.ravel()]
                 self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
-            self.mark_free(known[self._free[outer] | self._free[inner]])
+            self.mark_unowned(known[self._unowned[outer] | self._unowned[inner]])
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner
         return known
 
-    def split(self, track: Track, dims: Sequence[int]) -> Axes:
+    def split(self, track: DimIds, dims: Sequence[int]) -> ValueIds:
         """Tracks of the dims that one dim was cut into; `track` varies along several of `dims`, given from
         outer to inner.
 
@@ -241,7 +241,7 @@ class Ledger:
             column = self.new(len(cells))[cell_index.ravel()].reshape(track.shape)
         full_row = np.broadcast_to(row, track.shape)
         for ids in (full_row, column):
-            self.mark_free(ids[self._free[track]])
+            self.mark_unowned(ids[self._unowned[track]])
         self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
         self.balance(column, last)
         axes = self.split(row, dims[:-1])
@@ -250,7 +250,7 @@ class Ledger:
         self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
         return axes
 
-    def _spread(self, ids: Track, shape: tuple[int, ...]) -> Track:
+    def _spread(self, ids: DimIds, shape: tuple[int, ...]) -> DimIds:
         """Ids that are broadcast, in a row; of which factors they are made stays known."""
         wide = np.broadcast_to(ids, shape).ravel()
         factors = self._factors.get(ids.tobytes())
@@ -259,7 +259,7 @@ class Ledger:
             self._factors[wide.tobytes()] = outer, inner
         return wide
 
-    def _unmerged(self, track: Track, dims: Sequence[int]) -> Axes | None:
+    def _unmerged(self, track: DimIds, dims: Sequence[int]) -> ValueIds | None:
         """The tracks that a merged dim was made of, if each of them varies along one of the dims that it is
         cut into.
         """
@@ -268,12 +268,12 @@ class Ledger:
         factors = self._factors_along(track, dims)
         if factors is None:
             return None
-        axes: Axes = {}
+        axes: ValueIds = {}
         for dim, ids in factors:
             axes[dim] = self.compose(axes[dim], ids).reshape(ids.shape) if dim in axes else ids
         return axes
 
-    def _factors_along(self, ids: Track, dims: Sequence[int]) -> list[tuple[int, Track]] | None:
+    def _factors_along(self, ids: DimIds, dims: Sequence[int]) -> list[tuple[int, DimIds]] | None:
         """The factors, from outer to inner, each with the dim that it varies along."""
         along = [d for d in dims if varies(ids, d)]
         if len(along) > 1:
@@ -285,14 +285,14 @@ class Ledger:
             ids = ids if other == dim else np.take(ids, [0], axis=other)
         return [(dim, ids)]
 
-    def merge(self, axes: Axes, dims: Sequence[int], shape: tuple[int, ...]) -> Track | None:
+    def merge(self, axes: ValueIds, dims: Sequence[int], shape: tuple[int, ...]) -> DimIds | None:
         """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them
         are fixed.
 
         A track that varies along a dim inside its own is made constant along it: the order of what stays
         would otherwise differ from the order of the merged dim.
         """
-        merged: Track | None = None
+        merged: DimIds | None = None
         for position, dim in enumerate(dims):
             track = axes.get(dim)
             if track is None:
@@ -310,13 +310,13 @@ class Ledger:
         return np.broadcast_to(merged, full)
 
 
-def _ascending(track: Track) -> bool:
+def _ascending(track: DimIds) -> bool:
     """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
     flat = track.ravel()
     return bool((flat[1:] > flat[:-1]).all())
 
 
-def varies(track: Track, dim: int) -> bool:
+def varies(track: DimIds, dim: int) -> bool:
     """Whether the ids differ from entry to entry along a dim."""
     first = np.take(track, [0], axis=dim)
     return bool((track != first).any())

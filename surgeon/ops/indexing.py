@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from surgeon.ops.ids import Axes
+from surgeon.ops.ids import ValueIds
 from surgeon.ops.table import Family, Site, beside, broadcast, op_name, rule
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 
 
-def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
+def sliced(axes: ValueIds, dim: int, start: int, stop: int, step: int = 1) -> ValueIds:
     """Tracks of x[..., start:stop:step, ...] along `dim`."""
     index = slice(start, stop, step)
     return {
@@ -24,18 +24,18 @@ def sliced(axes: Axes, dim: int, start: int, stop: int, step: int = 1) -> Axes:
     }
 
 
-def _even_parts(site: Site, axes: Axes, dim: int, size: int, parts: int) -> None:
+def _even_parts(site: Site, axes: ValueIds, dim: int, size: int, parts: int) -> None:
     """A dim that is cut into equal parts: each part keeps equally many (the code that cuts it halves what it
     finds).
     """
     track = axes.get(dim)
     if track is not None and parts > 1 and size > 1:
         moved = np.moveaxis(track, dim, -1)
-        site.ledger.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
+        site.constraints.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
 
 
 @rule(Family.MOVEMENT, "slice")
-def slice_(site: Site) -> Axes:
+def slice_(site: Site) -> ValueIds:
     x = site.args[0]
     shape = site.shape(x)
     dim, start, stop, step = normal_slice(site, shape)
@@ -46,7 +46,7 @@ def slice_(site: Site) -> Axes:
         else:  # every block of `step` entries goes as one
             moved = np.moveaxis(axes[dim], dim, -1)
             blocks = moved.reshape(*moved.shape[:-1], size // step, step)
-            site.ledger.collapse(blocks, blocks.ndim - 1)
+            site.constraints.collapse(blocks, blocks.ndim - 1)
     length = stop - start
     if dim in axes and step == 1 and _is_even(start, stop, size):
         _even_parts(site, axes, dim, length, size // length)
@@ -59,7 +59,7 @@ def _is_even(start: int, stop: int, size: int) -> bool:
     return 0 < length < size and size % length == 0 and size // length <= _MOST_PARTS and start % length == 0
 
 
-def _single(site: Site, axes: Axes, dim: int, length: int) -> Axes:
+def _single(site: Site, axes: ValueIds, dim: int, length: int) -> ValueIds:
     """A part of one entry stays: without it the part would be empty, and what it is broadcast to with it."""
     return site.freeze(axes, [dim], "is a part of a single entry") if length == 1 else axes
 
@@ -73,7 +73,7 @@ def normal_slice(site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int
 
 
 @rule(Family.MOVEMENT, "select")
-def select(site: Site) -> Axes:
+def select(site: Site) -> ValueIds:
     x = site.args[0]
     ndim = len(site.shape(x))
     dim = int(site.arg(1)) % ndim
@@ -87,12 +87,12 @@ def select(site: Site) -> Axes:
     return _picked(axes, dim, index % site.shape(x)[dim])
 
 
-def _picked(axes: Axes, dim: int, index: int) -> Axes:
+def _picked(axes: ValueIds, dim: int, index: int) -> ValueIds:
     return {d - (d > dim): np.take(t, index if t.shape[dim] > 1 else 0, axis=dim) for d, t in axes.items()}
 
 
 @rule(Family.MOVEMENT, "unbind")
-def unbind(site: Site) -> tuple[Axes, ...]:
+def unbind(site: Site) -> tuple[ValueIds, ...]:
     x = site.args[0]
     shape = site.shape(x)
     dim = int(site.arg(1, "dim", 0)) % len(shape)
@@ -109,7 +109,7 @@ def unbind(site: Site) -> tuple[Axes, ...]:
     "unsafe_split",
     "split_with_sizes_copy",
 )
-def split(site: Site) -> tuple[Axes, ...]:
+def split(site: Site) -> tuple[ValueIds, ...]:
     """Parts of equal size keep equal sizes; parts of unequal size are independent."""
     x = site.args[0]
     dim = int(site.arg(2, "dim", 0)) % len(site.shape(x))
@@ -125,7 +125,7 @@ def split(site: Site) -> tuple[Axes, ...]:
 
 
 @rule(Family.ELEMENTWISE, "glu")
-def gated_linear_unit(site: Site) -> Axes:
+def gated_linear_unit(site: Site) -> ValueIds:
     """First half times the sigmoid of the second: two slices that meet."""
     x = site.args[0]
     shape = site.shape(x)
@@ -136,7 +136,7 @@ def gated_linear_unit(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "slice_scatter")
-def slice_scatter(site: Site) -> Axes:
+def slice_scatter(site: Site) -> ValueIds:
     base, child = site.args[:2]
     shape = site.shape(base)
     dim = int(site.arg(2, "dim", 0)) % len(shape)
@@ -146,15 +146,17 @@ def slice_scatter(site: Site) -> Axes:
     return _scattered(site, base, child, dim, start, stop, step)
 
 
-def _scattered(site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int) -> Axes:
+def _scattered(
+    site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int
+) -> ValueIds:
     axes, inner = dict(site.axes(base)), dict(site.axes(child))
     window = sliced(axes, dim, start, stop, step)
     for d in set(axes) | set(inner):
         if d in window and d in inner:
-            written = beside(site.ledger, [window[d], inner[d]])
+            written = beside(site.constraints, [window[d], inner[d]])
             if axes[d].shape[dim] == 1:
                 axes[d] = written
-            elif site.ledger.is_free(written).any():
+            elif site.constraints.is_unowned(written).any():
                 rows = np.broadcast_shapes(
                     *(tuple(1 if j == dim else n for j, n in enumerate(t.shape)) for t in (axes[d], written))
                 )
@@ -165,12 +167,12 @@ def _scattered(site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, 
         elif site.shape(child)[d] > 1:
             for side in (axes, inner):
                 if d in side:
-                    site.ledger.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+                    site.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
     return {d: t for d, t in axes.items() if d in window}
 
 
 @rule(Family.MOVEMENT, "select_scatter")
-def select_scatter(site: Site) -> Axes:
+def select_scatter(site: Site) -> ValueIds:
     base, child = site.args[:2]
     ndim = len(site.shape(base))
     dim = int(site.arg(2)) % ndim
@@ -178,16 +180,16 @@ def select_scatter(site: Site) -> Axes:
     inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in site.axes(child).items()}
     for d in (set(axes) | set(inner)) - {dim}:
         if d in axes and d in inner:
-            axes[d] = beside(site.ledger, [axes[d], inner[d]])
+            axes[d] = beside(site.constraints, [axes[d], inner[d]])
         elif site.out[d] > 1:
             for side in (axes, inner):
                 if d in side:
-                    site.ledger.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+                    site.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
     return axes
 
 
 @rule(Family.MOVEMENT, "constant_pad_nd")
-def constant_pad(site: Site) -> Axes:
+def constant_pad(site: Site) -> ValueIds:
     """Entries that padding adds belong to nobody: they get ids of no slot and follow what they meet."""
     x, pads = site.args[0], list(site.arg(1))
     ndim, shape = len(site.out), site.shape(site.args[0])
@@ -202,18 +204,20 @@ def constant_pad(site: Site) -> Axes:
             if track.shape[dim] == 1 and d != dim:
                 continue
             if d != dim:  # rows of another dim's track: the new rows are nobody's either
-                site.ledger.freeze(axes.pop(d), "is padded along its rows")
+                site.constraints.freeze(axes.pop(d), "is padded along its rows")
                 continue
             rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
-            edges = [site.ledger.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
+            edges = [
+                site.constraints.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)
+            ]
             for edge in edges:
-                site.ledger.mark_free(edge)
+                site.constraints.mark_unowned(edge)
             axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
     return axes
 
 
 @rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather")
-def index(site: Site) -> Axes:
+def index(site: Site) -> ValueIds:
     """Entries picked by index tensors: the picked dims stay whole, the others pass."""
     x = site.args[0]
     shape, name = site.shape(x), op_name(site.node)
@@ -221,18 +225,18 @@ def index(site: Site) -> Axes:
     if name == "gather":
         return _gathered(site, reason)
     for tensor in site.tensors[1:]:
-        site.ledger.freeze_all(site.axes(tensor), "is used as an index")
+        site.constraints.freeze_all(site.axes(tensor), "is used as an index")
     if not name.endswith("index"):
         dim = int(site.arg(1)) % len(shape)
         axes = site.freeze(site.axes(x), [dim], reason)
-        return {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        return {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
     indices = [(d, i) for d, i in enumerate(site.arg(1)) if i is not None]
     picked = [d for d, _ in indices]
     if not picked:
         return dict(site.axes(x))
     axes = site.freeze(site.axes(x), picked, reason)
     for d in picked:
-        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
     width = max(len(site.shape(i)) for _, i in indices)
     masks = any(str(i.meta["spec"].dtype) in ("torch.bool", "torch.uint8") for _, i in indices)
     if masks:
@@ -240,7 +244,7 @@ def index(site: Site) -> Axes:
         return {}
     adjacent = picked == list(range(picked[0], picked[-1] + 1))
     place = picked[0] if adjacent else 0
-    out: Axes = {}
+    out: ValueIds = {}
     for d, t in axes.items():
         rest = [n for i, n in enumerate(t.shape) if i not in picked]
         position = d - sum(p < d for p in picked)
@@ -249,7 +253,7 @@ def index(site: Site) -> Axes:
     return out
 
 
-def _gathered(site: Site, reason: str) -> Axes:
+def _gathered(site: Site, reason: str) -> ValueIds:
     """x[.., index[.., k], k]: where the index is one that was repeated as often as the code found a width,
     the two meet.
     """
@@ -264,37 +268,37 @@ def _gathered(site: Site, reason: str) -> Axes:
     site.freeze(own, set(own) - set(meet), reason)
     site.freeze(other, set(other) - set(meet), "is used as an index")
     for d in (d for d, size in enumerate(site.shape(x)) if d == dim or size != site.out[d]):
-        own = {k: site.ledger.collapse(t, d) for k, t in own.items() if k != d}
-    return {d: beside(site.ledger, [own[d], other[d]]) for d in meet}
+        own = {k: site.constraints.collapse(t, d) for k, t in own.items() if k != d}
+    return {d: beside(site.constraints, [own[d], other[d]]) for d in meet}
 
 
 @rule(Family.MOVEMENT, "unfold")
-def unfold_dim(site: Site) -> Axes:
+def unfold_dim(site: Site) -> ValueIds:
     """Sliding windows along one dim: that dim stays whole."""
     x = site.args[0]
     dim = int(site.arg(1)) % max(1, len(site.shape(x)))
     axes = site.freeze(site.axes(x), [dim], "is unfolded into windows")
-    return {d: site.ledger.collapse(t, dim)[..., None] for d, t in axes.items()}
+    return {d: site.constraints.collapse(t, dim)[..., None] for d, t in axes.items()}
 
 
 @rule(Family.ELEMENTWISE, "index_add", "index_copy")
-def index_add(site: Site) -> Axes:
+def index_add(site: Site) -> ValueIds:
     """Rows of source [.., n, ..] added to x at indices along one dim: that dim stays whole, the others
     meet.
     """
     x, dim, index, source = site.args[:4]
     dim = int(dim) % max(1, len(site.out))
-    site.ledger.freeze_all(site.axes(index), "is used as an index")
+    site.constraints.freeze_all(site.axes(index), "is used as an index")
     operands = []
     for node in (x, source):
         axes = site.freeze(site.axes(node), [dim], "is written by index")
-        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
         operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.shape(node)))))
     return broadcast(site, operands, tuple(1 if d == dim else n for d, n in enumerate(site.out)))
 
 
 @rule(Family.ELEMENTWISE, "scatter", "scatter_add", "scatter_reduce")
-def scatter(site: Site) -> Axes:
+def scatter(site: Site) -> ValueIds:
     """Entries of source written to x, or summed there, at an index for each (graph layers): that dim stays,
     the others meet.
     """
@@ -308,13 +312,13 @@ def scatter(site: Site) -> Axes:
             [dim] if shapes[0] == shapes[1] == shapes[2] else range(len(site.out)),
             "is written by index",
         )
-        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
         operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.out))))
     return broadcast(site, operands, operands[0][1])
 
 
 @rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
-def index_put(site: Site) -> Axes:
+def index_put(site: Site) -> ValueIds:
     """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the
     values'.
     """
@@ -323,13 +327,13 @@ def index_put(site: Site) -> Axes:
     for place, tensor in enumerate(indices):
         if tensor is None:
             continue
-        site.ledger.freeze_all(site.axes(tensor), "is used as an index")
+        site.constraints.freeze_all(site.axes(tensor), "is used as an index")
         mask = str(tensor.meta["spec"].dtype) in ("torch.bool", "torch.uint8")
         picked += range(place, place + (len(site.shape(tensor)) if mask else 1))
     last = max(picked, default=-1)
     axes = site.freeze(site.axes(x), range(last + 1), "is written by index")
     for d in range(last + 1):
-        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
     shape, value = site.shape(values), site.axes(values)
     behind = ndim - last - 1
     offset = ndim - len(shape)
@@ -339,9 +343,11 @@ def index_put(site: Site) -> Axes:
         own, other = axes.get(d), value.get(d - offset)
         if own is not None and other is not None:
             flat = np.moveaxis(other, d - offset, -1).reshape(-1, other.shape[d - offset])
-            axes[d] = site.ledger.collapse(np.concatenate([own.reshape(1, -1), flat]), 0).reshape(own.shape)
+            axes[d] = site.constraints.collapse(np.concatenate([own.reshape(1, -1), flat]), 0).reshape(
+                own.shape
+            )
         elif d - offset >= 0 and shape[d - offset] > 1:
             for track in (axes.pop(d, None), other):
                 if track is not None:
-                    site.ledger.freeze(track, "meets a tensor whose size here is fixed")
+                    site.constraints.freeze(track, "meets a tensor whose size here is fixed")
     return axes

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from surgeon.ops.factory import free_axes
-from surgeon.ops.ids import Axes, Track
+from surgeon.ops.factory import unowned_ids
+from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.reshape import reshape
 from surgeon.ops.table import Family, Site, beside, op_name, opaque, rule, shift
 
@@ -23,7 +23,7 @@ from surgeon.ops.table import Family, Site, beside, op_name, opaque, rule, shift
 def getitem(site: Site) -> Any:
     source, index = site.args
     axes: Any = site.axes(source)
-    part: Axes = axes[index] if isinstance(axes, tuple) else {}
+    part: ValueIds = axes[index] if isinstance(axes, tuple) else {}
     return part
 
 
@@ -38,17 +38,17 @@ def getitem(site: Site) -> Any:
     "unsafe_reshape",
     "view_copy",
 )
-def view(site: Site) -> Axes:
+def view(site: Site) -> ValueIds:
     x = site.args[0]
-    return reshape(site.ledger, site.axes(x), site.shape(x), site.out)
+    return reshape(site.constraints, site.axes(x), site.shape(x), site.out)
 
 
-def permuted(axes: Axes, order: list[int]) -> Axes:
+def permuted(axes: ValueIds, order: list[int]) -> ValueIds:
     return {order.index(d): t.transpose(order) for d, t in axes.items()}
 
 
 @rule(Family.MOVEMENT, "permute", "t", "transpose", "numpy_T", "adjoint")
-def permute(site: Site) -> Axes:
+def permute(site: Site) -> ValueIds:
     x = site.args[0]
     ndim = len(site.shape(x))
     name = op_name(site.node)
@@ -64,14 +64,14 @@ def permute(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "unsqueeze", "squeeze")
-def resize_ones(site: Site) -> Axes:
+def resize_ones(site: Site) -> ValueIds:
     """Only dims of size 1 come or go: a reshape."""
     x = site.args[0]
-    return reshape(site.ledger, site.axes(x), site.shape(x), site.out)
+    return reshape(site.constraints, site.axes(x), site.shape(x), site.out)
 
 
 @rule(Family.MOVEMENT, "expand", "broadcast_to", "expand_copy")
-def expand(site: Site) -> Axes:
+def expand(site: Site) -> ValueIds:
     """A dim of size 1 that is repeated follows whatever it meets: its copies are alike. As often as a batch
     is long: it stays.
     """
@@ -83,7 +83,7 @@ def expand(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "as_strided")
-def as_strided(site: Site) -> Axes:
+def as_strided(site: Site) -> ValueIds:
     """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no
     other one, pass.
     """
@@ -104,10 +104,10 @@ def as_strided(site: Site) -> Axes:
     if gaps or site.arg(3) not in (None, offset):
         place = {}
     axes = site.freeze(site.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
-    result: Axes = {}
+    result: ValueIds = {}
     for dim, track in axes.items():
         for other in set(range(len(shape))) - set(place):
-            track = site.ledger.collapse(track, other)
+            track = site.constraints.collapse(track, other)
         order = sorted(place, key=place.__getitem__)
         moved = track.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
         wide = [1] * len(sizes)
@@ -127,12 +127,12 @@ def dense(shape: Sequence[int], layout: Sequence[int]) -> tuple[int, ...]:
 
 
 @rule(Family.MOVEMENT, "cat", "concat")
-def cat(site: Site) -> Axes:
+def cat(site: Site) -> ValueIds:
     parts = list(site.args[0])
     parts = [p for p in parts if site.shape(p) != (0,)]
     ndim = len(site.out)
     dim = int(site.arg(1, "dim", 0)) % ndim
-    result: Axes = {}
+    result: ValueIds = {}
     for d in range(ndim):
         tracks = [site.axes(p).get(d) for p in parts]
         if all(t is None for t in tracks):
@@ -141,7 +141,7 @@ def cat(site: Site) -> Axes:
             kept = [t for t in tracks if t is not None]
             if len(kept) < len(parts):
                 for loose in kept:
-                    site.ledger.freeze(loose, "is concatenated with a tensor whose size here is fixed")
+                    site.constraints.freeze(loose, "is concatenated with a tensor whose size here is fixed")
             else:
                 result[d] = _cat_rows(site, kept, parts, d, dim)
             continue
@@ -149,8 +149,8 @@ def cat(site: Site) -> Axes:
         for part, found in zip(parts, tracks, strict=True):
             size, track = site.shape(part)[dim], found
             if track is None:  # entries that nobody may remove
-                track = site.ledger.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
-                site.ledger.freeze(track, "is concatenated and its size is fixed")
+                track = site.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
+                site.constraints.freeze(track, "is concatenated and its size is fixed")
             filled.append(track)
         rows = np.broadcast_shapes(
             *[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in filled]
@@ -162,12 +162,12 @@ def cat(site: Site) -> Axes:
     return result
 
 
-def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], own: int, dim: int) -> Track:
+def _cat_rows(site: Site, tracks: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
     """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along
     it.
     """
     if all(t.shape[dim] == 1 for t in tracks):
-        return beside(site.ledger, tracks)
+        return beside(site.constraints, tracks)
     sizes = [site.shape(p)[dim] for p in parts]
     rows = np.broadcast_shapes(*[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in tracks])
     full = [
@@ -175,35 +175,35 @@ def _cat_rows(site: Site, tracks: list[Track], parts: list[fx.Node], own: int, d
         for t, size in zip(tracks, sizes, strict=True)
     ]
     joined = np.concatenate(full, axis=dim)
-    site.ledger.balance(joined, own)  # the rows of one part keep as many entries as those of the others
+    site.constraints.balance(joined, own)  # the rows of one part keep as many entries as those of the others
     return joined
 
 
 @rule(Family.MOVEMENT, "stack")
-def stack(site: Site) -> Axes:
+def stack(site: Site) -> ValueIds:
     parts = list(site.args[0])
     dim = int(site.arg(1, "dim", 0)) % len(site.out)
-    result: Axes = {}
+    result: ValueIds = {}
     for d in {d for p in parts for d in site.axes(p)}:
         tracks = [site.axes(p).get(d) for p in parts]
         kept = [np.expand_dims(t, dim) for t in tracks if t is not None]
         if len(kept) < len(parts):
             for track in kept:
-                site.ledger.freeze(track, "is stacked with a tensor whose size here is fixed")
+                site.constraints.freeze(track, "is stacked with a tensor whose size here is fixed")
             continue
         rows = np.broadcast_shapes(*[t.shape for t in kept])
         joined = np.concatenate([np.broadcast_to(t, rows) for t in kept], axis=dim)
         out = d + (d >= dim)
         if dim < out:  # the stacked tensors are rows: each may keep its own entries, equally many
-            site.ledger.balance(joined, out)
+            site.constraints.balance(joined, out)
             result[out] = joined
         else:
-            result[out] = site.ledger.collapse(joined, dim)
+            result[out] = site.constraints.collapse(joined, dim)
     return result
 
 
 @rule(Family.MOVEMENT, "view_as_real", "view_as_complex")
-def complex_parts(site: Site) -> Axes:
+def complex_parts(site: Site) -> ValueIds:
     """[..., 2] and [...] of complex numbers: the real and the imaginary part are two entries, both of which
     stay.
     """
@@ -211,11 +211,11 @@ def complex_parts(site: Site) -> Axes:
     if op_name(site.node) == "view_as_real":
         return {d: t[..., None] for d, t in site.axes(x).items()}
     axes = site.freeze(site.axes(x), [ndim - 1], "holds the real and the imaginary part")
-    return {d: site.ledger.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
+    return {d: site.constraints.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
 
 
 @rule(Family.MOVEMENT, "flip")
-def flip(site: Site) -> Axes:
+def flip(site: Site) -> ValueIds:
     ndim = len(site.out)
     dims = [int(d) % ndim for d in site.arg(1)]
     return {
@@ -224,7 +224,7 @@ def flip(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "roll")
-def roll(site: Site) -> Axes:
+def roll(site: Site) -> ValueIds:
     """Rolling along a dim without channels moves nothing that matters; along channels the shift is a number
     in the code.
     """
@@ -242,7 +242,7 @@ def roll(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "repeat", "tile")
-def repeat(site: Site) -> Axes:
+def repeat(site: Site) -> ValueIds:
     x = site.args[0]
     ndim = len(site.out)
     old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
@@ -253,18 +253,18 @@ def repeat(site: Site) -> Axes:
     return {**axes, **_copies(site, old)}
 
 
-def _copies(site: Site, old: tuple[int, ...]) -> Axes:
+def _copies(site: Site, old: tuple[int, ...]) -> ValueIds:
     """Tracks of the dims that were of size 1, but for those whose new size the code read from a dim that is
     fixed.
     """
     sources = site.node.meta.get("repeated", {})
     fixed = {dim for dim, source in sources.items() if source.dim not in site.axes(source.node)}
     grown = [d for d, size in enumerate(site.out) if old[d] == 1 and size > 1 and d not in fixed]
-    return free_axes(site, site.out, grown)
+    return unowned_ids(site, site.out, grown)
 
 
 @rule(Family.MOVEMENT, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-def shuffle(site: Site) -> Axes:
+def shuffle(site: Site) -> ValueIds:
     """Written out as view, permute, view: that is what these ops are."""
     x, factor = site.args[0], int(site.arg(1))
     *batch, c, h, w = site.shape(x)
@@ -279,13 +279,13 @@ def shuffle(site: Site) -> Axes:
     else:
         grid = (*batch, factor, c // factor, h, w)
         order, fixed = [*lead, n + 1, n, n + 2, n + 3], range(n, n + 1)
-    axes = reshape(site.ledger, site.axes(x), site.shape(x), grid)
+    axes = reshape(site.constraints, site.axes(x), site.shape(x), grid)
     axes = permuted(site.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
-    return reshape(site.ledger, axes, tuple(grid[i] for i in order), site.out)
+    return reshape(site.constraints, axes, tuple(grid[i] for i in order), site.out)
 
 
 @rule(Family.MOVEMENT, "im2col")
-def unfold_image(site: Site) -> Axes:
+def unfold_image(site: Site) -> ValueIds:
     """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
     x = site.args[0]
     places = math.prod(site.arg(1))
@@ -294,27 +294,27 @@ def unfold_image(site: Site) -> Axes:
 
 
 @rule(Family.MOVEMENT, "col2im")
-def fold_image(site: Site) -> Axes:
+def fold_image(site: Site) -> ValueIds:
     """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are
     one.
     """
     x = site.args[0]
     places = math.prod(site.arg(2))
-    result: Axes = {}
+    result: ValueIds = {}
     for d, track in _without_places(site, x).items():
         if track.shape[1] > 1:
             cut = track.reshape(track.shape[0], -1, places, 1)
-            track = site.ledger.collapse(cut, 2)
+            track = site.constraints.collapse(cut, 2)
         else:
             track = track[..., None]
         result[d] = track
     return result
 
 
-def _without_places(site: Site, x: fx.Node) -> Axes:
+def _without_places(site: Site, x: fx.Node) -> ValueIds:
     """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
     ndim = len(site.shape(x))
     axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of an unfold")
     for d in range(2, ndim):
-        axes = {k: site.ledger.collapse(t, d) for k, t in axes.items()}
+        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
     return axes

@@ -12,22 +12,22 @@ from torch import fx
 
 from surgeon.graph.queries import is_read
 from surgeon.ops.elementwise import per_channel
-from surgeon.ops.ids import Axes
+from surgeon.ops.ids import ValueIds
 from surgeon.ops.reshape import reshape
 from surgeon.ops.table import Family, Site, broadcast, op_name, rule
 
 
-def reduce_dims(site: Site, axes: Axes, dims: Any, ndim: int, keepdim: bool) -> Axes:
+def reduce_dims(site: Site, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
     """Tracks after the dims ended; a track that varied along one of them is made constant there."""
     gone = {int(d) % ndim for d in dims} if ndim else set()
     for d in gone & set(axes):
-        site.ledger.reduced(axes[d])
-    result: Axes = {}
+        site.constraints.reduced(axes[d])
+    result: ValueIds = {}
     for dim, track in axes.items():
         if dim in gone:
             continue
         for ended in gone:
-            track = site.ledger.collapse(track, ended)
+            track = site.constraints.collapse(track, ended)
         if not keepdim:
             track = track.reshape([n for d, n in enumerate(track.shape) if d not in gone])
         result[dim if keepdim else dim - sum(g < dim for g in gone)] = track
@@ -67,7 +67,7 @@ def selection(site: Site) -> Any:
     if second is None and op_name(site.node) in ("max", "min"):
         return {}
     if second is None:
-        site.ledger.freeze_all(site.axes(x), "an index is computed over it")
+        site.constraints.freeze_all(site.axes(x), "an index is computed over it")
         return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
     axes = site.axes(x)
     if op_name(site.node) not in ("max", "min") or is_read(site.node, 1):
@@ -77,13 +77,13 @@ def selection(site: Site) -> Any:
 
 
 @rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
-def softmax(site: Site) -> Axes:
+def softmax(site: Site) -> ValueIds:
     x = site.args[0]
     dim = int(site.arg(1)) % max(1, len(site.out))
     axes = dict(site.axes(x))
     if dim in axes:
-        site.ledger.reduced(axes[dim])
-    return {d: (t if d == dim else site.ledger.collapse(t, dim)) for d, t in axes.items()}
+        site.constraints.reduced(axes[dim])
+    return {d: (t if d == dim else site.constraints.collapse(t, dim)) for d, t in axes.items()}
 
 
 @rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "topk", "flip_sort")
@@ -98,13 +98,13 @@ def ordered(site: Site) -> Any:
 
 
 @rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r")
-def fourier(site: Site) -> Axes:
+def fourier(site: Site) -> ValueIds:
     """Each result hangs on every entry along the dims and on its place: they stay whole."""
     x, ndim = site.args[0], len(site.out)
     dims = [int(d) % ndim for d in site.arg(1)]
     axes = site.freeze(site.axes(x), dims, "a Fourier transform runs along it")
     for dim in dims:
-        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
     return axes
 
 
@@ -119,7 +119,7 @@ def layer_norm(site: Site) -> Any:
     ndim = len(site.out)
     gone = range(ndim - last, ndim)
     for d in set(gone) & set(site.axes(x)):  # x itself: the scale that it meets comes after
-        site.ledger.reduced(site.axes(x)[d])
+        site.constraints.reduced(site.axes(x)[d])
     passing = {d: t for d, t in out.items() if d < ndim - last}
     stats = reduce_dims(site, passing, gone, ndim, keepdim=True)
     spec = site.node.meta["spec"]
@@ -136,12 +136,12 @@ def group_norm(site: Site) -> Any:
     shape = site.shape(x)
     axes = site.freeze(site.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
     grid = (shape[0], groups, shape[1] // groups, *shape[2:])
-    cut = reshape(site.ledger, axes, shape, grid)
+    cut = reshape(site.constraints, axes, shape, grid)
     for d in {1, 2} & set(cut):
-        site.ledger.reduced(cut[d])
-    axes = reshape(site.ledger, cut, grid, shape)
+        site.constraints.reduced(cut[d])
+    axes = reshape(site.constraints, cut, grid, shape)
     if 1 in cut:
-        site.ledger.batched.append(cut[1].ravel())
+        site.constraints.batched.append(cut[1].ravel())
     operands = [(axes, shape)]
     for vector in (weight, bias):
         if isinstance(vector, fx.Node):
@@ -178,7 +178,7 @@ def pooling(site: Site) -> Any:
     spatial = range(ndim - _POOLS[name], ndim)
     axes = site.freeze(site.axes(x), spatial, f"is a spatial dim of {name}")
     for dim in spatial:
-        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
     spec = site.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
@@ -192,7 +192,7 @@ def grid_sampler(site: Site) -> Any:
     places = "is a place or a coordinate of grid_sample"
     axes = site.freeze(site.axes(x), range(2, len(site.shape(x))), "is a spatial dim of grid_sample")
     for dim in range(2, len(site.shape(x))):
-        axes = {d: site.ledger.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
     own = site.freeze(site.axes(grid), range(1, len(site.shape(grid))), places)
     one = (1,) * (len(site.out) - 1)
     samples = broadcast(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from surgeon.ops.ids import Axes, Ledger, Track, varies
+from surgeon.ops.ids import Constraints, DimIds, ValueIds, varies
 
 
 def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
@@ -35,35 +35,35 @@ def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     return pairs
 
 
-def reshape(ledger: Ledger, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> Axes:
+def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new: tuple[int, ...]) -> ValueIds:
     """Tracks after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest
     passes.
     """
     pairs = _segments(old, new)
     if pairs is None:
-        ledger.freeze_all(axes, "a reshape of an empty tensor")
+        constraints.freeze_all(axes, "a reshape of an empty tensor")
         return {}
-    out: Axes = {}
+    out: ValueIds = {}
     for ins, outs in pairs:
         here = [d for d in ins if d in axes]
         if not here:
             continue
         if len(ins) == 1:
-            track: Track | None = axes[ins[0]]
+            track: DimIds | None = axes[ins[0]]
         else:
-            track = ledger.merge(axes, ins, old)
+            track = constraints.merge(axes, ins, old)
         assert track is not None
         moved = _regroup(track, pairs, old, new)
         if len(outs) == 1:
             out[outs[0]] = moved
         else:
-            out.update(ledger.split(moved, outs))
+            out.update(constraints.split(moved, outs))
     return out
 
 
 def _regroup(
-    track: Track, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]
-) -> Track:
+    track: DimIds, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]
+) -> DimIds:
     """The same reshape on one compressed track: segments along which it varies are made full, the others stay
     1.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from surgeon.graph.graph import Spec, spec
-from surgeon.ops.ids import Axes, Ledger
+from surgeon.ops.ids import Constraints, ValueIds
 
 
 class Family(enum.Enum):
@@ -27,8 +27,8 @@ class Family(enum.Enum):
 class Site:
     """One op in the graph, as its rule sees it."""
 
-    def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], ledger: Ledger) -> None:
-        self.node, self._axes, self.ledger = node, axes, ledger
+    def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], constraints: Constraints) -> None:
+        self.node, self._axes, self.constraints = node, axes, constraints
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -46,7 +46,7 @@ class Site:
             return self.node.args[position]
         return self.node.kwargs.get(name, default)
 
-    def axes(self, arg: Any) -> Axes:
+    def axes(self, arg: Any) -> ValueIds:
         """The tracks of an argument; none for a scalar or None."""
         return self._axes.get(arg, {}) if isinstance(arg, fx.Node) else {}
 
@@ -66,11 +66,11 @@ class Site:
         """All tensor arguments, also those in lists."""
         return list(self.node.all_input_nodes)
 
-    def freeze(self, axes: Axes, dims: Any, reason: str) -> Axes:
+    def freeze(self, axes: ValueIds, dims: Any, reason: str) -> ValueIds:
         """Freeze the tracks of `dims` and return what is left."""
         dims = set(dims)
         for dim in dims & set(axes):
-            self.ledger.freeze(axes[dim], reason)
+            self.constraints.freeze(axes[dim], reason)
         return {d: t for d, t in axes.items() if d not in dims}
 
 
@@ -127,12 +127,12 @@ def opaque(site: Site) -> Any:
     for tensor in site.tensors:
         axes = site.axes(tensor)
         for part in axes if isinstance(axes, tuple) else (axes,):
-            site.ledger.freeze_all(part, reason)
+            site.constraints.freeze_all(part, reason)
     spec = site.node.meta["spec"]
     return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
 
 
-def shift(axes: Axes, ndim: int, to: int) -> Axes:
+def shift(axes: ValueIds, ndim: int, to: int) -> ValueIds:
     """The same tracks in a value with more dims on the left, as broadcasting aligns them."""
     extra = to - ndim
     if extra == 0:
@@ -140,7 +140,7 @@ def shift(axes: Axes, ndim: int, to: int) -> Axes:
     return {d + extra: t.reshape((1,) * extra + t.shape) for d, t in axes.items()}
 
 
-def broadcast(site: Site, operands: list[tuple[Axes, tuple[int, ...]]], out: tuple[int, ...]) -> Axes:
+def broadcast(site: Site, operands: list[tuple[ValueIds, tuple[int, ...]]], out: tuple[int, ...]) -> ValueIds:
     """Entries of all operands meet: join the tracks of each dim; a dim that is fixed in one operand freezes
     the others.
     """
@@ -148,41 +148,41 @@ def broadcast(site: Site, operands: list[tuple[Axes, tuple[int, ...]]], out: tup
     aligned = [
         (shift(axes, len(shape), ndim), (1,) * (ndim - len(shape)) + tuple(shape)) for axes, shape in operands
     ]
-    result: Axes = {}
+    result: ValueIds = {}
     for dim in {d for axes, _ in aligned for d in axes}:
         tracks = [axes[dim] for axes, _ in aligned if dim in axes]
         if any(dim not in axes and shape[dim] != 1 for axes, shape in aligned):
             for track in tracks:
-                site.ledger.freeze(track, "meets a tensor whose size here is fixed")
+                site.constraints.freeze(track, "meets a tensor whose size here is fixed")
             continue
-        result[dim] = meet(site.ledger, tracks)
+        result[dim] = meet(site.constraints, tracks)
     return result
 
 
-def meet(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
+def meet(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
     """Join tracks that meet entry by entry; the most compressed one stands for all, and one of a tensor's for
     one of nobody's.
     """
     best = min(tracks, key=lambda t: t.size)
     for track in tracks:
         if track is not best:
-            ledger.join(track, best)
-    free = ledger.is_free(best)
+            constraints.join(track, best)
+    free = constraints.is_unowned(best)
     for track in tracks:
         if free.any() and track is not best:
             best = np.where(free, track, best)
-            free = ledger.is_free(best)
+            free = constraints.is_unowned(best)
     return best
 
 
-def beside(ledger: Ledger, tracks: list[np.ndarray]) -> np.ndarray:
+def beside(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
     """Join tracks of values that lie side by side; as the entries do not mix, one of nobody's stands for
     all.
     """
-    best = meet(ledger, tracks)
-    if any(ledger.is_free(track).any() for track in tracks):
-        found: np.ndarray = ledger.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
+    best = meet(constraints, tracks)
+    if any(constraints.is_unowned(track).any() for track in tracks):
+        found: np.ndarray = constraints.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
         for dim in range(found.ndim):
-            found = ledger.collapse(found, dim) if best.shape[dim] == 1 else found
+            found = constraints.collapse(found, dim) if best.shape[dim] == 1 else found
         return found
     return best

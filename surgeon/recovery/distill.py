@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from surgeon.errors import InputError
 from surgeon.graph.queries import read_tensors
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import find_sites
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import find_layers
 from surgeon.recovery.layerwise import Pass
-from surgeon.recovery.paired_run import Pair, Recording, Track, distance, nothing_to_compare, outputs, twin
+from surgeon.recovery.paired_run import Pair, Progress, Recording, distance, nothing_to_compare, outputs, twin
 
 _EPOCHS, _STEPS = 10, 600  # at least
 _RATE = 0.01
@@ -45,13 +45,13 @@ class Distilling:
     """
 
     def __init__(
-        self, recording: Recording, narrow: Narrow, *, epochs: int | None, rate: float | None, seed: int
+        self, recording: Recording, narrow: KeptEntries, *, epochs: int | None, rate: float | None, seed: int
     ) -> None:
         self.recording, self.narrow, self.seed = recording, narrow, seed
         self.learned = [number for number, held in enumerate(recording.held) if not held]
         self.epochs = max(_EPOCHS, math.ceil(_STEPS / len(self.learned))) if epochs is None else epochs
         self.first = recording.pair(0)
-        sites, _ = find_sites(recording.small, recording.big)
+        sites, _ = find_layers(recording.small, recording.big)
         self.stream = [site for site in sites if site.sum is not None] or list(sites)
         small = recording.small
         read = (name for name in sorted(read_tensors(small) & small.owned))
@@ -66,7 +66,7 @@ class Distilling:
             leaf.requires_grad_()
         self.optimizers = _optimizers(self.leaves, products, _RATE if rate is None else rate)
 
-    def run(self, track: Track) -> Pass:
+    def run(self, track: Progress) -> Pass:
         """Take the steps, and give the small model the best weights.
 
         Raises:
@@ -79,7 +79,7 @@ class Distilling:
         return Pass([], best, peak)
 
     @torch.enable_grad()
-    def _descended(self, track: Track) -> tuple[float, dict[str, Tensor], int]:
+    def _descended(self, track: Progress) -> tuple[float, dict[str, Tensor], int]:
         """The least distance on held-out batches, the weights then, and the most bytes that a step held."""
         factor = _cosine(self.epochs * len(self.learned))
         schedules = [LambdaLR(optimizer, factor) for optimizer in self.optimizers]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from surgeon.graph.graph import Graph
-from surgeon.ops.ids import Track
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import Site, norm_behind
+from surgeon.ops.ids import DimIds
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import Layer, norm_behind
 from surgeon.recovery.linear_equations import Equations
 
 _LIKE = 0.3  # cosine below which a channel is like none
@@ -30,12 +30,12 @@ class Filters:
     they leave with.
     """
 
-    atoms: Track
+    atoms: DimIds
     rows: Tensor
 
 
 @torch.no_grad()
-def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, Tensor]) -> list[str]:
+def fold(sites: Sequence[Layer], narrow: KeptEntries, big: Graph, small: Mapping[str, Tensor]) -> list[str]:
     """Fold what left into the small model's weights, as cut; the names of the layers that took something
     up.
     """
@@ -67,7 +67,7 @@ def fold(sites: Sequence[Site], narrow: Narrow, big: Graph, small: Mapping[str, 
     return done
 
 
-def _filters(site: Site, narrow: Narrow, big: Graph) -> Filters | None:
+def _filters(site: Layer, narrow: KeptEntries, big: Graph) -> Filters | None:
     """What a layer of the original makes its channels with."""
     name = site.weight.name
     dim = _outputs(site, big.tensors[name])
@@ -85,16 +85,16 @@ def _filters(site: Site, narrow: Narrow, big: Graph) -> Filters | None:
     return Filters(narrow.shapes.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
 
 
-def _outputs(site: Site, weight: Tensor) -> int | None:
+def _outputs(site: Layer, weight: Tensor) -> int | None:
     """The dim of the stored weight that numbers outputs; None for groups and batches of products."""
     return _dim(site, weight, 1)
 
 
-def _inputs(site: Site, weight: Tensor) -> int | None:
+def _inputs(site: Layer, weight: Tensor) -> int | None:
     return _dim(site, weight, 0)
 
 
-def _dim(site: Site, weight: Tensor, which: int) -> int | None:
+def _dim(site: Layer, weight: Tensor, which: int) -> int | None:
     equations = Equations(site, weight)
     if equations.batched or (equations.layout is not None and equations.layout.groups > 1):
         return None
@@ -106,9 +106,9 @@ def _dim(site: Site, weight: Tensor, which: int) -> int | None:
     return int(step == 1)
 
 
-def _find(known: Track, wanted: Track) -> Track:
+def _find(known: DimIds, wanted: DimIds) -> DimIds:
     order = np.argsort(known)
-    found: Track = order[np.searchsorted(known[order], wanted)]
+    found: DimIds = order[np.searchsorted(known[order], wanted)]
     return found
 
 

@@ -14,11 +14,11 @@ from surgeon.coupling.solve import solve
 from surgeon.cut.plan import Plan
 from surgeon.errors import PlanError
 from surgeon.graph.graph import Graph
-from surgeon.ops.ids import Track
-from surgeon.selection.cost import Shapes
+from surgeon.ops.ids import DimIds
+from surgeon.selection.cost import ShapeModel
 
 
-class Narrow:
+class KeptEntries:
     """Which entries of each value of the original's run stay under a plan.
 
     Raises:
@@ -27,7 +27,7 @@ class Narrow:
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self.propagation: Propagation = propagate(graph)
-        self.shapes = Shapes(graph, self.propagation, solve(self.propagation.ledger))
+        self.shapes = ShapeModel(graph, self.propagation, solve(self.propagation.constraints))
         self.choice = self.shapes.chosen(plan.kept)
         here = {name for name, _ in self.propagation.slots}
         if self.shapes.kept(self.choice) != {name: dims for name, dims in plan.kept.items() if name in here}:
@@ -69,6 +69,6 @@ class Narrow:
         stays = np.flatnonzero(~self.shapes.leaves(ids, self.choice))
         return tensor.index_select(dim, torch.from_numpy(stays).to(tensor.device))
 
-    def _sizes(self, node: fx.Node, axes: Mapping[int, Track], value: Tensor) -> tuple[int, ...]:
+    def _sizes(self, node: fx.Node, axes: Mapping[int, DimIds], value: Tensor) -> tuple[int, ...]:
         small = self.shapes.shape(node, self.choice)
         return tuple(small[d] if d in axes else n for d, n in enumerate(value.shape))

@@ -21,7 +21,7 @@ from surgeon.capture.aliasing import getitem
 from surgeon.criteria.data.consumers import NORMS, moving, only_reader
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.table import op_name
-from surgeon.recovery.paired_run import Run, twin
+from surgeon.recovery.paired_run import PairedRun, twin
 
 _CONVOLUTIONS = frozenset(("convolution", "_convolution"))
 _MATRICES = {
@@ -56,7 +56,7 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Layer:
     """A layer whose weight can be solved for.
 
     Attributes:
@@ -102,7 +102,7 @@ class Site:
         )
 
 
-def find_sites(small: Graph, big: Graph) -> tuple[list[Site], dict[str, str]]:
+def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
     """The sites in the order of the run, and the parameters of products that are none, each with the
     reason.
     """
@@ -168,9 +168,9 @@ class _Finder:
             return "it is not a floating-point tensor"
         return ""
 
-    def site(self, node: fx.Node, other: fx.Node, data: int, weight: Weight) -> Site:
+    def site(self, node: fx.Node, other: fx.Node, data: int, weight: Weight) -> Layer:
         bias, norm = self._bias(node)
-        plain = Site(node, other, data, weight, bias, norm)
+        plain = Layer(node, other, data, weight, bias, norm)
         path: list[fx.Node] = []
         here, there = node, other
         while True:
@@ -261,7 +261,7 @@ def _trains(node: fx.Node) -> bool:
 # -- from the sum back to the product ------------------------------------------------------------------------
 
 
-def pulled(site: Site, first: Run, run: Run, wanted: Tensor) -> Tensor:
+def pulled(site: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Tensor:
     """What the product should give so that the sum is `wanted`; entries that nothing brings about are NaN or
     infinite.
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.graph.graph import spec
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import Site, pulled
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import Layer, pulled
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.linear_equations import Equations
-from surgeon.recovery.logits import Aim, find_meetings
-from surgeon.recovery.paired_run import Pair, Recording, Track, distance, twin
-from surgeon.recovery.row_sampling import Draw
+from surgeon.recovery.logits import LogitTarget, find_meetings
+from surgeon.recovery.paired_run import Pair, Progress, Recording, distance, twin
+from surgeon.recovery.row_sampling import RowSample
 
 RIDGES = (1e-6, 1e-4, 1e-2)  # of which the one that does best on held-out batches is taken
 WIDEST = 2400  # unknowns of one output that are solved for exactly
@@ -68,16 +68,22 @@ class Fitting:
     """
 
     def __init__(
-        self, recording: Recording, narrow: Narrow, draw: Draw, how: str, widest: int, ridges: Sequence[float]
+        self,
+        recording: Recording,
+        narrow: KeptEntries,
+        draw: RowSample,
+        how: str,
+        widest: int,
+        ridges: Sequence[float],
     ) -> None:
         self.recording, self.narrow, self.draw, self.how, self.widest = recording, narrow, draw, how, widest
         self.ridges = ridges
         self.sites = draw.sites
         self.meetings = find_meetings(recording.small, recording.big, self.sites) if how == "refit" else {}
-        self.aims: dict[Site, Aim] = {}
+        self.aims: dict[Layer, LogitTarget] = {}
 
     @torch.no_grad()
-    def run(self, track: Track) -> Pass:
+    def run(self, track: Progress) -> Pass:
         pairs = self.recording.pairs()
         for pair in pairs:
             for site in self.sites:
@@ -91,7 +97,7 @@ class Fitting:
                 for node in self._aims(site, pairs[0], pair):
                     pair.big.through(node)
             if site in self.meetings:
-                self.aims[site] = Aim(self.meetings[site], self.narrow, pairs)
+                self.aims[site] = LogitTarget(self.meetings[site], self.narrow, pairs)
             fits.append(self._fit(site, pairs))
             peak = max(peak, sum(pair.big.bytes + pair.small.bytes for pair in pairs))
             for pair in pairs:
@@ -99,7 +105,7 @@ class Fitting:
                     pair.big.release(node)
         return Pass(fits, distance(pair for pair in pairs if pair.held), peak)
 
-    def _aims(self, site: Site, first: Pair, pair: Pair) -> list[fx.Node]:
+    def _aims(self, site: Layer, first: Pair, pair: Pair) -> list[fx.Node]:
         """The values of a batch's original run that say what the site should give."""
         found = [site.target]
         if self._is_wide(site):
@@ -108,7 +114,7 @@ class Fitting:
             found += [self.meetings[site].big.queries, self.meetings[site].big.keys]
         return [twin(node, first.big, pair.big) for node in found]
 
-    def _fit(self, site: Site, pairs: list[Pair]) -> Fit:
+    def _fit(self, site: Layer, pairs: list[Pair]) -> Fit:
         weight = self.recording.small.tensors[site.weight.name]
         equations = Equations(site, weight)
         unknowns = equations.unknowns()
@@ -149,14 +155,14 @@ class Fitting:
             )
         return dataclasses.replace(plain, before=math.sqrt(before / energy), after=math.sqrt(best / energy))
 
-    def _is_wide(self, site: Site) -> bool:
+    def _is_wide(self, site: Layer) -> bool:
         """Whether a refit has too many unknowns for normal equations."""
         return (
             self.how == "refit"
             and Equations(site, self.recording.small.tensors[site.weight.name]).unknowns() > self.widest
         )
 
-    def _inputs(self, site: Site) -> fx.Node | None:
+    def _inputs(self, site: Layer) -> fx.Node | None:
         """What the original's layer reads, where one map of channels can serve all taps of a wide
         convolution.
         """
@@ -165,7 +171,7 @@ class Fitting:
         return node if site.convolution and not args[6] and args[8] == 1 else None
 
     def _by_channels(
-        self, site: Site, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
+        self, site: Layer, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The original's weights on the best guess of its input channels from the small model's, the same
         guess for all taps.
@@ -190,7 +196,7 @@ class Fitting:
             yield new, b + rows.offset(new, b) if site.bias else b
 
     def _candidates(
-        self, site: Site, learned: Normal, w: Tensor, b: Tensor
+        self, site: Layer, learned: Normal, w: Tensor, b: Tensor
     ) -> Iterable[tuple[Tensor, Tensor]]:
         if self.how == "refit":
             return (learned.solve(w, b, ridge, bool(site.bias)) for ridge in self.ridges)
@@ -198,7 +204,7 @@ class Fitting:
             return ()
         return [(w, learned.constant(w, b))] if self.how == "means" else [learned.scaled(w, b)]
 
-    def _comparable(self, site: Site, pair: Pair, first: Pair) -> bool:
+    def _comparable(self, site: Layer, pair: Pair, first: Pair) -> bool:
         """Whether the small model's result has the original's rows: a run that takes decisions may give
         others.
         """
@@ -209,14 +215,14 @@ class Fitting:
             a == b for d, (a, b) in enumerate(zip(big, small, strict=True)) if d not in dims
         )
 
-    def wanted(self, site: Site, pair: Pair, first: Pair, more: float = 0.0) -> Tensor:
+    def wanted(self, site: Layer, pair: Pair, first: Pair, more: float = 0.0) -> Tensor:
         """What the product should give, if `more` were added to what the original gives."""
         found = self.narrow(site.target, pair.big.value(twin(site.target, first.big, pair.big)))
         if site in self.aims:
             found = self.aims[site](found, pair)
         return pulled(site, first.small, pair.small, found + more if more else found)
 
-    def _constant(self, site: Site, shape: tuple[int, int]) -> Tensor:
+    def _constant(self, site: Layer, shape: tuple[int, int]) -> Tensor:
         """The constant as it is now."""
         if not site.bias or site.norm:
             return torch.zeros(
@@ -224,7 +230,7 @@ class Fitting:
             )
         return self.recording.small.tensors[site.bias].double().reshape(shape)
 
-    def _write(self, site: Site, equations: Equations, w: Tensor, b: Tensor) -> None:
+    def _write(self, site: Layer, equations: Equations, w: Tensor, b: Tensor) -> None:
         tensors = self.recording.small.tensors
         weight = tensors[site.weight.name]
         weight.copy_(equations.weight(w).to(weight.dtype))
@@ -242,7 +248,7 @@ class _Rows:
             what is between); 0 for outputs that cannot be fitted.
     """
 
-    def __init__(self, fitting: Fitting, site: Site, equations: Equations, pairs: list[Pair]) -> None:
+    def __init__(self, fitting: Fitting, site: Layer, equations: Equations, pairs: list[Pair]) -> None:
         self.fitting, self.site, self.equations, self.pairs = fitting, site, equations, pairs
         self.picked, self.weights = fitting.draw.picked[site], fitting.draw.weights[site]
         self.scale = self._scale()

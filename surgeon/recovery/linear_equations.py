@@ -14,13 +14,13 @@ from torch import Tensor
 
 from surgeon.criteria.data.windows import Layout
 from surgeon.ops.table import op_name
-from surgeon.recovery.layers import Site
+from surgeon.recovery.layers import Layer
 
 
 class Equations:
     """The equations of one site: which rows, and how the weight is a matrix."""
 
-    def __init__(self, site: Site, weight: Tensor) -> None:
+    def __init__(self, site: Layer, weight: Tensor) -> None:
         self.site = site
         self.shape = tuple(weight.shape)
         self.layout = Layout.of(site.node, weight) if site.convolution else None

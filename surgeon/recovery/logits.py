@@ -19,8 +19,8 @@ from surgeon.capture.aliasing import getitem
 from surgeon.criteria.data.consumers import moving
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import Site
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import Layer
 from surgeon.recovery.paired_run import Pair, twin
 
 _RIDGE = 1e-9
@@ -55,7 +55,7 @@ class Meeting:
     big: Product
 
 
-def find_meetings(small: Graph, big: Graph, sites: list[Site]) -> dict[Site, Meeting]:
+def find_meetings(small: Graph, big: Graph, sites: list[Layer]) -> dict[Layer, Meeting]:
     """The layers that make queries of fewer dims for as many heads, as far as there are only moves and scales
     behind them.
     """
@@ -95,7 +95,7 @@ def _whole(node: fx.Node) -> fx.Node:
     return node
 
 
-def _path(node: fx.Node, makers: dict[fx.Node, Site]) -> list[fx.Node]:
+def _path(node: fx.Node, makers: dict[fx.Node, Layer]) -> list[fx.Node]:
     """From a layer's product to a node, through moves and scales; empty if there is more between, or if
     others read it.
     """
@@ -123,14 +123,14 @@ def _takes_part(node: fx.Node) -> bool:
     return node.target is getitem or op_name(node) in ("select", "slice")
 
 
-class Aim:
+class LogitTarget:
     """What a layer that makes queries should give: see above.
 
     Args:
         pairs: the batches; those to learn from say what C is.
     """
 
-    def __init__(self, meeting: Meeting, narrow: Narrow, pairs: list[Pair]) -> None:
+    def __init__(self, meeting: Meeting, narrow: KeptEntries, pairs: list[Pair]) -> None:
         self.meeting, self.first = meeting, pairs[0]
         inner: Any = 0
         for pair in pairs:
@@ -172,7 +172,7 @@ class Aim:
         keys = keys.transpose(2, 3) if self.meeting.big.turned else keys
         return keys.repeat_interleave(self.meeting.big.shape[0] // keys.shape[1], 1)
 
-    def _stays(self, narrow: Narrow) -> Tensor:
+    def _stays(self, narrow: KeptEntries) -> Tensor:
         """Which dims of each head's queries stay, [heads, dims]."""
         node = self.meeting.big.queries
         value = self.first.big.value(node)

@@ -16,7 +16,7 @@ from surgeon.criteria.data.consumers import NORMS
 from surgeon.graph.graph import Graph
 from surgeon.ops.table import op_name
 from surgeon.recovery.layerwise import Pass
-from surgeon.recovery.paired_run import Recording, Track, distance, twin
+from surgeon.recovery.paired_run import Progress, Recording, distance, twin
 
 
 def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:
@@ -31,7 +31,7 @@ def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:
 
 
 @torch.no_grad()
-def reestimate(recording: Recording, track: Track) -> Pass:
+def reestimate(recording: Recording, track: Progress) -> Pass:
     """Set the running mean and variance (unbiased, as torch keeps it) of every batch norm from the batches
     learned from.
     """

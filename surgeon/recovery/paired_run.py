@@ -36,10 +36,10 @@ _READS = frozenset(
     ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
 )  # shapes and paths that values decide
 
-Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps what is walked through, to show progress
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps what is walked through, to show progress
 
 
-class Run:
+class PairedRun:
     """One recorded run, executed node by node with the tensors' present values.
 
     Args:
@@ -206,8 +206,8 @@ def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 class Pair:
     """One batch, recorded on both models; `held` batches are not learned from, they judge."""
 
-    big: Run
-    small: Run
+    big: PairedRun
+    small: PairedRun
     held: bool
 
 
@@ -243,7 +243,7 @@ class Recording:
         fed = [dataclasses.replace(graph, args=args, kwargs=kwargs) for graph in (big, small)]
         label = f"batch {number + 1}"
         taken = dict(zip(_decisions(small), _decisions(big), strict=False))
-        return Pair(Run(fed[0], label), Run(fed[1], label, taken), self.held[number])
+        return Pair(PairedRun(fed[0], label), PairedRun(fed[1], label, taken), self.held[number])
 
     def _graphs(self, number: int) -> tuple[Graph, Graph]:
         args, kwargs = self._batches[number]
@@ -291,7 +291,7 @@ def _name(node: fx.Node) -> str:
     return "getitem" if node.target is getitem else alike(node.target)
 
 
-def twin(node: fx.Node, first: Run, other: Run) -> fx.Node:
+def twin(node: fx.Node, first: PairedRun, other: PairedRun) -> fx.Node:
     """The node of another run of the same path."""
     found: fx.Node = other.nodes[first.place[node]]
     return found

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich import progress
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from surgeon.capture.batches import Batch, check_iterable, no_batch, normal, samples_of
@@ -23,12 +23,12 @@ from surgeon.errors import InputError
 from surgeon.graph.tensors import named_tensors
 from surgeon.recovery.distill import Distilling
 from surgeon.recovery.fold import fold
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import find_sites
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import find_layers
 from surgeon.recovery.layerwise import RIDGES, WIDEST, Fit, Fitting, Pass
 from surgeon.recovery.norms import reestimate
-from surgeon.recovery.paired_run import Recording, Track
-from surgeon.recovery.row_sampling import Draw
+from surgeon.recovery.paired_run import Progress, Recording
+from surgeon.recovery.row_sampling import RowSample
 
 STEPS = ("refit", "means", "variance", "batch_norm", "distill")
 DEFAULT = ("refit", "batch_norm")
@@ -184,11 +184,11 @@ def recover(
     )
     parts, held = split(read, held_out)
     recording = Recording(model, recovered, parts, held)
-    narrow = Narrow(recording.big, plan)
+    narrow = KeptEntries(recording.big, plan)
     now = first = recording.distance()
     done = []
     with _progress() as track:
-        draw = Draw(recording, narrow, track, seed) if set(steps) - {"batch_norm", "distill"} else None
+        draw = RowSample(recording, narrow, track, seed) if set(steps) - {"batch_norm", "distill"} else None
         for name in steps:
             before, ridge = _state(recovered), None
             if name == "batch_norm":
@@ -262,7 +262,7 @@ def _check_options(
 
 
 def _refitted(
-    fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Track
+    fitting: Callable[[Sequence[float]], Fitting], recovered: nn.Module, track: Progress
 ) -> tuple[Pass, float | None]:
     """A pass in which each layer chooses its ridge; or, where the outputs say that it is better, one with the
     same for all.
@@ -286,8 +286,8 @@ def _refitted(
 def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: Any) -> Recovery:
     big = capture(model, example_inputs)
     small = capture(recovered, dict(big.kwargs) or big.args)
-    sites, _ = find_sites(small, big)
-    fits = tuple(Fit(name) for name in fold(sites, Narrow(big, plan), big, small.tensors))
+    sites, _ = find_layers(small, big)
+    fits = tuple(Fit(name) for name in fold(sites, KeptEntries(big, plan), big, small.tensors))
     remark = f"no batches: what left was folded into {len(fits)} layers, and nothing judged it"
     return Recovery(recovered, (Step("fold", math.nan, math.nan, fits),), math.nan, math.nan, 0, 0, (remark,))
 
@@ -370,10 +370,10 @@ def _restore(model: nn.Module, state: list[tuple[Tensor, Tensor]]) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Track]:
+def _progress() -> Iterator[Progress]:
     """Shows what is walked through, on a terminal."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def show(items: Iterable[Any], what: str) -> Iterable[Any]:
             return bar.track(list(items), description=what)

@@ -14,28 +14,28 @@ from torch import Tensor, fx
 
 from surgeon.criteria.data.gather import output_probe
 from surgeon.graph.graph import spec
-from surgeon.recovery.kept_entries import Narrow
-from surgeon.recovery.layers import Site, find_sites
+from surgeon.recovery.kept_entries import KeptEntries
+from surgeon.recovery.layers import Layer, find_layers
 from surgeon.recovery.linear_equations import Equations
-from surgeon.recovery.paired_run import Pair, Recording, Run, Track, twin
+from surgeon.recovery.paired_run import Pair, PairedRun, Progress, Recording, twin
 
 _PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are drawn for a site
 _PROBES = 2
 _LEAST = 0.05  # of the mean weight: a ReLU that is off feels nothing, yet it has to stay off
 
 
-class Draw:
+class RowSample:
     """The rows, the same for every pass.
 
     Attributes:
-        sites, left: see `find_sites`.
+        sites, left: see `find_layers`.
         picked: of each site, the numbers of its rows in each batch. weights: theirs, 1 in the mean over all
             batches.
         remark: why all rows weigh alike; "" if they do not.
     """
 
-    def __init__(self, recording: Recording, narrow: Narrow, track: Track, seed: int = 0) -> None:
-        self.sites, self.left = find_sites(recording.small, recording.big)
+    def __init__(self, recording: Recording, narrow: KeptEntries, track: Progress, seed: int = 0) -> None:
+        self.sites, self.left = find_layers(recording.small, recording.big)
         self.remark, self.seed = "", seed
         pairs = recording.pairs()
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class Draw:
         self.picked = {
             site: _pick(places[site], equations[site].unknowns(), generator) for site in self.sites
         }
-        felt: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        felt: dict[Layer, list[Tensor]] = {site: [] for site in self.sites}
         try:
             for number, pair in track(list(enumerate(pairs)), "gradients"):
                 squares = _felt(
@@ -70,7 +70,7 @@ class Draw:
         ]
 
 
-def _places(site: Site, equations: Equations, first: Pair, pair: Pair) -> int:
+def _places(site: Layer, equations: Equations, first: Pair, pair: Pair) -> int:
     """Rows of a site in a batch."""
     return equations.places(torch.empty(spec(twin(site.node, first.small, pair.small)).shape, device="meta"))
 
@@ -81,7 +81,7 @@ def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[
 
 
 @torch.enable_grad()
-def _felt(run: Run, nodes: list[fx.Node], seed: int) -> list[Tensor]:
+def _felt(run: PairedRun, nodes: list[fx.Node], seed: int) -> list[Tensor]:
     """How much a run's outputs change with each node's value: its squared gradients (see `output_probe`),
     summed over probes.
 

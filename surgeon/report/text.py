@@ -15,12 +15,12 @@ from surgeon.coupling.analysis import Analysis
 from surgeon.coupling.frozen import FrozenGroup
 from surgeon.coupling.groups import Group
 from surgeon.graph.messages import where
-from surgeon.selection.cost import Shapes, nothing
+from surgeon.selection.cost import ShapeModel, nothing
 
 _SHOWN = 3  # tensors named per line
 
 
-def describe(model: nn.Module, analysis: Analysis, shapes: Shapes, remarks: Sequence[str] = ()) -> str:
+def describe(model: nn.Module, analysis: Analysis, shapes: ShapeModel, remarks: Sequence[str] = ()) -> str:
     """Groups, what is frozen and why, MACs and params; one line per group, reasons once each."""
     all_stay = nothing(analysis.solution)
     lines = [

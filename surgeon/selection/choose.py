@@ -18,10 +18,10 @@ import numpy as np
 
 from surgeon.coupling.groups import Group, Link
 from surgeon.errors import BudgetError, InputError
-from surgeon.ops.ids import Track
-from surgeon.selection.cost import Choice, Shapes, needed_blocks, nothing
+from surgeon.ops.ids import DimIds
+from surgeon.selection.cost import Choice, ShapeModel, needed_blocks, nothing
 from surgeon.selection.knapsack import solve as knapsack
-from surgeon.selection.linked_groups import Band, build, narrowed, sides, without_kept_heads
+from surgeon.selection.linked_groups import LinkedGroups, build, narrowed, sides, without_kept_heads
 from surgeon.selection.options import Request, matches, of_pattern
 
 Costs = Mapping[str, Callable[[Choice], float]]
@@ -32,8 +32,8 @@ _NARROWEST = 1e-7  # ratios closer than this remove the same
 
 def choose(
     groups: list[Group],
-    scores: Callable[[Group], Track],
-    shapes: Shapes,
+    scores: Callable[[Group], DimIds],
+    shapes: ShapeModel,
     request: Request,
     links: Iterable[Link] = (),
     block: int = 1,
@@ -93,7 +93,7 @@ def _check_patterns(request: Request, groups: list[Group]) -> None:
 class _State:
     """How many steps each band loses."""
 
-    bands: list[Band]
+    bands: list[LinkedGroups]
     counts: list[int]
 
 
@@ -101,8 +101,8 @@ class _Planner:
     def __init__(
         self,
         groups: list[Group],
-        scores: Callable[[Group], Track],
-        shapes: Shapes,
+        scores: Callable[[Group], DimIds],
+        shapes: ShapeModel,
         request: Request,
         links: list[Link],
         block: int,
@@ -111,11 +111,11 @@ class _Planner:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
         self.score, self.additive = scores, additive
         self._narrow = False  # whether groups of convolutions that hold one block may keep a part of it
-        self._bands: dict[tuple[str, ...], list[Band]] = {}
-        self._slots: dict[str, list[Track]] = {}
+        self._bands: dict[tuple[str, ...], list[LinkedGroups]] = {}
+        self._slots: dict[str, list[DimIds]] = {}
         self._needed = needed_blocks(shapes.graph)
 
-    def bands(self, ratio: float) -> list[Band]:
+    def bands(self, ratio: float) -> list[LinkedGroups]:
         asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
         chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
         key = tuple(group.name for group in chosen)
@@ -126,7 +126,7 @@ class _Planner:
             self._bands[key] = found
         return self._bands[key]
 
-    def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[Band]:
+    def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[LinkedGroups]:
         def whole(group: Group) -> tuple[int, int]:
             sizes = [
                 (self._needed.get((m.tensor, m.dim), 1) * group.width, len(m.index)) for m in group.members
@@ -166,7 +166,7 @@ class _Planner:
 
     # -- how many leave --------------------------------------------------------------------------------------
 
-    def at(self, ratio: float, scope: str | None = None, bands: list[Band] | None = None) -> _State:
+    def at(self, ratio: float, scope: str | None = None, bands: list[LinkedGroups] | None = None) -> _State:
         """What leaves at this share of channels."""
         bands = self.bands(ratio) if bands is None else bands
         scope = scope or self.request.scope
@@ -198,7 +198,7 @@ class _Planner:
     def _empties(self, choice: Choice, group: Group) -> bool:
         return any(self.shapes.leaves(slot, choice).all() for slot in self._shared(group))
 
-    def _shared(self, group: Group) -> list[Track]:
+    def _shared(self, group: Group) -> list[DimIds]:
         """The slots with an index that two units hold: it leaves with either."""
         if group.name not in self._slots:
             slots = self.shapes.propagation.slots
@@ -243,7 +243,7 @@ class _Planner:
         holds: Callable[[_State], bool],
         best: _State,
         scope: str | None = None,
-        bands: list[Band] | None = None,
+        bands: list[LinkedGroups] | None = None,
     ) -> _State:
         """What leaves at the smallest ratio that holds; `best` holds."""
         low, high = 0.0, 1.0
@@ -322,7 +322,7 @@ def _shown(kind: str, value: float) -> str:
     return f"{value:.3g} ms" if kind == "latency" else f"{value:,.0f} {_UNITS.get(kind, kind)}"
 
 
-def _lowest(bands: list[Band], ratio: float) -> dict[int, int]:
+def _lowest(bands: list[LinkedGroups], ratio: float) -> dict[int, int]:
     """Steps that leave if the lowest scores of all these bands do, up to this share of their channels."""
     total = sum(band.width * band.steps for band in bands)
     entries = sorted(
@@ -343,7 +343,7 @@ def _lowest(bands: list[Band], ratio: float) -> dict[int, int]:
     return counts
 
 
-def _structure(band: Band) -> Hashable:
+def _structure(band: LinkedGroups) -> Hashable:
     """What groups of like structure have in common: the kinds of slots that they touch, and how often (Fang
     et al., 2024).
     """

@@ -22,13 +22,13 @@ from surgeon.capture.aliasing import is_view, writes
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.ids import Axes, Track
+from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.table import FUSED_ATTENTION, op_name
 
-Choice = Track
+Choice = DimIds
 
 
-class Shapes:
+class ShapeModel:
     """Shapes of values and slots under a choice; evaluating one is cheap, so that budgets can be searched.
 
     What was computed for the last choice holds for the next one where no atom of what it read has changed. A
@@ -41,21 +41,21 @@ class Shapes:
         self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
         self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on a track
         self._asking: Hashable = None  # the part that is being computed
-        self._index: tuple[Track, Track] | None = None  # atoms, ascending, and the track that holds each
+        self._index: tuple[DimIds, DimIds] | None = None  # atoms, ascending, and the track that holds each
         self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
-        self._atoms: dict[int, list[Track]] = {}  # of each number
+        self._atoms: dict[int, list[DimIds]] = {}  # of each number
         self._choice = self._former = nothing(solution)
         self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
 
-    def leaves(self, track: Track, choice: Choice) -> Track:
+    def leaves(self, track: DimIds, choice: Choice) -> DimIds:
         """Which entries of a track leave."""
         gone = np.zeros(track.shape, dtype=bool)
         for part in self._atoms[self._number(track)]:
             gone |= choice[part] & (part >= 0)
         return gone
 
-    def width(self, track: Track, dim: int, choice: Choice) -> int:
+    def width(self, track: DimIds, dim: int, choice: Choice) -> int:
         """How many entries stay along `dim` (in the rows that stay)."""
         self._follow(choice)
         number = self._number(track)
@@ -83,7 +83,7 @@ class Shapes:
             for part in self._readers.pop(number, ()):
                 self._parts.pop(part, None)
 
-    def _held(self) -> tuple[Track, Track]:
+    def _held(self) -> tuple[DimIds, DimIds]:
         """All atoms, ascending, and the numbers of the tracks that hold them."""
         if self._index is None:
             found = [(np.unique(part[part >= 0]), n) for n, atoms in self._atoms.items() for part in atoms]
@@ -106,7 +106,7 @@ class Shapes:
                 self._asking = None
         return self._parts[key]
 
-    def _number(self, track: Track) -> int:
+    def _number(self, track: DimIds) -> int:
         number = self._numbers.get(id(track))
         if number is None:
             number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
@@ -124,7 +124,7 @@ class Shapes:
             axes = axes[output] if isinstance(axes, tuple) else axes
         return self._small(spec.shape, axes, choice)
 
-    def _small(self, shape: tuple[int, ...], axes: Axes, choice: Choice) -> tuple[int, ...]:
+    def _small(self, shape: tuple[int, ...], axes: ValueIds, choice: Choice) -> tuple[int, ...]:
         return tuple(self.width(axes[d], d, choice) if d in axes else n for d, n in enumerate(shape))
 
     def kept(self, choice: Choice) -> dict[str, dict[int, list[int]]]:

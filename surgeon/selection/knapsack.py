@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from surgeon.ops.ids import Track
-from surgeon.selection.linked_groups import Band
+from surgeon.ops.ids import DimIds
+from surgeon.selection.linked_groups import LinkedGroups
 
 _BINS = 1000  # how finely the budget is divided
 _OPTIONS = 12  # counts tried per band: evenly spread legal ones
@@ -25,7 +25,10 @@ _ROUNDS = 3
 
 
 def solve(
-    bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float, starts: Sequence[list[int]] = ()
+    bands: Sequence[LinkedGroups],
+    cost: Callable[[list[int]], float],
+    limit: float,
+    starts: Sequence[list[int]] = (),
 ) -> list[int]:
     """Counts of steps that leave each band; the cheapest ones if the limit cannot be met.
 
@@ -43,7 +46,7 @@ def solve(
 
 
 def _improved(
-    bands: Sequence[Band], cost: Callable[[list[int]], float], limit: float, counts: list[int]
+    bands: Sequence[LinkedGroups], cost: Callable[[list[int]], float], limit: float, counts: list[int]
 ) -> tuple[float, list[int]]:
     """(what is lost, counts) of the best solution met; infinite if none is within the limit."""
     options = [np.union1d(_spread(band.legal()), [count]) for band, count in zip(bands, counts, strict=True)]
@@ -70,38 +73,38 @@ def _improved(
     return best
 
 
-def _spread(counts: Track) -> Track:
+def _spread(counts: DimIds) -> DimIds:
     if len(counts) <= _OPTIONS:
         return counts
-    some: Track = counts[np.unique(np.linspace(0, len(counts) - 1, _OPTIONS).round().astype(int))]
+    some: DimIds = counts[np.unique(np.linspace(0, len(counts) - 1, _OPTIONS).round().astype(int))]
     return some
 
 
-def _losses(band: Band, counts: Track) -> Track:
+def _losses(band: LinkedGroups, counts: DimIds) -> DimIds:
     """-log of the share of importance that stays, once for every slot; of additive scores what is lost."""
     if band.additive:
-        lost: Track = np.concatenate([[0.0], np.cumsum(band.score)])[counts]
+        lost: DimIds = np.concatenate([[0.0], np.cumsum(band.score)])[counts]
         return lost
     energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
     share = 1 - energy[counts] / energy[-1]
-    found: Track = -np.log(np.maximum(share, 1e-12)) * band.slots
+    found: DimIds = -np.log(np.maximum(share, 1e-12)) * band.slots
     return found
 
 
 def _curve(
-    cost: Callable[[list[int]], float], counts: list[int], number: int, options: Track, whole: float
-) -> Track:
+    cost: Callable[[list[int]], float], counts: list[int], number: int, options: DimIds, whole: float
+) -> DimIds:
     """What all bands cost more or less if this one loses another count; 0 at the present one."""
     found = []
     for option in options:
         other = [*counts[:number], int(option), *counts[number + 1 :]]
         found.append(0.0 if option == counts[number] else cost(other) - whole)
-    curve: Track = np.asarray(found) - min(found)
+    curve: DimIds = np.asarray(found) - min(found)
     return curve
 
 
 def _fill(
-    options: Sequence[Track], losses: Sequence[Track], curves: Sequence[Track], room: float
+    options: Sequence[DimIds], losses: Sequence[DimIds], curves: Sequence[DimIds], room: float
 ) -> list[int]:
     """Dynamic programming: the least loss for each amount spent, band by band."""
     least = [int(np.argmin(curve)) for curve in curves]

@@ -17,13 +17,13 @@ import networkx as nx
 import numpy as np
 
 from surgeon.coupling.groups import Group, Link, reachable
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 from surgeon.selection.cost import Choice
 from surgeon.selection.options import HEADS, Request, of_pattern
 
 
 @dataclasses.dataclass
-class Band:
+class LinkedGroups:
     """Groups that move together: step j removes `per[i]` steps of group i.
 
     `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of
@@ -35,15 +35,15 @@ class Band:
 
     groups: list[Group]
     per: list[int]
-    order: list[Track]
-    score: Track
+    order: list[DimIds]
+    score: DimIds
     kept: int = 1
     blocks: Sequence[int] = (1,)
     gives: bool = False
     ratio: float | None = None
     additive: bool = False
     needed: Sequence[int] = ()
-    _legal: Track | None = None
+    _legal: DimIds | None = None
 
     @property
     def steps(self) -> int:
@@ -67,7 +67,7 @@ class Band:
         for order in self.order:
             choice[order.ravel()] = False
 
-    def legal(self) -> Track:
+    def legal(self) -> DimIds:
         """Counts of steps that may leave, ascending: those that leave whole blocks of every group, and 0.
 
         Where groups that move together have no such count in common, or steps are bundles of another size
@@ -82,7 +82,7 @@ class Band:
                 self._legal = self._whole_blocks(shrunk)
         return self._legal
 
-    def _whole_blocks(self, shrunk: int) -> Track:
+    def _whole_blocks(self, shrunk: int) -> DimIds:
         counts = np.arange(max(self.steps - self.kept, 0) + 1)
         fits = np.ones(len(counts), dtype=bool)
         for group, block, needed in zip(
@@ -149,11 +149,11 @@ def _miss(side: list[Group], ratio: Callable[[Group], float]) -> float:
 def build(
     chosen: list[Group],
     links: Iterable[Link],
-    score: Callable[[Group], Track],
+    score: Callable[[Group], DimIds],
     request: Request,
     block_of: Callable[[Group], tuple[int, int]],
     additive: bool = False,
-) -> list[Band]:
+) -> list[LinkedGroups]:
     """The bands of these groups."""
     tied = nx.Graph()
     tied.add_nodes_from(range(len(chosen)))
@@ -165,11 +165,11 @@ def build(
 
 def _band(
     groups: list[Group],
-    score: Callable[[Group], Track],
+    score: Callable[[Group], DimIds],
     request: Request,
     block_of: Callable[[Group], tuple[int, int]],
     additive: bool,
-) -> Band:
+) -> LinkedGroups:
     steps = math.gcd(*[g.steps for g in groups])
     per = [g.steps // steps for g in groups]
     order, total = [], np.zeros(steps)
@@ -193,7 +193,7 @@ def _band(
     if not isinstance(request.ratio, float | int | None):
         ratio = min(of_pattern(request.ratio, group.producers, 0.0) for group in groups)
     blocks, needed = zip(*map(block_of, groups), strict=True)
-    return Band(
+    return LinkedGroups(
         groups,
         per,
         order,
@@ -214,7 +214,7 @@ def narrowed(block: int, width: int) -> int:
     return block
 
 
-def _ranked(scores: Track, strata: Track) -> Track:
+def _ranked(scores: DimIds, strata: DimIds) -> DimIds:
     """Order of a lane's units, first to leave first.
 
     Units that touch other slots form strata; each loses the same share, and the best unit of each comes last,

@@ -22,7 +22,7 @@ from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import InputError
 from surgeon.graph.queries import nodes_inside
 from surgeon.graph.tensors import tensor_leaves
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 Kept = dict[int, Tensor]
 
@@ -150,7 +150,7 @@ def kept_channels(surgery: Inspected, plan: Plan, modules: Sequence[str]) -> dic
     return {path: _kept_of(surgery, choice, path) for path in modules}
 
 
-def _kept_of(surgery: Inspected, choice: Track, path: str) -> Kept:
+def _kept_of(surgery: Inspected, choice: DimIds, path: str) -> Kept:
     given = _given(surgery, path)
     if not given:
         raise InputError(
@@ -163,7 +163,7 @@ def _kept_of(surgery: Inspected, choice: Track, path: str) -> Kept:
     return found[0]
 
 
-def choice_of(surgery: Inspected, plan: Plan) -> Track:
+def choice_of(surgery: Inspected, plan: Plan) -> DimIds:
     """Which atoms leave under a plan.
 
     Raises:
@@ -173,7 +173,7 @@ def choice_of(surgery: Inspected, plan: Plan) -> Track:
     return surgery.shapes.chosen(plan.kept)
 
 
-def _kept(surgery: Inspected, node: fx.Node, choice: Track, path: str) -> Kept:
+def _kept(surgery: Inspected, node: fx.Node, choice: DimIds, path: str) -> Kept:
     found = {}
     axes = surgery.propagation.axes[node]
     if not isinstance(axes, dict):

@@ -23,7 +23,7 @@ from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.data.consumers import Consumer, find_consumers
 from surgeon.cut.inspected import Inspected
 from surgeon.errors import InputError
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 from surgeon.ops.table import Family, family, op_name
 from surgeon.training.penalty import Regularizer
 
@@ -100,7 +100,7 @@ class Gates(Regularizer):
             s = torch.sigmoid(self.log_alpha)
         return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
-    def scores(self, group: Group, tensors: Mapping[str, Tensor]) -> Track:
+    def scores(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         """A criterion for `Surgery.plan`: units whose gates are the least open leave first. Groups without
         gates are all alike.
 
@@ -117,7 +117,7 @@ class Gates(Regularizer):
                 )
             return np.zeros(group.units)
         start = self._starts[group.name]
-        found: Track = self.log_alpha[start : start + group.units].detach().double().cpu().numpy()
+        found: DimIds = self.log_alpha[start : start + group.units].detach().double().cpu().numpy()
         return found
 
     def ratios(self) -> dict[str, float]:
@@ -215,7 +215,7 @@ class _Places:
         return list(found.values())
 
 
-def _labels(surgery: Inspected, consumer: Consumer) -> tuple[str, dict[int, Track]]:
+def _labels(surgery: Inspected, consumer: Consumer) -> tuple[str, dict[int, DimIds]]:
     """The parameter that a consumer sums with, and for each of its dims that numbers the entries summed over:
     their indices there.
 
@@ -251,7 +251,7 @@ def _rerun(node: fx.Node, value: Tensor) -> Tensor:
     return found
 
 
-def _reads(member: Member, labels: Track | None, units: Track) -> bool:
+def _reads(member: Member, labels: DimIds | None, units: DimIds) -> bool:
     """Whether the entries with these labels in a slot are those of the units."""
     if labels is None:
         return False
@@ -266,10 +266,10 @@ def _computes(node: fx.Node) -> bool:
     return node.op == "call_function" and family(op_name(node)) is not Family.MOVEMENT
 
 
-def _ending(surgery: Inspected, node: fx.Node) -> Track:
+def _ending(surgery: Inspected, node: fx.Node) -> DimIds:
     """The atoms that an op reads and does not pass on."""
 
-    def carried(nodes: Any) -> Track:
+    def carried(nodes: Any) -> DimIds:
         found = [np.zeros(0, dtype=np.int64)]
         for value in nodes:
             axes = surgery.propagation.axes.get(value, {})

@@ -97,7 +97,7 @@ def test_parts_of_which_no_smaller_width_has_the_share_stay() -> None:
         surgery.plan(0.5)
 
 
-class Beside(nn.Module):
+class AlignedRun(nn.Module):
     """Takes as many channels of one layer as another one has: both keep the same share."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Beside(nn.Module):
 
 def test_a_part_as_long_as_another_layer_is_wide() -> None:
     torch.manual_seed(0)
-    model, x = Beside(), torch.randn(4, 5)
+    model, x = AlignedRun(), torch.randn(4, 5)
     surgery = surgeon.inspect(model, x)
     for ratio in (0.25, 0.5, 0.75):
         plan = surgery.plan(ratio, scope="global", round_to=1)

@@ -89,7 +89,7 @@ def test_models_without_a_plan_are_refused(tmp_path: Path) -> None:
 
 
 def saved(folder: Path) -> Path:
-    return surgeon.save(surgeon.shrink(Net().eval(), 0.5, example_inputs=X), folder)
+    return surgeon.save(surgeon.shrink(Net().eval(), 0.5, example_inputs=X, round_to=1), folder)
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:

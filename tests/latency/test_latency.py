@@ -26,7 +26,7 @@ from surgeon.latency.predict import LatencyTable, Predictor
 from surgeon.latency.search import Stopwatch, search
 from surgeon.selection.cost import nothing
 from surgeon.selection.knapsack import solve
-from surgeon.selection.linked_groups import Band
+from surgeon.selection.linked_groups import LinkedGroups
 
 
 class Net(nn.Module):
@@ -144,7 +144,7 @@ def test_an_unknown_runtime() -> None:
 # -- the knapsack --------------------------------------------------------------------------------------------
 
 
-def bands(sizes: Sequence[int], seed: int = 0) -> list[Band]:
+def bands(sizes: Sequence[int], seed: int = 0) -> list[LinkedGroups]:
     rng = np.random.default_rng(seed)
     lanes = [np.arange(n)[None] for n in sizes]
     slots = [
@@ -154,10 +154,12 @@ def bands(sizes: Sequence[int], seed: int = 0) -> list[Band]:
     groups = [
         Group(f"g{number}", lane, slots[number], np.zeros_like(lane)) for number, lane in enumerate(lanes)
     ]
-    return [Band([group], [1], [group.lanes], np.sort(rng.random(group.steps) + 0.1)) for group in groups]
+    return [
+        LinkedGroups([group], [1], [group.lanes], np.sort(rng.random(group.steps) + 0.1)) for group in groups
+    ]
 
 
-def lost(some: Sequence[Band], counts: Sequence[int]) -> float:
+def lost(some: Sequence[LinkedGroups], counts: Sequence[int]) -> float:
     """The first band touches one slot, the second two, the third three."""
     shares = [1 - (b.score[:k] ** 2).sum() / (b.score**2).sum() for b, k in zip(some, counts, strict=True)]
     return sum(-slots * math.log(share) for slots, share in enumerate(shares, 1))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.graph import source_code
 from surgeon.mend import source_edit as sources
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -198,7 +199,7 @@ class Said:
 def test_numbers_stand_where_the_file_has_them(which: int, want: tuple[int, str]) -> None:
     """However they are written; the source then says what runs."""
     lines, first = inspect.getsourcelines(Said.numbers)
-    found = [*sources.numbers(Said.numbers)]
+    found = [*source_code.numbers(Said.numbers)]
     assert found[:3] == [
         (0, (__file__, first), 16),
         (1, (__file__, first + 3), 16),

@@ -28,10 +28,10 @@ from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.mend.expected_sizes import wanted
 from surgeon.ops import masks
-from surgeon.ops.ids import Ledger
+from surgeon.ops.ids import Constraints
 from surgeon.ops.table import known
 from surgeon.proof.reference import Reference
-from surgeon.selection.cost import Shapes, nothing
+from surgeon.selection.cost import ShapeModel, nothing
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
 
@@ -67,7 +67,7 @@ def analyse(case: Case) -> Found:
     propagation = propagate(
         dataclasses.replace(graph, outputs=())
     )  # outputs stay free: the op alone is looked at
-    solution = solve(propagation.ledger)
+    solution = solve(propagation.constraints)
     return Found(model, graph, propagation, solution, find_groups(propagation, solution)[0])
 
 
@@ -92,7 +92,7 @@ def test_ties_are_those_of_the_table(case: Case) -> None:
 
 def run_small(found: Found, kept: dict[str, dict[int, list[int]]], choice: Any) -> Tensor:
     """The recorded op on sliced operands, with the sizes that the cut asks for."""
-    shapes = Shapes(found.graph, found.propagation, found.solution)
+    shapes = ShapeModel(found.graph, found.propagation, found.solution)
     values: dict[Any, Any] = {}
     for node in found.graph.fx.nodes:
         if node.op == "placeholder":
@@ -149,7 +149,7 @@ def removal(found: Found, group: Group, seed: int) -> Any:
 @EACH
 def test_what_a_group_lets_go_may_go(case: Case) -> None:
     found = analyse(case)
-    shapes = Shapes(found.graph, found.propagation, found.solution)
+    shapes = ShapeModel(found.graph, found.propagation, found.solution)
     for group in found.groups:
         for seed in range(3):
             choice = removal(found, group, seed)
@@ -167,7 +167,7 @@ def test_no_tie_is_missing_or_idle(case: Case) -> None:
     nothing.
     """
     found = analyse(case)
-    shapes = Shapes(found.graph, found.propagation, found.solution)
+    shapes = ShapeModel(found.graph, found.propagation, found.solution)
     for group in found.groups:
         choices = [removal(found, group, seed) for seed in range(4)]
         for name, dim in group.slots if len(group.slots) > 1 else ():
@@ -209,10 +209,10 @@ def test_registry_is_a_table() -> None:
 
 
 def test_a_large_join_keeps_every_pair() -> None:
-    ledger = Ledger()
-    left, right = ledger.new(70_000), ledger.new(70_000)[::-1]
-    ledger.join(np.concatenate([left, left[:5]]), np.concatenate([right, right[:5]]))  # repeated
-    (join,) = ledger.joins
+    constraints = Constraints()
+    left, right = constraints.new(70_000), constraints.new(70_000)[::-1]
+    constraints.join(np.concatenate([left, left[:5]]), np.concatenate([right, right[:5]]))  # repeated
+    (join,) = constraints.joins
     assert len(join.left) == 70_000
     assert dict(zip(join.left.tolist(), join.right.tolist(), strict=True)) == dict(
         zip(left.tolist(), right.tolist(), strict=True)

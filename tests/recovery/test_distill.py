@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import InputError
 from surgeon.recovery.distill import Distilling
-from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.paired_run import Recording
 from surgeon.recovery.recover import recover
 
@@ -34,7 +34,7 @@ def distilling(
     held = [False] * (len(data) - 1) + [True]
     recording = Recording(model, small, [((x,), {}) for x in data], held)
     return Distilling(
-        recording, Narrow(recording.big, plan), **{"epochs": 1, "rate": 0.01, "seed": 0, **options}
+        recording, KeptEntries(recording.big, plan), **{"epochs": 1, "rate": 0.01, "seed": 0, **options}
     )
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import InputError, PlanError
 from surgeon.ops.table import op_name
-from surgeon.recovery.kept_entries import Narrow
+from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layerwise import RIDGES
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.paired_run import Recording
 from surgeon.recovery.recover import STRONGER, recover
-from surgeon.recovery.row_sampling import Draw
+from surgeon.recovery.row_sampling import RowSample
 
 TINY = (1e-13,)  # a ridge that only breaks ties
 
@@ -230,7 +230,7 @@ def weights_of(
     drawn.
     """
     recording = Recording(model, small, [((x,), {}) for x in data], [False] * len(data))
-    draw = Draw(recording, Narrow(recording.big, plan), lambda items, _: items)
+    draw = RowSample(recording, KeptEntries(recording.big, plan), lambda items, _: items)
     site = next(site for site in draw.sites if site.name == name)
     found = [
         torch.empty(len(w), dtype=w.dtype).scatter(0, at, w)

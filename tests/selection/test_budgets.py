@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgeon
 from surgeon.errors import BudgetError, InputError
-from surgeon.selection.cost import Shapes, nothing
+from surgeon.selection.cost import ShapeModel, nothing
 from surgeon.selection.options import Request, parse
 
 
@@ -356,6 +356,6 @@ def test_costs_follow_the_choice(seed: int, attends: bool) -> None:
         group = found.groups[rng.integers(len(found.groups))]
         lanes = group.lanes[:, rng.permutation(group.steps)[: rng.integers(1, group.steps)]]
         choice[lanes.ravel()] = rng.random() < 0.6
-        fresh = Shapes(found.graph, found.propagation, found.solution)
+        fresh = ShapeModel(found.graph, found.propagation, found.solution)
         for kind in rng.permutation(["macs", "params", "size", "memory"])[: rng.integers(1, 5)]:
             assert getattr(found.shapes, kind)(choice) == getattr(fresh, kind)(choice), kind

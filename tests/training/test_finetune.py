@@ -402,7 +402,7 @@ def test_features_of_the_blocks() -> None:
     assert float(found) == pytest.approx(want, rel=1e-5)
 
 
-class Beside(nn.Module):
+class AlignedRun(nn.Module):
     """Gives a second tensor that nobody reads."""
 
     def __init__(self) -> None:
@@ -415,13 +415,13 @@ class Beside(nn.Module):
 
 
 def test_a_module_that_gives_two_tensors_has_no_features() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 12, 1), Beside(), First(), nn.Conv2d(12, 4, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), AlignedRun(), First(), nn.Conv2d(12, 4, 1)).eval()
     x = torch.randn(2, 3, 2, 2)
     surgery = surgeon.inspect(model, x)
     features = Features(surgery, surgery.plan(0.0), ["1"])
     with (
         features.watching(model, model),
-        pytest.raises(InputError, match="a Beside gives 2 tensors in a tuple"),
+        pytest.raises(InputError, match="a AlignedRun gives 2 tensors in a tuple"),
     ):
         model(x)
 

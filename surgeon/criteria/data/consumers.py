@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from surgeon.coupling.propagate import Propagation
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.ids import Axes, Track
+from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.table import FUSED_ATTENTION, op_name
 
 NORMS = frozenset(
@@ -33,7 +33,7 @@ NORMS = frozenset(
     )
 )
 Reading = Callable[[Tensor], Tensor]
-Atoms = Callable[[Track], list[Track]]  # ids -> arrays of the atoms that take them along
+Atoms = Callable[[DimIds], list[DimIds]]  # ids -> arrays of the atoms that take them along
 
 # op -> places and letters of its operands: k is summed over, b numbers matrices, * is any dims
 _PRODUCTS = {
@@ -68,7 +68,7 @@ class Consumer:
     rows: Reading
     fan: Reading
     shape: tuple[int, int]
-    atoms: tuple[Track, ...]
+    atoms: tuple[DimIds, ...]
     channels: tuple[int, ...]
     moving: bool = False
     planes: bool = False
@@ -105,7 +105,7 @@ def find_consumers(graph: Graph, propagation: Propagation, atoms: Atoms) -> list
     return found
 
 
-def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: Track) -> Consumer | None:
+def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: DimIds) -> Consumer | None:
     """The last value [samples, channels, height, width] whose channels leave with these atoms; None if there
     is none.
     """
@@ -204,12 +204,14 @@ def _at(node: fx.Node, propagation: Propagation, atoms: Atoms, moving: set[fx.No
             )
 
 
-def _entries(node: Any, axes: Axes, side: _Side, atoms: Atoms) -> tuple[tuple[int, int], tuple[Track, ...]]:
+def _entries(
+    node: Any, axes: ValueIds, side: _Side, atoms: Atoms
+) -> tuple[tuple[int, int], tuple[DimIds, ...]]:
     """(groups, width) of an operand and the atoms of these entries, read like its values."""
     dims = side.dims("bhk")
     sizes = [n if d in dims else 1 for d, n in enumerate(_shape(node))]
     read = side.rows(torch.zeros(sizes))
-    found: list[Track] = []
+    found: list[DimIds] = []
     for dim in dims:
         if dim in axes:
             track = axes[dim]
@@ -224,7 +226,7 @@ def _shape(node: Any) -> tuple[int, ...]:
     return spec(node).shape
 
 
-def _period(operand: Any, weight: Any, axes: Axes, atoms: Atoms, both: bool) -> int:
+def _period(operand: Any, weight: Any, axes: ValueIds, atoms: Atoms, both: bool) -> int:
     """After how many matrices of a batched product the entries repeat: samples are the outer part of their
     number.
 

@@ -17,7 +17,7 @@ from surgeon.criteria.data.consumers import Consumer
 from surgeon.criteria.data.curvature import Curvature
 from surgeon.errors import InputError
 from surgeon.graph.messages import where
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 _SAMPLES = 1024  # samples of which the mean of each channel is kept
 
@@ -209,16 +209,16 @@ class Reading:
     """
 
     statistics: Statistics
-    entry: Track
-    unit: Track
+    entry: DimIds
+    unit: DimIds
 
-    def sum(self, values: Tensor, units: int) -> Track:
+    def sum(self, values: Tensor, units: int) -> DimIds:
         """Values [groups, width] summed by unit."""
-        found: Track = np.bincount(self.unit, weights=values.numpy().ravel()[self.entry], minlength=units)
+        found: DimIds = np.bincount(self.unit, weights=values.numpy().ravel()[self.entry], minlength=units)
         return found
 
-    def mean(self, values: Tensor, units: int) -> Track:
-        found: Track = self.sum(values, units) / np.maximum(np.bincount(self.unit, minlength=units), 1)
+    def mean(self, values: Tensor, units: int) -> DimIds:
+        found: DimIds = self.sum(values, units) / np.maximum(np.bincount(self.unit, minlength=units), 1)
         return found
 
 
@@ -258,7 +258,7 @@ class Evidence:
         return plain + rest
 
 
-def _reading(statistics: Statistics, lanes: Track) -> Reading:
+def _reading(statistics: Statistics, lanes: DimIds) -> Reading:
     order = np.argsort(lanes)
     entries, units = [], []
     for atoms in statistics.consumer.atoms:

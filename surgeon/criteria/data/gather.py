@@ -32,7 +32,7 @@ from surgeon.criteria.data.watch import OneOp, See, Watch
 from surgeon.errors import InputError, SurgeonError
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import as_real, named, tensor_leaves
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -174,7 +174,7 @@ def _consumers(
         return []
     alive = np.concatenate([group.lanes.ravel() for group in groups])
 
-    def living(ids: Track) -> list[Track]:
+    def living(ids: DimIds) -> list[DimIds]:
         return [np.where(np.isin(a, alive), a, -1) for a in atoms(ids)]
 
     found = find_consumers(graph, propagation, living)

@@ -22,10 +22,10 @@ from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where as location
 from surgeon.graph.tensors import tensor_leaves
-from surgeon.ops.ids import Track
+from surgeon.ops.ids import DimIds
 
 Find = Callable[[Graph, Propagation, Atoms], list[Consumer]]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+ShapeModel = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Runs:
@@ -44,7 +44,7 @@ class Runs:
             find,
         )
         self.consumers = find(graph, propagation, solution.atoms)
-        self._known: dict[Shapes, tuple[Graph, list[Consumer]]] = {
+        self._known: dict[ShapeModel, tuple[Graph, list[Consumer]]] = {
             _shapes(graph.args, graph.kwargs): (graph, self.consumers)
         }
 
@@ -67,7 +67,7 @@ class Runs:
         if len(ours) == len(theirs) and all(same(a, b.op) for a, b in zip(ours, theirs, strict=True)):
             return self.graph, self.consumers
         propagation = propagate(run)
-        solution = solve(propagation.ledger)
+        solution = solve(propagation.constraints)
         table = _translation(propagation, solution, self.propagation, self.solution)
         found = self.find(
             run, propagation, lambda ids: [np.where(a >= 0, table[a], -1) for a in solution.atoms(ids)]
@@ -95,19 +95,19 @@ def _alike(left: Consumer, right: Consumer) -> bool:
     return np.array_equal(np.unique(_pairs(left), axis=0), np.unique(_pairs(right), axis=0))
 
 
-def _pairs(consumer: Consumer) -> Track:
+def _pairs(consumer: Consumer) -> DimIds:
     """Rows (entry, atom)."""
     found = [np.stack([np.flatnonzero(a >= 0), a[a >= 0]], axis=1) for a in consumer.atoms]
     return np.concatenate([np.zeros((0, 2), dtype=np.int64), *found])
 
 
-def _shapes(args: Any, kwargs: Any) -> Shapes:
+def _shapes(args: Any, kwargs: Any) -> ShapeModel:
     return tuple((path, tuple(tensor.shape)) for path, tensor in tensor_leaves((tuple(args), dict(kwargs))))
 
 
 def _translation(
     propagation: Propagation, solution: Solution, old_propagation: Propagation, old_solution: Solution
-) -> Track:
+) -> DimIds:
     """Atom -> the atom of the old solution that touches all that it touches, and least else; -1 if there is
     none.
     """
@@ -135,7 +135,7 @@ def _translation(
 
 def _touches(
     propagation: Propagation, solution: Solution, slots: dict[tuple[str, int], int]
-) -> tuple[Track, Track]:
+) -> tuple[DimIds, DimIds]:
     """Parallel arrays (number of a slot's index, atom)."""
     keys, found = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for slot, ids in propagation.slots.items():

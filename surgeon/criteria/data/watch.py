@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.capture.aligned_run import Beside, alike, same
+from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.errors import InputError
 from surgeon.graph.graph import Call, Graph
 from surgeon.ops.table import FUSED_ATTENTION, op_name
@@ -25,7 +25,7 @@ Later = Callable[[], None]  # called when the next op runs: autograd knows the r
 See = Callable[[Any, Any], Later | None]  # (arguments, result) of an op
 
 
-class Watch(Beside):
+class Watch(AlignedRun):
     """Calls each of `see[node]` with (args, out), the real tensors of each op in `see`; `label` names the
     batch in messages.
     """
