@@ -83,7 +83,7 @@ class Sensitivity:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MissingExtraError(
-                "charts need matplotlib", why=str(error), fix='pip install "surgeon[analysis]"'
+                "charts need matplotlib", why=str(error), fix='pip install "surgeon-torch[analysis]"'
             ) from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
@@ -111,7 +111,7 @@ def sensitivity(
         import joblib
     except ImportError as error:
         raise MissingExtraError(
-            "sensitivity needs joblib", why=str(error), fix='pip install "surgeon[analysis]"'
+            "sensitivity needs joblib", why=str(error), fix='pip install "surgeon-torch[analysis]"'
         ) from error
     if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
         raise InputError(f"ratios {tuple(ratios)} must be shares in (0, 1)")

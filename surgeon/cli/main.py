@@ -73,7 +73,7 @@ def main() -> None:
 def _version(asked: bool) -> None:
     if asked:
         try:
-            typer.echo(f"surgeon {importlib.metadata.version('surgeon')}")
+            typer.echo(f"surgeon {importlib.metadata.version('surgeon-torch')}")
         except importlib.metadata.PackageNotFoundError:  # run from a checkout
             typer.echo("surgeon (not installed)")
         raise typer.Exit

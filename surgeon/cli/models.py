@@ -105,7 +105,7 @@ def _import_problem(package: str, error: BaseException) -> Exception:
             )
         cause = cause.__cause__ or cause.__context__
     return MissingExtraError(
-        f"{package} cannot be imported", why=str(error), fix='pip install "surgeon[zoo]"'
+        f"{package} cannot be imported", why=str(error), fix='pip install "surgeon-torch[zoo]"'
     )
 
 

@@ -168,7 +168,9 @@ def _onnxslim() -> Any:
     try:
         import onnxslim
     except ImportError as error:
-        raise MissingExtraError("onnxslim is not installed", fix='pip install "surgeon[deploy]"') from error
+        raise MissingExtraError(
+            "onnxslim is not installed", fix='pip install "surgeon-torch[deploy]"'
+        ) from error
     return onnxslim
 
 

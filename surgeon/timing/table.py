@@ -119,7 +119,9 @@ class Table:
         try:
             import pandas
         except ImportError as error:
-            raise MissingExtraError("pandas is not installed", fix='pip install "surgeon[deploy]"') from error
+            raise MissingExtraError(
+                "pandas is not installed", fix='pip install "surgeon-torch[deploy]"'
+            ) from error
         return pandas.DataFrame([dataclasses.asdict(row) for row in self.rows])
 
     def markdown(self) -> str:

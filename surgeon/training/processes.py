@@ -38,7 +38,7 @@ class Processes:
             import accelerate
         except ImportError as error:
             raise MissingExtraError(
-                "finetune needs accelerate", why=str(error), fix='pip install "surgeon[train]"'
+                "finetune needs accelerate", why=str(error), fix='pip install "surgeon-torch[train]"'
             ) from error
         self._accelerate = accelerate
         # accelerate takes several processes without a GPU for single ones, unless it is told that they are

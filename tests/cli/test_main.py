@@ -306,7 +306,7 @@ def test_packages_that_do_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
         models.build("timm/resnet18")
     done = run("inspect", "transformers/bert")
     assert done.exit_code == 1
-    assert 'pip install "surgeon[zoo]"' in done.stderr
+    assert 'pip install "surgeon-torch[zoo]"' in done.stderr
 
     def mismatched(name: str) -> Any:
         raise RuntimeError("operator torchvision::nms does not exist")
