@@ -322,7 +322,7 @@ def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -
     module's path stays.
     """
     try:
-        version = importlib.metadata.version("surgeon")
+        version = importlib.metadata.version("surgeon-torch")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
         version = "source"
     facts = {"surgeon.version": version, "surgeon.params": str(report.params)}

@@ -302,7 +302,7 @@ def test_packages_that_do_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(models.importlib, "import_module", missing)
-    with pytest.raises(MissingExtraError, match=r'pip install "surgeon\[zoo\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "surgeon-torch\[zoo\]"'):
         models.build("timm/resnet18")
     done = run("inspect", "transformers/bert")
     assert done.exit_code == 1
