@@ -26,6 +26,7 @@ class CallStack(contextlib.ExitStack):
 
     @property
     def current(self) -> str:
+        """The path of the module that runs, "" for the model itself."""
         return self._stack[-1]
 
     @property

@@ -100,6 +100,7 @@ class Stuck:
 
     @property
     def advice(self) -> str:
+        """What would unfreeze it, "" where nothing would."""
         return advice(self.reason)
 
 
@@ -250,6 +251,7 @@ class FrozenShare:
 
     @property
     def share(self) -> float:
+        """Frozen output channels of all output channels, in [0, 1]."""
         return sum(self.frozen.values()) / max(self.channels, 1)
 
     @property

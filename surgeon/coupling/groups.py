@@ -75,6 +75,7 @@ class Group:
 
     @property
     def units(self) -> int:
+        """How many units the group has."""
         return int(self.lanes.size)
 
     @property
@@ -84,6 +85,7 @@ class Group:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
+        """The slots that its units are indices of."""
         return tuple((m.tensor, m.dim) for m in self.members)
 
 

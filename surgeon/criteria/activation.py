@@ -29,6 +29,7 @@ class TaylorActivation(FromReadings):
     needs: ClassVar[frozenset[str]] = frozenset(("activation_gradients",))
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         return reading.sum(found.felt / max(found.samples, 1), units)
 
@@ -44,6 +45,7 @@ class ActivationMean(FromReadings):
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         return reading.mean(found.size / max(found.count, 1), units)
 
@@ -59,6 +61,7 @@ class ActivationNorm(FromReadings):
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         root = (found.square / max(found.count, 1)).sqrt()
         return reading.sum(root * found.weight_size / found.weight_share, units)
@@ -74,6 +77,7 @@ class Variance(FromReadings):
     needs: ClassVar[frozenset[str]] = frozenset(("moments",))
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         count = max(found.count, 1)
         spread = (found.square / count - (found.total / count).square()).clamp(min=0)
@@ -93,6 +97,7 @@ class HighRank(FromReadings):
     instead = "'l2', or at other activations, such as 'variance'"
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         return reading.mean(found.ranks / max(found.samples, 1), units)
 
@@ -114,6 +119,7 @@ class Entropy(FromReadings):
         self.bins = bins
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         means = torch.cat(reading.statistics.means).flatten(1)  # [samples, entries]
         if len(means) < 2:
             raise InputError(

@@ -56,6 +56,7 @@ class Combined:
         return copy.copy(self)
 
     def combined(self, parts: Sequence[DimIds], units: int) -> DimIds:
+        """Scores of the slots of a group, normalised each and combined: one per unit."""
         if not parts:
             return np.zeros(units)
         scale = NORMALIZE[self.normalize]
@@ -69,6 +70,7 @@ def by_unit(member: Member, values: DimIds, units: int) -> DimIds:
 
 
 def array(tensor: Tensor) -> DimIds:
+    """A tensor as a float64 array on the CPU, without its gradient."""
     found: DimIds = tensor.detach().double().cpu().numpy()
     return found
 

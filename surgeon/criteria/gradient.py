@@ -38,9 +38,11 @@ class Taylor(FromParameters):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]  # which sums are needed depends on the form
+        """Which sums over batches the form of this criterion reads."""
         return frozenset(("gates",)) if self.joint else frozenset(("gradients",))
 
     def part(self, member: Member, units: int) -> DimIds:
+        """One score per unit from one slot of the group."""
         known = self.evidence.gradients[member.tensor]
         if self.joint:
             return by_unit(member, array(known.gate_square[member.dim]), units) / self.evidence.batches
@@ -57,6 +59,7 @@ class Gradient(FromParameters):
     needs: ClassVar[frozenset[str]] = frozenset(("gradients",))
 
     def part(self, member: Member, units: int) -> DimIds:
+        """One score per unit from one slot of the group."""
         known = self.evidence.gradients[member.tensor]
         return np.sqrt(_summed(known.square, member, units) / self.evidence.batches)
 
@@ -74,6 +77,7 @@ class Fisher(FromParameters):
     needs: ClassVar[frozenset[str]] = frozenset(("gradients",))
 
     def part(self, member: Member, units: int) -> DimIds:
+        """One score per unit from one slot of the group."""
         known = self.evidence.gradients[member.tensor]
         return _summed(known.tensor.detach().double().square() * known.square, member, units) / (
             2 * self.evidence.batches

@@ -34,6 +34,7 @@ class Norm(Combined):
         self._sums: dict[int, tuple[DimIds, DimIds]] = {}
 
     def fresh(self) -> Self:
+        """A copy without what was computed for another model."""
         found = super().fresh()
         found._sums = {}
         return found
@@ -81,6 +82,7 @@ class Lamp(Norm):
         super().__init__(2, combine, normalize)
 
     def part(self, member: Member, tensors: Mapping[str, Tensor], units: int) -> DimIds:
+        """One score per unit from one slot of the group."""
         return super().part(member, tensors, units) ** 2
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:

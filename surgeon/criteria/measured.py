@@ -36,15 +36,22 @@ class Measured(Combined):
 
     @property
     def is_informed(self) -> bool:
+        """Whether data was read for it."""
         return self._evidence is not None
 
     @property
     def evidence(self) -> Evidence:
+        """What was read of the data.
+
+        Raises:
+            InputError: no data was read yet.
+        """
         if self._evidence is None:
             raise self.without_data()
         return self._evidence
 
     def without_data(self) -> InputError:
+        """The error of a criterion that is called before any data was read."""
         return InputError(
             f"criterion {self.name!r} looks at data, and there is none",
             fix="pass data=..., an iterable of batches as the model takes them; with loss=..., of pairs (inputs, targets)",

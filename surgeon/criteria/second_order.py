@@ -46,6 +46,7 @@ class OBS(FromReadings):
         self.damping, self.widest = damping, widest
 
     def part(self, reading: Reading, units: int) -> DimIds:
+        """One score per unit from what one consumer read."""
         found = reading.statistics
         inverse = torch.stack(
             [inverted(block, self.damping) for block in found.covariance / max(found.count, 1)]

@@ -22,6 +22,7 @@ from surgeon.mend.edits import refresh
 
 
 def exact(tensor: Tensor) -> Tensor:
+    """A tensor in float64 on the CPU, without its gradient."""
     return tensor.detach().to("cpu", torch.float64)
 
 

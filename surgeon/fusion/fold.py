@@ -48,6 +48,7 @@ class Foldable:
 
     @staticmethod
     def of(model: nn.Module, graph: Graph) -> Foldable:
+        """A model with its recorded graph, the owners of its tensors and what is constant in it."""
         return Foldable(model, graph, Owners(model, graph), Constants(graph))
 
 

@@ -52,6 +52,7 @@ class Kernel:
 
     @property
     def key(self) -> str:
+        """A text that stands for this kernel in the table of measured times."""
         return json.dumps(dataclasses.astuple(self))
 
     def at(self, share_in: float, share_out: float, block: int) -> Kernel:

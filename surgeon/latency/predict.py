@@ -78,6 +78,7 @@ class LatencyTable:
 
     @cached_property
     def known(self) -> dict[str, float]:
+        """Milliseconds that were measured for this target, by kernel."""
         return dict(self._file().get(self.target, {}))
 
     def _file(self) -> dict[str, Any]:

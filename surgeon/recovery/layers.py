@@ -45,11 +45,13 @@ class Weight:
     turns: tuple[fx.Node, ...] = ()
 
     def read(self, tensor: Tensor) -> Tensor:
+        """The parameter as the op reads it."""
         for node in self.turns:
             tensor = node.target(tensor, *node.args[1:])  # type: ignore[operator]  # an op
         return tensor
 
     def write(self, tensor: Tensor) -> Tensor:
+        """The parameter as it is stored, from what the op is to read."""
         for node in reversed(self.turns):
             tensor = _back(node, tensor, [])
         return tensor
@@ -83,6 +85,7 @@ class Layer:
 
     @property
     def name(self) -> str:
+        """The layer by the name of its weight."""
         return self.weight.name.removesuffix(".weight")
 
     @property
@@ -92,6 +95,7 @@ class Layer:
 
     @property
     def convolution(self) -> bool:
+        """Whether it is a convolution."""
         return op_name(self.node) in _CONVOLUTIONS
 
     @property

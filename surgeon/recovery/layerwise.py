@@ -46,6 +46,7 @@ class Fit:
 
     @property
     def taken(self) -> bool:
+        """Whether the new weights were kept."""
         return self.after != self.before and not self.skipped
 
 
@@ -84,6 +85,7 @@ class Fitting:
 
     @torch.no_grad()
     def run(self, track: Progress) -> Pass:
+        """Refit every layer once, in the order in which the model runs them."""
         pairs = self.recording.pairs()
         for pair in pairs:
             for site in self.sites:

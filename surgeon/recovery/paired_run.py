@@ -69,6 +69,7 @@ class PairedRun:
         self.readers[node] += 1
 
     def release(self, node: fx.Node) -> None:
+        """Count one reader less of a value; without readers it is freed."""
         self.readers[node] -= 1
         if self.readers[node] <= 0:
             self.values.pop(node, None)
@@ -92,6 +93,7 @@ class PairedRun:
         return [self.value(node) for _, node in self.graph.outputs]
 
     def value(self, node: fx.Node) -> Tensor:
+        """The value of a node: kept, or the tensor as it is now."""
         if node.op != "get_attr":
             found: Tensor = self.values[node]
             return found

@@ -57,6 +57,7 @@ class Step:
 
     @property
     def taken(self) -> bool:
+        """Whether the step brought the outputs nearer on held-out samples, so that it was kept."""
         return self.after < self.before
 
 

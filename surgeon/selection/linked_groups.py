@@ -47,6 +47,7 @@ class LinkedGroups:
 
     @property
     def steps(self) -> int:
+        """How many steps the groups have; each step takes equally many units of every group."""
         return len(self.score)
 
     @property
@@ -60,10 +61,12 @@ class LinkedGroups:
         return len({(member.tensor, member.dim) for group in self.groups for member in group.members})
 
     def remove(self, choice: Choice, steps: int) -> None:
+        """Mark the units of the first `steps` steps as removed."""
         for order, per in zip(self.order, self.per, strict=True):
             choice[order[:, : steps * per].ravel()] = True
 
     def give_back(self, choice: Choice) -> None:
+        """Mark all of its units as kept."""
         for order in self.order:
             choice[order.ravel()] = False
 

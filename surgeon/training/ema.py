@@ -51,9 +51,11 @@ class Average:
             model.load_state_dict(own)
 
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
+        """The averages and the number of updates."""
         return {"steps": self.steps, "values": self.values}
 
     def load_state_dict(self, state: dict[str, int | dict[str, Tensor]]) -> None:
+        """Restore what `state_dict` gave."""
         steps, values = state["steps"], state["values"]
         assert isinstance(steps, int) and isinstance(values, dict)
         self.steps = steps

@@ -89,6 +89,9 @@ class Gates(Regularizer):
         ]
 
     def forward(self) -> Tensor:
+        """The expected number of open gates, times the strength (Louizos et al., Learning Sparse Neural Networks through L0
+        Regularization, 2018).
+        """
         return torch.sigmoid(self.log_alpha - self._shift).sum() * self.strength
 
     def gates(self, drawn: bool = False) -> Tensor:

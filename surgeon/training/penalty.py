@@ -22,9 +22,12 @@ from surgeon.errors import InputError
 class Regularizer(nn.Module):
     """A penalty on the weights of the model of a surgery, for your own loop. Base of the kinds.
 
-        loss = loss + reg()  # a differentiable number; after optimizer.step() call reg.advance(), which only
-        "growing" needs reg.step()  # or this, between backward() and optimizer.step(): adds the penalty's
-        gradient in place, and advances
+        loss = loss + reg()  # a differentiable number
+        optimizer.step()
+        reg.advance()  # counts the step, which only "growing" needs
+
+    or, between backward() and optimizer.step(), `reg.step()`: it adds the penalty's gradient in place, and
+    advances.
 
     The surgery's model must be the very module that trains, or that DDP wraps. Its state (`state_dict`) is
     needed to resume.

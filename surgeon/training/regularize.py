@@ -26,6 +26,7 @@ class L1(Regularizer):
     """strength * sum |w|, over the weights of all units."""
 
     def forward(self) -> Tensor:
+        """The penalty as a differentiable number."""
         return self._sum([self._by_unit(group, torch.abs) for group in self.groups])
 
 
@@ -37,6 +38,7 @@ class GroupLasso(Regularizer):
     """
 
     def forward(self) -> Tensor:
+        """The penalty as a differentiable number."""
         return self._sum([_root(self._by_unit(group, torch.square)) for group in self.groups])
 
 
@@ -57,6 +59,7 @@ class BatchNormScale(Regularizer):
         self._scales = self_scales
 
     def forward(self) -> Tensor:
+        """The penalty as a differentiable number."""
         return self._sum([self._by_unit(group, torch.abs, self._scales[group.name]) for group in self.groups])
 
 
@@ -99,9 +102,11 @@ class Growing(Regularizer):
 
     @property
     def level(self) -> float:
+        """The weight of the penalty after the steps that were counted."""
         return min(self.ceiling, self.strength * (1 + int(self.steps) // self.every))
 
     def forward(self) -> Tensor:
+        """The penalty as a differentiable number."""
         found = []
         for group in self.groups:
             squares = self._by_unit(group, torch.square)
@@ -109,6 +114,7 @@ class Growing(Regularizer):
         return torch.stack([part.to(found[0].device) for part in found]).sum() * (self.level / 2)
 
     def advance(self) -> None:
+        """Count one step."""
         self.steps += 1
 
 

@@ -146,6 +146,7 @@ class Statistics:
 
     @property
     def needs_weights(self) -> bool:
+        """Whether the rows are weighted by the norm of the output gradient."""
         return "moments" in self.needs or "covariance" in self.needs
 
     def _add(self, rows: Tensor, data: Tensor) -> None:
@@ -175,6 +176,7 @@ class Statistics:
             self.weight_product += (fan @ fan.transpose(1, 2)).cpu() / share
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add what the gradients of one backward pass say, in the order in which they were asked for."""
         for wants, gradient in zip(self._wanting, gradients, strict=True):
             if gradient is not None:
                 wants(gradient)
@@ -182,6 +184,11 @@ class Statistics:
         self._wanting.clear()
 
     def check(self, label: str) -> None:
+        """Refuse activations that are not finite.
+
+        Raises:
+            InputError: a batch gives NaN or infinite activations.
+        """
         if not bool(torch.isfinite(self.square).all()):
             raise InputError(
                 f"{label} gives activations that are NaN or infinite",
@@ -218,6 +225,7 @@ class Reading:
         return found
 
     def mean(self, values: Tensor, units: int) -> DimIds:
+        """The mean of `values` over the entries of each unit."""
         found: DimIds = self.sum(values, units) / np.maximum(np.bincount(self.unit, minlength=units), 1)
         return found
 

@@ -38,6 +38,7 @@ class Watch(AlignedRun):
         self.pending: list[Later] = []
 
     def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        """Run one op of the live run and hand its operands and result to those that observe its recorded node."""
         call = self._match(func)
         self._catch_up()
         out = func(*args, **kwargs) if out is None else out
@@ -83,6 +84,7 @@ class Watch(AlignedRun):
             raise self.strayed("it ended here")
 
     def strayed(self, why: str) -> InputError:
+        """The error of a batch whose run does not follow the recorded one."""
         return InputError(
             f"{self.label} takes another path through the model's code than the example inputs",
             where=self.place(),

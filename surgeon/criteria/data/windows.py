@@ -28,6 +28,7 @@ class Layout:
 
     @staticmethod
     def of(node: fx.Node, weight: Tensor) -> Layout:
+        """The layout of a recorded convolution with this weight."""
         args: Any = node.args
         stride, padding, dilation, transposed, output_padding, groups = args[3:9]
         kernel = tuple(weight.shape[2:])
