@@ -18,7 +18,7 @@ from torch import fx
 from surgeon.capture.size_tracing import Follows
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import Constraints, DimIds, ValueIds
-from surgeon.ops.table import Family, Site, family, op_name, rule_of
+from surgeon.ops.table import Family, OpContext, family, op_name, rule_of
 
 Slot = tuple[str, int]
 
@@ -62,7 +62,7 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
             elif node.op == "placeholder":
                 axes[node] = {}
             elif node.op == "call_function":
-                axes[node] = rule_of(node)(Site(node, axes, constraints))
+                axes[node] = rule_of(node)(OpContext(node, axes, constraints))
                 for part in _parts(axes[node]):
                     constraints.value(part)
                 if not fed.isdisjoint(node.all_input_nodes):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.table import Family, Site, broadcast, rule
+from surgeon.ops.table import Family, OpContext, broadcast, rule
 
 UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp
 clamp_max clamp_min clone contiguous cos cosh detach dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu
@@ -25,29 +25,29 @@ __or__ xlogy float_power true_divide complex polar""".split()
 
 
 @rule(Family.ELEMENTWISE, *UNARY, *BINARY)
-def elementwise(site: Site) -> Any:
-    spec = site.node.meta["spec"]
+def elementwise(ctx: OpContext) -> Any:
+    spec = ctx.node.meta["spec"]
     if isinstance(spec, tuple):
-        axes = broadcast(site, _operands(site), spec[0].shape)
+        axes = broadcast(ctx, _operands(ctx), spec[0].shape)
         return tuple(axes if s is not None and s.shape == spec[0].shape else {} for s in spec)
-    return broadcast(site, _operands(site), spec.shape)
+    return broadcast(ctx, _operands(ctx), spec.shape)
 
 
-def _operands(site: Site) -> list[tuple[ValueIds, tuple[int, ...]]]:
+def _operands(ctx: OpContext) -> list[tuple[ValueIds, tuple[int, ...]]]:
     found = []
-    for arg in (*site.args, *site.node.kwargs.values()):
+    for arg in ctx.arguments.values():
         if isinstance(arg, fx.Node):
-            found.append((site.axes(arg), site.shape(arg)))
+            found.append((ctx.axes(arg), ctx.shape(arg)))
     return found
 
 
 @rule(Family.ELEMENTWISE, "_prelu_kernel", "prelu")
-def prelu(site: Site) -> ValueIds:
-    x, weight = site.args[:2]
-    shape, axes = site.shape(weight), site.axes(weight)
-    if len(shape) == 1 and len(site.out) > 1:  # one slope per channel, dim 1
-        shape, axes = per_channel(shape, axes, len(site.out))
-    return broadcast(site, [(site.axes(x), site.shape(x)), (axes, shape)], site.out)
+def prelu(ctx: OpContext) -> ValueIds:
+    x, weight = ctx["self"], ctx["weight"]
+    shape, axes = ctx.shape(weight), ctx.axes(weight)
+    if len(shape) == 1 and len(ctx.out) > 1:  # one slope per channel, dim 1
+        shape, axes = per_channel(shape, axes, len(ctx.out))
+    return broadcast(ctx, [(ctx.axes(x), ctx.shape(x)), (axes, shape)], ctx.out)
 
 
 def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tuple[int, ...], ValueIds]:
@@ -65,13 +65,14 @@ def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tupl
     "cudnn_batch_norm",
     "_batch_norm_no_update",
 )
-def batch_norm(site: Site) -> Any:
+def batch_norm(ctx: OpContext) -> Any:
     """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""
-    x, *vectors = [a for a in site.args[:5] if isinstance(a, fx.Node)]
-    ndim = len(site.out)
-    operands = [(site.axes(x), site.shape(x))]
-    for vector in vectors:
-        shape, axes = per_channel(site.shape(vector), site.axes(vector), ndim)
+    x = ctx["input"]
+    vectors = [ctx.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    ndim = len(ctx.out)
+    operands = [(ctx.axes(x), ctx.shape(x))]
+    for vector in (v for v in vectors if v is not None):
+        shape, axes = per_channel(ctx.shape(vector), ctx.axes(vector), ndim)
         operands.append((axes, shape))
-    out = broadcast(site, operands, site.out)
-    return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
+    out = broadcast(ctx, operands, ctx.out)
+    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))

@@ -8,7 +8,7 @@ changing the rest.
 from __future__ import annotations
 
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.table import Family, Site, rule
+from surgeon.ops.table import Family, OpContext, rule
 
 
 @rule(
@@ -23,19 +23,19 @@ from surgeon.ops.table import Family, Site, rule
     "new_empty",
     "empty_strided",
 )
-def repeated(site: Site) -> ValueIds:
-    return unowned_ids(site, site.out, range(len(site.out)))
+def repeated(ctx: OpContext) -> ValueIds:
+    return unowned_ids(ctx, ctx.out, range(len(ctx.out)))
 
 
-def unowned_ids(site: Site, shape: tuple[int, ...], dims: object) -> ValueIds:
+def unowned_ids(ctx: OpContext, shape: tuple[int, ...], dims: object) -> ValueIds:
     """Fresh ids along each of `dims`, tied to nothing."""
     axes: ValueIds = {}
     for dim in dims:  # type: ignore[attr-defined]  # any iterable of ints
         if shape[dim] > 1:
-            axes[dim] = site.constraints.new(shape[dim]).reshape(
+            axes[dim] = ctx.constraints.new(shape[dim]).reshape(
                 [-1 if d == dim else 1 for d in range(len(shape))]
             )
-            site.constraints.mark_unowned(axes[dim])
+            ctx.constraints.mark_unowned(axes[dim])
     return axes
 
 
@@ -43,5 +43,5 @@ def unowned_ids(site: Site, shape: tuple[int, ...], dims: object) -> ValueIds:
     Family.FACTORY, "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "scalar_tensor",
     "tril_indices", "triu_indices", "hann_window",
 )  # fmt: skip
-def fixed(site: Site) -> ValueIds:
+def fixed(ctx: OpContext) -> ValueIds:
     return {}

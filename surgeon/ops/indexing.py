@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.table import Family, Site, beside, broadcast, op_name, rule
+from surgeon.ops.table import Family, OpContext, beside, broadcast, op_name, rule
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 
@@ -24,33 +24,33 @@ def sliced(axes: ValueIds, dim: int, start: int, stop: int, step: int = 1) -> Va
     }
 
 
-def _even_parts(site: Site, axes: ValueIds, dim: int, size: int, parts: int) -> None:
+def _even_parts(ctx: OpContext, axes: ValueIds, dim: int, size: int, parts: int) -> None:
     """A dim that is cut into equal parts: each part keeps equally many (the code that cuts it halves what it
     finds).
     """
     track = axes.get(dim)
     if track is not None and parts > 1 and size > 1:
         moved = np.moveaxis(track, dim, -1)
-        site.constraints.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
+        ctx.constraints.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
 
 
 @rule(Family.MOVEMENT, "slice")
-def slice_(site: Site) -> ValueIds:
-    x = site.args[0]
-    shape = site.shape(x)
-    dim, start, stop, step = normal_slice(site, shape)
-    axes, size = site.axes(x), shape[dim]
+def slice_(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    shape = ctx.shape(x)
+    dim, start, stop, step = normal_slice(ctx, shape)
+    axes, size = ctx.axes(x), shape[dim]
     if dim in axes and step > 1:
         if size % step:
-            axes = site.freeze(axes, [dim], "is sliced with a step")
+            axes = ctx.freeze(axes, [dim], "is sliced with a step")
         else:  # every block of `step` entries goes as one
             moved = np.moveaxis(axes[dim], dim, -1)
             blocks = moved.reshape(*moved.shape[:-1], size // step, step)
-            site.constraints.collapse(blocks, blocks.ndim - 1)
+            ctx.constraints.collapse(blocks, blocks.ndim - 1)
     length = stop - start
     if dim in axes and step == 1 and _is_even(start, stop, size):
-        _even_parts(site, axes, dim, length, size // length)
-    return _single(site, sliced(axes, dim, start, stop, step), dim, length)
+        _even_parts(ctx, axes, dim, length, size // length)
+    return _single(ctx, sliced(axes, dim, start, stop, step), dim, length)
 
 
 def _is_even(start: int, stop: int, size: int) -> bool:
@@ -59,32 +59,32 @@ def _is_even(start: int, stop: int, size: int) -> bool:
     return 0 < length < size and size % length == 0 and size // length <= _MOST_PARTS and start % length == 0
 
 
-def _single(site: Site, axes: ValueIds, dim: int, length: int) -> ValueIds:
+def _single(ctx: OpContext, axes: ValueIds, dim: int, length: int) -> ValueIds:
     """A part of one entry stays: without it the part would be empty, and what it is broadcast to with it."""
-    return site.freeze(axes, [dim], "is a part of a single entry") if length == 1 else axes
+    return ctx.freeze(axes, [dim], "is a part of a single entry") if length == 1 else axes
 
 
-def normal_slice(site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def normal_slice(ctx: OpContext, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(dim, start, stop, step) of a slice op, all of them plain and within the dim."""
-    dim = int(site.arg(1, "dim", 0)) % len(shape)
-    step = int(site.arg(4, "step", 1))
-    start, stop, _ = slice(site.arg(2, "start"), site.arg(3, "end"), step).indices(shape[dim])
+    dim = int(ctx["dim"]) % len(shape)
+    step = int(ctx["step"])
+    start, stop, _ = slice(ctx["start"], ctx["end"], step).indices(shape[dim])
     return dim, start, max(start, stop), step
 
 
 @rule(Family.MOVEMENT, "select")
-def select(site: Site) -> ValueIds:
-    x = site.args[0]
-    ndim = len(site.shape(x))
-    dim = int(site.arg(1)) % ndim
-    index = int(site.arg(2))
-    if not site.node.users and index in (
+def select(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    ndim = len(ctx.shape(x))
+    dim = int(ctx["dim"]) % ndim
+    index = int(ctx["index"])
+    if not ctx.node.users and index in (
         0,
         -1,
     ):  # the code only asks for its shape, and every size has such an entry
-        return _picked({d: t for d, t in site.axes(x).items() if d != dim}, dim, index)
-    axes = site.freeze(site.axes(x), [dim], "one entry of it is picked by number")
-    return _picked(axes, dim, index % site.shape(x)[dim])
+        return _picked({d: t for d, t in ctx.axes(x).items() if d != dim}, dim, index)
+    axes = ctx.freeze(ctx.axes(x), [dim], "one entry of it is picked by number")
+    return _picked(axes, dim, index % ctx.shape(x)[dim])
 
 
 def _picked(axes: ValueIds, dim: int, index: int) -> ValueIds:
@@ -92,11 +92,11 @@ def _picked(axes: ValueIds, dim: int, index: int) -> ValueIds:
 
 
 @rule(Family.MOVEMENT, "unbind")
-def unbind(site: Site) -> tuple[ValueIds, ...]:
-    x = site.args[0]
-    shape = site.shape(x)
-    dim = int(site.arg(1, "dim", 0)) % len(shape)
-    axes = site.freeze(site.axes(x), [dim], "it is unbound into a fixed number of tensors")
+def unbind(ctx: OpContext) -> tuple[ValueIds, ...]:
+    x = ctx["self"]
+    shape = ctx.shape(x)
+    dim = int(ctx["dim"]) % len(shape)
+    axes = ctx.freeze(ctx.axes(x), [dim], "it is unbound into a fixed number of tensors")
     return tuple(_picked(axes, dim, i) for i in range(shape[dim]))
 
 
@@ -109,54 +109,48 @@ def unbind(site: Site) -> tuple[ValueIds, ...]:
     "unsafe_split",
     "split_with_sizes_copy",
 )
-def split(site: Site) -> tuple[ValueIds, ...]:
+def split(ctx: OpContext) -> tuple[ValueIds, ...]:
     """Parts of equal size keep equal sizes; parts of unequal size are independent."""
-    x = site.args[0]
-    dim = int(site.arg(2, "dim", 0)) % len(site.shape(x))
-    sizes = [spec.shape[dim] for spec in site.node.meta["spec"]]
-    axes = site.axes(x)
+    x = ctx["self"]
+    dim = int(ctx["dim"]) % len(ctx.shape(x))
+    sizes = [spec.shape[dim] for spec in ctx.node.meta["spec"]]
+    axes = ctx.axes(x)
     if len(set(sizes)) == 1:
-        _even_parts(site, axes, dim, sizes[0], len(sizes))
+        _even_parts(ctx, axes, dim, sizes[0], len(sizes))
     ends = np.cumsum(sizes)
     parts = zip(sizes, ends, strict=True)
-    return tuple(
-        _single(site, sliced(axes, dim, int(end) - size, int(end)), dim, size) for size, end in parts
-    )
+    return tuple(_single(ctx, sliced(axes, dim, int(end) - size, int(end)), dim, size) for size, end in parts)
 
 
 @rule(Family.ELEMENTWISE, "glu")
-def gated_linear_unit(site: Site) -> ValueIds:
+def gated_linear_unit(ctx: OpContext) -> ValueIds:
     """First half times the sigmoid of the second: two slices that meet."""
-    x = site.args[0]
-    shape = site.shape(x)
-    dim = int(site.arg(1, "dim", -1)) % len(shape)
+    x = ctx["self"]
+    shape = ctx.shape(x)
+    dim = int(ctx["dim"]) % len(shape)
     half = shape[dim] // 2
-    parts = [sliced(site.axes(x), dim, start, start + half) for start in (0, half)]
-    return broadcast(site, [(part, site.out) for part in parts], site.out)
+    parts = [sliced(ctx.axes(x), dim, start, start + half) for start in (0, half)]
+    return broadcast(ctx, [(part, ctx.out) for part in parts], ctx.out)
 
 
 @rule(Family.MOVEMENT, "slice_scatter")
-def slice_scatter(site: Site) -> ValueIds:
-    base, child = site.args[:2]
-    shape = site.shape(base)
-    dim = int(site.arg(2, "dim", 0)) % len(shape)
-    start, stop, step = slice(site.arg(3, "start"), site.arg(4, "end"), site.arg(5, "step", 1)).indices(
-        shape[dim]
-    )
-    return _scattered(site, base, child, dim, start, stop, step)
+def slice_scatter(ctx: OpContext) -> ValueIds:
+    base, child = ctx["self"], ctx["src"]
+    dim, start, stop, step = normal_slice(ctx, ctx.shape(base))
+    return _scattered(ctx, base, child, dim, start, stop, step)
 
 
 def _scattered(
-    site: Site, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int
+    ctx: OpContext, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int
 ) -> ValueIds:
-    axes, inner = dict(site.axes(base)), dict(site.axes(child))
+    axes, inner = dict(ctx.axes(base)), dict(ctx.axes(child))
     window = sliced(axes, dim, start, stop, step)
     for d in set(axes) | set(inner):
         if d in window and d in inner:
-            written = beside(site.constraints, [window[d], inner[d]])
+            written = beside(ctx.constraints, [window[d], inner[d]])
             if axes[d].shape[dim] == 1:
                 axes[d] = written
-            elif site.constraints.is_unowned(written).any():
+            elif ctx.constraints.is_unowned(written).any():
                 rows = np.broadcast_shapes(
                     *(tuple(1 if j == dim else n for j, n in enumerate(t.shape)) for t in (axes[d], written))
                 )
@@ -164,36 +158,36 @@ def _scattered(
                     axes[d], [n if j != dim else axes[d].shape[dim] for j, n in enumerate(rows)]
                 ).copy()
                 sliced(axes, dim, start, stop, step)[d][...] = written
-        elif site.shape(child)[d] > 1:
+        elif ctx.shape(child)[d] > 1:
             for side in (axes, inner):
                 if d in side:
-                    site.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+                    ctx.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
     return {d: t for d, t in axes.items() if d in window}
 
 
 @rule(Family.MOVEMENT, "select_scatter")
-def select_scatter(site: Site) -> ValueIds:
-    base, child = site.args[:2]
-    ndim = len(site.shape(base))
-    dim = int(site.arg(2)) % ndim
-    axes = site.freeze(site.axes(base), [dim], "one entry of it is written by number")
-    inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in site.axes(child).items()}
+def select_scatter(ctx: OpContext) -> ValueIds:
+    base, child = ctx["self"], ctx["src"]
+    ndim = len(ctx.shape(base))
+    dim = int(ctx["dim"]) % ndim
+    axes = ctx.freeze(ctx.axes(base), [dim], "one entry of it is written by number")
+    inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in ctx.axes(child).items()}
     for d in (set(axes) | set(inner)) - {dim}:
         if d in axes and d in inner:
-            axes[d] = beside(site.constraints, [axes[d], inner[d]])
-        elif site.out[d] > 1:
+            axes[d] = beside(ctx.constraints, [axes[d], inner[d]])
+        elif ctx.out[d] > 1:
             for side in (axes, inner):
                 if d in side:
-                    site.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
+                    ctx.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
     return axes
 
 
 @rule(Family.MOVEMENT, "constant_pad_nd")
-def constant_pad(site: Site) -> ValueIds:
+def constant_pad(ctx: OpContext) -> ValueIds:
     """Entries that padding adds belong to nobody: they get ids of no slot and follow what they meet."""
-    x, pads = site.args[0], list(site.arg(1))
-    ndim, shape = len(site.out), site.shape(site.args[0])
-    axes = dict(site.axes(x))
+    x, pads = ctx["self"], list(ctx["pad"])
+    ndim, shape = len(ctx.out), ctx.shape(x)
+    axes = dict(ctx.axes(x))
     for i in range(len(pads) // 2):
         dim, (before, after) = ndim - 1 - i, pads[2 * i : 2 * i + 2]
         if not before and not after:
@@ -204,43 +198,41 @@ def constant_pad(site: Site) -> ValueIds:
             if track.shape[dim] == 1 and d != dim:
                 continue
             if d != dim:  # rows of another dim's track: the new rows are nobody's either
-                site.constraints.freeze(axes.pop(d), "is padded along its rows")
+                ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
                 continue
             rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
-            edges = [
-                site.constraints.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)
-            ]
+            edges = [ctx.constraints.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
             for edge in edges:
-                site.constraints.mark_unowned(edge)
+                ctx.constraints.mark_unowned(edge)
             axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
     return axes
 
 
 @rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather")
-def index(site: Site) -> ValueIds:
+def index(ctx: OpContext) -> ValueIds:
     """Entries picked by index tensors: the picked dims stay whole, the others pass."""
-    x = site.args[0]
-    shape, name = site.shape(x), op_name(site.node)
+    x = ctx["self"]
+    shape, name = ctx.shape(x), op_name(ctx.node)
     reason = "is looked up by index"
     if name == "gather":
-        return _gathered(site, reason)
-    for tensor in site.tensors[1:]:
-        site.constraints.freeze_all(site.axes(tensor), "is used as an index")
+        return _gathered(ctx, reason)
+    for tensor in ctx.tensors[1:]:
+        ctx.constraints.freeze_all(ctx.axes(tensor), "is used as an index")
     if not name.endswith("index"):
-        dim = int(site.arg(1)) % len(shape)
-        axes = site.freeze(site.axes(x), [dim], reason)
-        return {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
-    indices = [(d, i) for d, i in enumerate(site.arg(1)) if i is not None]
+        dim = int(ctx["dim"]) % len(shape)
+        axes = ctx.freeze(ctx.axes(x), [dim], reason)
+        return {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
+    indices = [(d, i) for d, i in enumerate(ctx["indices"]) if i is not None]
     picked = [d for d, _ in indices]
     if not picked:
-        return dict(site.axes(x))
-    axes = site.freeze(site.axes(x), picked, reason)
+        return dict(ctx.axes(x))
+    axes = ctx.freeze(ctx.axes(x), picked, reason)
     for d in picked:
-        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
-    width = max(len(site.shape(i)) for _, i in indices)
+        axes = {k: ctx.constraints.collapse(t, d) for k, t in axes.items()}
+    width = max(len(ctx.shape(i)) for _, i in indices)
     masks = any(str(i.meta["spec"].dtype) in ("torch.bool", "torch.uint8") for _, i in indices)
     if masks:
-        site.freeze(axes, range(len(shape)), "is masked by a boolean index")
+        ctx.freeze(axes, range(len(shape)), "is masked by a boolean index")
         return {}
     adjacent = picked == list(range(picked[0], picked[-1] + 1))
     place = picked[0] if adjacent else 0
@@ -253,101 +245,101 @@ def index(site: Site) -> ValueIds:
     return out
 
 
-def _gathered(site: Site, reason: str) -> ValueIds:
+def _gathered(ctx: OpContext, reason: str) -> ValueIds:
     """x[.., index[.., k], k]: where the index is one that was repeated as often as the code found a width,
     the two meet.
     """
-    x, index = site.args[0], site.args[2]
-    dim = int(site.arg(1)) % max(len(site.out), 1)
-    own, other = site.axes(x), site.axes(index)
+    x, index = ctx["self"], ctx["index"]
+    dim = int(ctx["dim"]) % max(len(ctx.out), 1)
+    own, other = ctx.axes(x), ctx.axes(index)
     meet = [
         d
         for d in index.meta.get("repeated", {})
-        if d != dim and d in own and d in other and site.shape(x)[d] == site.out[d]
+        if d != dim and d in own and d in other and ctx.shape(x)[d] == ctx.out[d]
     ]
-    site.freeze(own, set(own) - set(meet), reason)
-    site.freeze(other, set(other) - set(meet), "is used as an index")
-    for d in (d for d, size in enumerate(site.shape(x)) if d == dim or size != site.out[d]):
-        own = {k: site.constraints.collapse(t, d) for k, t in own.items() if k != d}
-    return {d: beside(site.constraints, [own[d], other[d]]) for d in meet}
+    ctx.freeze(own, set(own) - set(meet), reason)
+    ctx.freeze(other, set(other) - set(meet), "is used as an index")
+    for d in (d for d, size in enumerate(ctx.shape(x)) if d == dim or size != ctx.out[d]):
+        own = {k: ctx.constraints.collapse(t, d) for k, t in own.items() if k != d}
+    return {d: beside(ctx.constraints, [own[d], other[d]]) for d in meet}
 
 
 @rule(Family.MOVEMENT, "unfold")
-def unfold_dim(site: Site) -> ValueIds:
+def unfold_dim(ctx: OpContext) -> ValueIds:
     """Sliding windows along one dim: that dim stays whole."""
-    x = site.args[0]
-    dim = int(site.arg(1)) % max(1, len(site.shape(x)))
-    axes = site.freeze(site.axes(x), [dim], "is unfolded into windows")
-    return {d: site.constraints.collapse(t, dim)[..., None] for d, t in axes.items()}
+    x = ctx["self"]
+    dim = int(ctx["dimension"]) % max(1, len(ctx.shape(x)))
+    axes = ctx.freeze(ctx.axes(x), [dim], "is unfolded into windows")
+    return {d: ctx.constraints.collapse(t, dim)[..., None] for d, t in axes.items()}
 
 
 @rule(Family.ELEMENTWISE, "index_add", "index_copy")
-def index_add(site: Site) -> ValueIds:
+def index_add(ctx: OpContext) -> ValueIds:
     """Rows of source [.., n, ..] added to x at indices along one dim: that dim stays whole, the others
     meet.
     """
-    x, dim, index, source = site.args[:4]
-    dim = int(dim) % max(1, len(site.out))
-    site.constraints.freeze_all(site.axes(index), "is used as an index")
+    x, index, source = ctx["self"], ctx["index"], ctx["source"]
+    dim = int(ctx["dim"]) % max(1, len(ctx.out))
+    ctx.constraints.freeze_all(ctx.axes(index), "is used as an index")
     operands = []
     for node in (x, source):
-        axes = site.freeze(site.axes(node), [dim], "is written by index")
-        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
-        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.shape(node)))))
-    return broadcast(site, operands, tuple(1 if d == dim else n for d, n in enumerate(site.out)))
+        axes = ctx.freeze(ctx.axes(node), [dim], "is written by index")
+        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
+        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(ctx.shape(node)))))
+    return broadcast(ctx, operands, tuple(1 if d == dim else n for d, n in enumerate(ctx.out)))
 
 
 @rule(Family.ELEMENTWISE, "scatter", "scatter_add", "scatter_reduce")
-def scatter(site: Site) -> ValueIds:
+def scatter(ctx: OpContext) -> ValueIds:
     """Entries of source written to x, or summed there, at an index for each (graph layers): that dim stays,
     the others meet.
     """
-    x, dim, index, source = site.args[:4]
-    dim = int(dim) % max(1, len(site.out))
-    shapes = [[n for d, n in enumerate(site.shape(node)) if d != dim] for node in (x, index, source)]
+    x, index, source = ctx["self"], ctx["index"], ctx["src|value"]
+    dim = int(ctx["dim"]) % max(1, len(ctx.out))
+    shapes = [[n for d, n in enumerate(ctx.shape(node)) if d != dim] for node in (x, index, source)]
     operands = []
     for node in (x, index, source):
-        axes = site.freeze(
-            site.axes(node),
-            [dim] if shapes[0] == shapes[1] == shapes[2] else range(len(site.out)),
+        axes = ctx.freeze(
+            ctx.axes(node),
+            [dim] if shapes[0] == shapes[1] == shapes[2] else range(len(ctx.out)),
             "is written by index",
         )
-        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
-        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(site.out))))
-    return broadcast(site, operands, operands[0][1])
+        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
+        operands.append((axes, tuple(1 if d == dim else n for d, n in enumerate(ctx.out))))
+    return broadcast(ctx, operands, operands[0][1])
 
 
 @rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
-def index_put(site: Site) -> ValueIds:
+def index_put(ctx: OpContext) -> ValueIds:
     """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the
     values'.
     """
-    x, indices, values = site.args[:3]
-    ndim, picked = len(site.out), list[int]()
+    x, indices, values = ctx["self"], ctx["indices"], ctx["values"]
+    ndim, picked = len(ctx.out), list[int]()
     for place, tensor in enumerate(indices):
         if tensor is None:
             continue
-        site.constraints.freeze_all(site.axes(tensor), "is used as an index")
+        ctx.constraints.freeze_all(ctx.axes(tensor), "is used as an index")
         mask = str(tensor.meta["spec"].dtype) in ("torch.bool", "torch.uint8")
-        picked += range(place, place + (len(site.shape(tensor)) if mask else 1))
+        picked += range(place, place + (len(ctx.shape(tensor)) if mask else 1))
     last = max(picked, default=-1)
-    axes = site.freeze(site.axes(x), range(last + 1), "is written by index")
+    axes = ctx.freeze(ctx.axes(x), range(last + 1), "is written by index")
     for d in range(last + 1):
-        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
-    shape, value = site.shape(values), site.axes(values)
+        axes = {k: ctx.constraints.collapse(t, d) for k, t in axes.items()}
+    shape, value = ctx.shape(values), ctx.axes(values)
     behind = ndim - last - 1
     offset = ndim - len(shape)
     for d in range(max(0, len(shape) - behind)):
-        site.freeze(value, [d], "is written by index")
+        ctx.freeze(value, [d], "is written by index")
     for d in range(last + 1, ndim):
         own, other = axes.get(d), value.get(d - offset)
         if own is not None and other is not None:
             flat = np.moveaxis(other, d - offset, -1).reshape(-1, other.shape[d - offset])
-            axes[d] = site.constraints.collapse(np.concatenate([own.reshape(1, -1), flat]), 0).reshape(
+            axes[d] = ctx.constraints.collapse(np.concatenate([own.reshape(1, -1), flat]), 0).reshape(
                 own.shape
             )
         elif d - offset >= 0 and shape[d - offset] > 1:
             for track in (axes.pop(d, None), other):
                 if track is not None:
-                    site.constraints.freeze(track, "meets a tensor whose size here is fixed")
+                    ctx.constraints.freeze(track, "meets a tensor whose size here is fixed")
     return axes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.ops import masks
-from surgeon.ops.masked_op import Op, nest
+from surgeon.ops.masked_op import Op
 from surgeon.ops.table import Family, family, op_name
 
 _TWO = {"slice_scatter", "select_scatter", "diagonal_scatter"}
@@ -24,27 +24,27 @@ def movement(call: Op) -> Any:
     if not call.masked:
         return [(r, ()) for r in result] if isinstance(result, list | tuple) else (result, ())
     exact = call.name not in ("permute", "t", "transpose", "unsqueeze", "expand", "slice", "select")
-    first = call.args[0]
-    if isinstance(first, list | tuple):  # cat, stack: presence as one tensor per operand
-        parts = [masks.full(call.mask(n), call.data(n).shape) for n in first]
-        both = call.op(parts, *call.args[1:], **call.kwargs)
-        return result, masks.tidy([masks.compress(both, exact=True)])
-    rest = [nest(a, call.data) for a in call.args[1:]]
-    if call.name == "slice_scatter" and not call.mask(call.args[0]) and _is_nobodys(call.args[0]):
-        dim = (rest[1] if len(rest) > 1 else 0) % result.dim()
-        if not masks.varies(call.mask(call.args[1]), [dim]):
-            return result, call.mask(call.args[1])
+    if call.name in ("cat", "concat", "stack"):  # presence as one tensor per operand
+        parts = {n: masks.full(call.mask(n), call.data(n).shape) for n in call["tensors"]}
+        return result, masks.tidy([masks.compress(call.run(lambda item: parts.get(item, item)), exact=True)])
+    first = call["self"]
+    if call.name == "slice_scatter" and not call.mask(first) and _is_nobodys(first):
+        written = call.mask(call["src"])
+        if not masks.varies(written, [call["dim"] % result.dim()]):
+            return result, written
     if call.name in _TWO:
-        parts = [masks.full(call.mask(n), call.data(n).shape) for n in call.args[:2]]
-        both = call.op(*parts, *rest[1:])
+        both = call.run(
+            lambda item: (
+                masks.full(call.mask(item), call.data(item).shape) if isinstance(item, fx.Node) else item
+            )
+        )
         return result, masks.tidy([masks.compress(both, exact=True)])
     if call.name == "constant_pad_nd":
-        return result, masks.tidy(_padded(factor, rest[0]) for factor in call.mask(first))
+        return result, masks.tidy(_padded(factor, call["pad"]) for factor in call.mask(first))
     shape = call.data(first).shape
-    kwargs = {k: nest(v, call.data) for k, v in call.kwargs.items()}
 
     def op(factor: Tensor) -> Any:
-        return call.op(factor, *rest, **kwargs)
+        return call.on(first, factor)
 
     if isinstance(result, list | tuple):
         found = [[masks.compress(part, exact=True) for part in op(f.expand(shape))] for f in call.mask(first)]
@@ -54,9 +54,9 @@ def movement(call: Op) -> Any:
 
 def _strided(call: Op) -> Any:
     """What is read lies in memory as it did in the recorded run."""
-    x, size, stride, *given = call.args
+    x, size, stride = call["self"], call["size"], call["stride"]
     strides, offset = call.node.meta["layout"]
-    start = given[0] - offset if given and given[0] is not None else 0
+    start = 0 if call["storage_offset"] is None else call["storage_offset"] - offset
 
     def op(tensor: Tensor) -> Tensor:
         laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(

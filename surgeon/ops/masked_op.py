@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.errors import ProofError
+from surgeon.graph.arguments import Arguments
 from surgeon.graph.messages import where
 from surgeon.ops import masks
 from surgeon.ops.masks import Mask
@@ -68,6 +69,15 @@ class Op:
         self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]
     ) -> None:
         self.node, self.name, self.args, self.kwargs, self.values = node, name, args, kwargs, values
+        self.arguments = Arguments(node.target, args, kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of an argument by its name in the op's schema; a node for a tensor."""
+        return self.arguments[name]
+
+    def get(self, name: str) -> Any:
+        """The same; None if the schema has no such argument."""
+        return self.arguments.get(name)
 
     def data(self, item: Any) -> Any:
         return self.values[item][0] if isinstance(item, fx.Node) else item
@@ -83,6 +93,10 @@ class Op:
         args = [nest(a, read) for a in self.args]
         kwargs = {k: widened(nest(v, read)) for k, v in self.kwargs.items()}
         return self.op(*map(widened, args), **kwargs)
+
+    def on(self, node: fx.Node, data: Tensor) -> Any:
+        """The op with other numbers in place of one of its operands."""
+        return self.run(lambda item: data if item is node else self.data(item))
 
     @property
     def op(self) -> Any:

@@ -30,8 +30,8 @@ def _elementwise(call: Op) -> Any:
 
 
 def _gated(call: Op) -> Any:
-    data, mask = call.data(call.args[0]), call.mask(call.args[0])
-    dim = (call.args[1] if len(call.args) > 1 else -1) % data.dim()
+    data, mask = call.values[call["self"]]
+    dim = call["dim"] % data.dim()
     first = masks.moved(mask, data.shape, lambda f: f.chunk(2, dim)[0], exact=True)
     second = masks.moved(mask, data.shape, lambda f: f.chunk(2, dim)[1], exact=True)
     return call.run(call.data), masks.tidy([*first, *second])
@@ -41,12 +41,12 @@ def _batch_norm(call: Op) -> Any:
     """In training mode each channel is normalised by what is present of it (standardised weights are written
     so).
     """
-    data, mask = call.data(call.args[0]), call.mask(call.args[0])
+    data, mask = call.values[call["input"]]
     ndim = data.dim()
     others = [d for d in range(ndim) if d != 1]
-    if len(call.args) > 5 and call.args[5] is True and masks.varies(mask, others):
-        plain = normalise.normalised(data, mask, others, call.args[7])
-        for vector, scale in ((call.args[1], True), (call.args[2], False)):
+    if call.get("training") is True and masks.varies(mask, others):
+        plain = normalise.normalised(data, mask, others, call["eps|epsilon"])
+        for vector, scale in ((call["weight"], True), (call["bias"], False)):
             if vector is not None:
                 wide = call.data(vector).reshape(1, -1, *(1,) * (ndim - 2))
                 plain = plain * wide if scale else plain + wide
@@ -54,13 +54,13 @@ def _batch_norm(call: Op) -> Any:
     else:
         result = call.run(call.data)
     factors = list(mask)
-    for vector in call.args[1:5]:
+    for vector in map(call.get, ("weight", "bias", "running_mean", "running_var")):
         factors += [f.reshape(1, -1, *(1,) * (ndim - 2)) for f in call.mask(vector)]
     return call.outputs(result, masks.tidy(factors))
 
 
 def _prelu(call: Op) -> Any:
-    x, weight = call.args[:2]
+    x, weight = call["self"], call["weight"]
     result = call.run(call.data)
     wide = [
         f if f.dim() == result.dim() else f.reshape(1, -1, *(1,) * (result.dim() - 2))
@@ -76,9 +76,10 @@ def _factory(call: Op) -> Any:
 def _product(call: Op) -> Any:
     """mm and kin: absent entries count as zero; an output is present if its row and its column are."""
     result = call.run(call.zeroed)
-    bias, left, right = (
-        (None, *call.args[:2]) if call.name in ("mm", "bmm", "mv", "dot", "vdot") else call.args[:3]
-    )
+    added = call.name.startswith("add") or call.name == "baddbmm"
+    bias = call["self"] if added else None
+    left = call["mat1|batch1|mat" if added else "self"]
+    right = call["mat2|batch2|vec|tensor|other|vec2"]
     rows = masks.any_along(call.mask(left), [call.data(left).dim() - 1])
     if call.name in ("dot", "vdot"):
         return result, ()
@@ -98,7 +99,7 @@ def _distances(call: Op) -> Any:
     """Absent entries are no distance apart; a distance is present if both of its rows are."""
     result = call.run(call.zeroed)
     factors: list[Tensor] = []
-    for node, turned in zip(call.args[:2], (False, True), strict=True):
+    for node, turned in zip((call["x1"], call["x2"]), (False, True), strict=True):
         last = call.data(node).dim() - 1
         rows = masks.any_along(call.mask(node), [last])
         factors += masks.aligned(tuple(f.transpose(-1, -2) for f in rows) if turned else rows, result.dim())
@@ -108,8 +109,9 @@ def _distances(call: Op) -> Any:
 def _trilinear(call: Op) -> Any:
     """Three operands, with dims of size 1 put in, multiplied and summed: absent entries count as zero."""
     factors: list[Tensor] = []
-    summed = list(call.args[6])
-    for node, expand in zip(call.args[:3], call.args[3:6], strict=True):
+    summed = list(call["sumdim"])
+    for number in "123":
+        node, expand = call[f"i{number}"], call[f"expand{number}"]
         wide = call.mask(node)
         for dim in sorted(expand):
             wide = tuple(f.unsqueeze(dim) for f in wide)
@@ -119,7 +121,7 @@ def _trilinear(call: Op) -> Any:
 
 def _complex_parts(call: Op) -> Any:
     """[..., 2] and [...] of complex numbers."""
-    mask, ndim = call.mask(call.args[0]), call.data(call.args[0]).dim()
+    mask, ndim = call.mask(call["self"]), call.data(call["self"]).dim()
     if call.name == "view_as_real":
         return call.run(call.data), tuple(f.unsqueeze(-1) for f in mask)
     if masks.varies(mask, [ndim - 1]):
@@ -129,21 +131,21 @@ def _complex_parts(call: Op) -> Any:
 
 def _linear(call: Op) -> Any:
     result = call.run(call.zeroed)
-    x, weight = call.args[:2]
+    x, weight = call["input"], call["weight"]
     rows = masks.any_along(call.mask(x), [call.data(x).dim() - 1])
     filters = masks.any_along(call.mask(weight), [1], keepdim=False)
-    bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+    bias = call["bias"]
     return result, masks.tidy(
         [*rows, *masks.aligned(filters, result.dim()), *masks.aligned(call.mask(bias), result.dim())]
     )
 
 
 def _convolution(call: Op) -> Any:
-    x, weight, bias = call.args[:3]
+    x, weight, bias = call["input"], call["weight"], call["bias"]
     result = call.run(call.zeroed)
-    groups, w = call.args[8], call.data(weight)
+    groups, w = call["groups"], call.data(weight)
     present = masks.full(call.mask(weight), w.shape)
-    if call.args[6]:  # transposed: [C, O/g, ...], each group its own block of rows
+    if call["transposed"]:  # transposed: [C, O/g, ...], each group its own block of rows
         filters = (
             present.reshape(groups, w.shape[0] // groups, *w.shape[1:])
             .flatten(3)
@@ -153,7 +155,7 @@ def _convolution(call: Op) -> Any:
         )
     else:
         filters = present.flatten(1).any(dim=1)
-    fixed = [d for d in range(2, result.dim()) if not _passes(call.args, w, d)]
+    fixed = [d for d in range(2, result.dim()) if not _passes(call, w, d)]
     if masks.varies(call.mask(x), fixed):
         raise refusal(call, "presence varies over spatial dims")
     batch = masks.any_of_groups(call.mask(x), 1, groups, result.shape[1])
@@ -162,27 +164,20 @@ def _convolution(call: Op) -> Any:
     return result, masks.tidy([wide, *vector, *batch])
 
 
-def _passes(args: list[Any], weight: Tensor, dim: int) -> bool:
+def _passes(call: Op, weight: Tensor, dim: int) -> bool:
     """Whether the places along a spatial dim do not mix: a kernel of one, no stride and no padding."""
-    stride, padding = (list(args[i]) * weight.dim() for i in (3, 4))
+    stride, padding = (list(call[name]) * weight.dim() for name in ("stride", "padding"))
     return weight.shape[dim] == 1 and stride[dim - 2] == 1 and padding[dim - 2] == 0
 
 
 def _attention(call: Op) -> Any:
-    q, k, v = call.args[:3]
+    q, k, v = call["query"], call["key"], call["value"]
     parts = [call.zeroed(n) for n in (q, k, v)]
     times = parts[0].shape[1] // parts[1].shape[1]  # heads of q that one head of k and v serves
     parts[1:] = [part.repeat_interleave(times, dim=1) for part in parts[1:]]
     k_mask, v_mask = (_served(call.mask(n), times) for n in (k, v))
-    name = call.name
-    bias = call.kwargs.get("attn_mask") if "efficient" not in name else call.args[3]
-    causal_at = 5 if "efficient" in name else 4
-    causal = (
-        bool(call.args[causal_at])
-        if len(call.args) > causal_at
-        else bool(call.kwargs.get("is_causal", False))
-    )
-    scale = call.kwargs.get("scale")
+    bias, causal = call.get("attn_bias|attn_mask"), bool(call["is_causal"])
+    scale = call["scale"]
     if scale is None:  # the op derives it from the head dim, so from the dims that are present
         count = (
             int(masks.counted(call.mask(q), parts[0].shape, [3]).max()) if call.mask(q) else parts[0].shape[3]
@@ -209,18 +204,20 @@ def _served(mask: masks.Mask, times: int) -> masks.Mask:
 
 def _embedding(call: Op) -> Any:
     result = call.run(call.data)
-    if masks.varies(call.mask(call.args[0]), [0]):
+    if masks.varies(call.mask(call["weight"]), [0]):
         raise refusal(call, "rows of an embedding were removed")
     ndim = (result[0] if isinstance(result, list | tuple) else result).dim()
-    return call.outputs(result, tuple(f.reshape((1,) * (ndim - 1) + (-1,)) for f in call.mask(call.args[0])))
+    return call.outputs(
+        result, tuple(f.reshape((1,) * (ndim - 1) + (-1,)) for f in call.mask(call["weight"]))
+    )
 
 
 def _unfolded(call: Op) -> Any:
     """im2col and col2im: a channel and all its kernel places are present or not."""
-    result, mask = call.run(call.zeroed), call.mask(call.args[0])
-    if masks.varies(mask, range(2, call.data(call.args[0]).dim())):
+    result, mask = call.run(call.zeroed), call.mask(call["self"])
+    if masks.varies(mask, range(2, call.data(call["self"]).dim())):
         raise refusal(call, "presence varies over spatial dims")
-    times = math.prod(call.args[1 if call.name == "im2col" else 2])
+    times = math.prod(call["kernel_size"])
     found = []
     for factor in mask:
         if factor.shape[1] == 1:
@@ -235,7 +232,7 @@ def _unfolded(call: Op) -> Any:
 
 def _sampled(call: Op) -> Any:
     """grid_sample: samples and channels are present or not."""
-    x, grid = call.args[:2]
+    x, grid = call["input"], call["grid"]
     if masks.varies(call.mask(x), range(2, call.data(x).dim())) or masks.varies(
         call.mask(grid), range(1, call.data(grid).dim())
     ):
@@ -244,7 +241,7 @@ def _sampled(call: Op) -> Any:
 
 
 def _index_put(call: Op) -> Any:
-    x, indices, values = call.args[:3]
+    x, indices, values = call["self"], call["indices"], call["values"]
     result = call.run(call.data)
     last = 0
     for place, tensor in enumerate(indices):
@@ -258,7 +255,7 @@ def _index_put(call: Op) -> Any:
 
 
 def _index_add(call: Op) -> Any:
-    x, dim, index, source = call.args[:4]
+    x, dim, index, source = (call[name] for name in ("self", "dim", "index", "source|src|value"))
     operands = (
         [x, source] if call.name.startswith("index") else [x, index, source]
     )  # scatter: an index for each entry
@@ -268,7 +265,7 @@ def _index_add(call: Op) -> Any:
 
 
 def _grouped_product(call: Op) -> Any:
-    x, weight = call.args[:2]
+    x, weight = call["self"], call["mat2"]
     rows = masks.any_along(call.mask(x), [1])
     columns = [f.squeeze(0) for f in masks.any_along(call.mask(weight), [1]) if f.shape[0] == 1]
     return call.run(call.zeroed), masks.tidy([*rows, *columns])
@@ -277,16 +274,16 @@ def _grouped_product(call: Op) -> Any:
 def _whole(call: Op) -> Any:
     """Ops that pick, order or do anything else: fine along dims that are whole."""
     if (
-        call.name in ("max", "min") and len(call.args) == 1 and call.masked
+        call.name in ("max", "min") and set(call.arguments) == {"self"} and call.masked
     ):  # the greatest of all that are present
-        data, mask = call.values[call.args[0]]
+        data, mask = call.values[call["self"]]
         least = -math.inf if call.name == "max" else math.inf
-        return call.op(data.masked_fill(~masks.full(mask, data.shape), least)), ()
-    if call.name in ("max", "min") and isinstance(call.args[1] if len(call.args) > 1 else None, fx.Node):
+        return call.on(call["self"], data.masked_fill(~masks.full(mask, data.shape), least)), ()
+    if call.name in ("max", "min") and "other" in call.arguments:
         return _elementwise(call)
     if call.name in ("max", "min") and call.masked and not is_read(call.node, 1):  # the values alone
         return normalise.extremum(call)
-    x = call.args[0] if call.args else None
+    x = next(iter(call.arguments.values()), None)
     if (
         isinstance(x, fx.Node)
         and call.masked

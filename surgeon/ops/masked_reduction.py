@@ -18,10 +18,7 @@ from surgeon.ops.masks import Mask
 
 
 def reduced_dims(call: Op) -> list[int]:
-    ndim = call.data(call.args[0]).dim()
-    names = [a.name for a in call.node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
-    bound = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    dims = bound.get("dim")
+    ndim, dims = call.data(call["self|input"]).dim(), call.get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     return [d % ndim for d in dims] if dims else list(range(ndim))
 
@@ -33,7 +30,7 @@ def reduction(call: Op) -> Any:
     """Sums read absent entries as zero, means and variances count the present ones, extrema skip the absent
     ones.
     """
-    x = call.args[0]
+    x = call["self"]
     data, mask = call.values[x]
     dims = reduced_dims(call)
     result = call.run(call.data)
@@ -50,9 +47,9 @@ def reduction(call: Op) -> Any:
             result = result if keep else result.squeeze(dims)
         elif name in _NEUTRAL:
             filled = data.masked_fill(~masks.full(mask, data.shape), _NEUTRAL[name])
-            result = call.op(filled, *call.args[1:], **call.kwargs)
+            result = call.on(x, filled)
         elif name in ("norm", "linalg_vector_norm"):
-            result = call.run(lambda item: zero if item is x else call.data(item))
+            result = call.on(x, zero)
         elif name in ("var", "var_mean", "std", "std_mean"):
             result = _variance(call, zero, mask, count, dims, keep)
         else:
@@ -65,21 +62,20 @@ def reduction(call: Op) -> Any:
 
 def extremum(call: Op) -> Any:
     """max and min along a dim: over what is present, if their indices are not read."""
-    data, mask = call.values[call.args[0]]
+    x = call["self"]
+    data, mask = call.values[x]
     dims = reduced_dims(call)
     least = -math.inf if call.name == "max" else math.inf
-    values, indices = call.op(
-        data.masked_fill(~masks.full(mask, data.shape), least), *call.args[1:], **call.kwargs
-    )
+    values, indices = call.on(x, data.masked_fill(~masks.full(mask, data.shape), least))
     passed = masks.any_along(mask, dims, keepdim=values.dim() == data.dim())
     return [(values, passed), (indices, passed)]
 
 
 def _variance(call: Op, zero: Tensor, mask: Mask, count: Tensor, dims: list[int], keep: bool) -> Any:
-    correction = call.kwargs.get("correction", 1)
-    correction = 1 if correction is None else correction
-    if len(call.args) > 2 and isinstance(call.args[2], bool):
-        correction = int(call.args[2])
+    correction = call.get("correction")
+    correction = (
+        int(call["unbiased"]) if "unbiased" in call.arguments else 1 if correction is None else correction
+    )
     mean = zero.sum(dims, keepdim=True) / count
     spread = masks.zeroed((zero - mean) ** 2, mask).sum(dims, keepdim=True) / (count - correction).clamp_min(
         0
@@ -90,7 +86,7 @@ def _variance(call: Op, zero: Tensor, mask: Mask, count: Tensor, dims: list[int]
 
 
 def softmax(call: Op) -> Any:
-    x, dim = call.args[0], call.args[1] % call.data(call.args[0]).dim()
+    x, dim = call["self"], call["dim"] % call.data(call["self"]).dim()
     data, mask = call.values[x]
     if masks.varies(mask, [dim]):
         data = data.masked_fill(~masks.full(mask, data.shape), -math.inf)
@@ -100,20 +96,19 @@ def softmax(call: Op) -> Any:
 
 
 def weight_norm(call: Op) -> Any:
-    v, g = call.args[:2]
+    v, g = call["v"], call["g"]
     data, mask = call.data(v), call.mask(v)
-    keep = call.args[2] if len(call.args) > 2 else 0
-    dims = [d for d in range(data.dim()) if d != keep]
+    dims = [d for d in range(data.dim()) if d != call["dim"]]
     norm = (masks.zeroed(data, mask) ** 2).sum(dims, keepdim=True).sqrt()
     both = masks.tidy([*mask, *masks.aligned(call.mask(g), data.dim())])
     return [(data * call.data(g) / norm, both), (norm, masks.any_along(both, dims))]
 
 
 def layer_norm(call: Op) -> Any:
-    x, shape = call.args[:2]
+    x, shape = call["input"], call["normalized_shape"]
     data, mask = call.values[x]
     rms = "rms" in call.name
-    weight, bias, eps = (call.args[2], None, call.args[3]) if rms else call.args[2:5]
+    weight, bias, eps = call["weight"], call.get("bias"), call["eps"]
     dims = list(range(data.dim() - len(shape), data.dim()))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     result = normalised(data, mask, dims, eps, center=not rms)
@@ -141,8 +136,8 @@ def normalised(data: Tensor, mask: Mask, dims: list[int], eps: float, center: bo
 
 
 def group_norm(call: Op) -> Any:
-    x, weight, bias = call.args[:3]
-    groups, eps = call.args[6], call.args[7]
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    groups, eps = call["group|num_groups"], call["eps"]
     data, mask = call.values[x]
     cut = (data.shape[0], groups, data.shape[1] // groups, *data.shape[2:])
     grid = masks.moved(mask, data.shape, lambda f: f.contiguous().reshape(cut), exact=True)
@@ -159,7 +154,7 @@ def group_norm(call: Op) -> Any:
 
 def window(call: Op) -> Any:
     """Pooling and resampling: batch and channels pass."""
-    x = call.args[0]
+    x = call["self"]
     data, mask = call.values[x]
     result = call.run(call.data)
     first = result[0] if isinstance(result, list | tuple) else result

@@ -16,13 +16,13 @@ from torch import fx
 from surgeon.ops.factory import unowned_ids
 from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, Site, beside, op_name, opaque, rule, shift
+from surgeon.ops.table import Family, OpContext, beside, op_name, opaque, rule, shift
 
 
 @rule(Family.MOVEMENT, "getitem")
-def getitem(site: Site) -> Any:
-    source, index = site.args
-    axes: Any = site.axes(source)
+def getitem(ctx: OpContext) -> Any:
+    source, index = ctx["arg0"], ctx["arg1"]
+    axes: Any = ctx.axes(source)
     part: ValueIds = axes[index] if isinstance(axes, tuple) else {}
     return part
 
@@ -38,9 +38,9 @@ def getitem(site: Site) -> Any:
     "unsafe_reshape",
     "view_copy",
 )
-def view(site: Site) -> ValueIds:
-    x = site.args[0]
-    return reshape(site.constraints, site.axes(x), site.shape(x), site.out)
+def view(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    return reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), ctx.out)
 
 
 def permuted(axes: ValueIds, order: list[int]) -> ValueIds:
@@ -48,51 +48,51 @@ def permuted(axes: ValueIds, order: list[int]) -> ValueIds:
 
 
 @rule(Family.MOVEMENT, "permute", "t", "transpose", "numpy_T", "adjoint")
-def permute(site: Site) -> ValueIds:
-    x = site.args[0]
-    ndim = len(site.shape(x))
-    name = op_name(site.node)
+def permute(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    ndim = len(ctx.shape(x))
+    name = op_name(ctx.node)
     order = list(range(ndim))
     if name.endswith("permute"):
-        order = [int(d) % ndim for d in site.arg(1)]
+        order = [int(d) % ndim for d in ctx["dims"]]
     elif ndim >= 2:
         a, b = (
-            (site.arg(1) % ndim, site.arg(2) % ndim) if name.endswith("transpose") else (-2 % ndim, -1 % ndim)
+            (ctx["dim0"] % ndim, ctx["dim1"] % ndim) if name.endswith("transpose") else (-2 % ndim, -1 % ndim)
         )
         order[a], order[b] = b, a
-    return permuted(site.axes(x), order)
+    return permuted(ctx.axes(x), order)
 
 
 @rule(Family.MOVEMENT, "unsqueeze", "squeeze")
-def resize_ones(site: Site) -> ValueIds:
+def resize_ones(ctx: OpContext) -> ValueIds:
     """Only dims of size 1 come or go: a reshape."""
-    x = site.args[0]
-    return reshape(site.constraints, site.axes(x), site.shape(x), site.out)
+    x = ctx["self"]
+    return reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), ctx.out)
 
 
 @rule(Family.MOVEMENT, "expand", "broadcast_to", "expand_copy")
-def expand(site: Site) -> ValueIds:
+def expand(ctx: OpContext) -> ValueIds:
     """A dim of size 1 that is repeated follows whatever it meets: its copies are alike. As often as a batch
     is long: it stays.
     """
-    x = site.args[0]
-    ndim = len(site.out)
-    axes = shift(site.axes(x), len(site.shape(x)), ndim)
-    old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
-    return {**axes, **_copies(site, old)}
+    x = ctx["self"]
+    ndim = len(ctx.out)
+    axes = shift(ctx.axes(x), len(ctx.shape(x)), ndim)
+    old = (1,) * (ndim - len(ctx.shape(x))) + ctx.shape(x)
+    return {**axes, **_copies(ctx, old)}
 
 
 @rule(Family.MOVEMENT, "as_strided")
-def as_strided(site: Site) -> ValueIds:
+def as_strided(ctx: OpContext) -> ValueIds:
     """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no
     other one, pass.
     """
-    if "layout" not in site.node.meta:  # in place: what it was written to lies there no longer as it did
-        return dict(opaque(site))
-    x, sizes, strides = site.args[:3]
-    shape = site.shape(x)
+    if "layout" not in ctx.node.meta:  # in place: what it was written to lies there no longer as it did
+        return dict(opaque(ctx))
+    x, sizes, strides = ctx["self"], ctx["size"], ctx["stride"]
+    shape = ctx.shape(x)
     place = dict[int, int]()
-    layout, offset = site.node.meta["layout"]
+    layout, offset = ctx.node.meta["layout"]
     steps = dense(shape, layout)
     for dim, (size, step) in enumerate(zip(shape, steps, strict=True)):
         own = [i for i, (n, t) in enumerate(zip(sizes, strides, strict=True)) if (n, t) == (size, step)]
@@ -101,13 +101,13 @@ def as_strided(site: Site) -> ValueIds:
         if len(own) == 1 and inside < step and all(t < step or t % (size * step) == 0 for _, t in rest):
             place[dim] = own[0]
     gaps = any(n > 1 and step != found for n, step, found in zip(shape, steps, layout, strict=True))
-    if gaps or site.arg(3) not in (None, offset):
+    if gaps or ctx["storage_offset"] not in (None, offset):
         place = {}
-    axes = site.freeze(site.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
+    axes = ctx.freeze(ctx.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
     result: ValueIds = {}
     for dim, track in axes.items():
         for other in set(range(len(shape))) - set(place):
-            track = site.constraints.collapse(track, other)
+            track = ctx.constraints.collapse(track, other)
         order = sorted(place, key=place.__getitem__)
         moved = track.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
         wide = [1] * len(sizes)
@@ -127,30 +127,30 @@ def dense(shape: Sequence[int], layout: Sequence[int]) -> tuple[int, ...]:
 
 
 @rule(Family.MOVEMENT, "cat", "concat")
-def cat(site: Site) -> ValueIds:
-    parts = list(site.args[0])
-    parts = [p for p in parts if site.shape(p) != (0,)]
-    ndim = len(site.out)
-    dim = int(site.arg(1, "dim", 0)) % ndim
+def cat(ctx: OpContext) -> ValueIds:
+    parts = list(ctx["tensors"])
+    parts = [p for p in parts if ctx.shape(p) != (0,)]
+    ndim = len(ctx.out)
+    dim = int(ctx["dim"]) % ndim
     result: ValueIds = {}
     for d in range(ndim):
-        tracks = [site.axes(p).get(d) for p in parts]
+        tracks = [ctx.axes(p).get(d) for p in parts]
         if all(t is None for t in tracks):
             continue
         if d != dim:
             kept = [t for t in tracks if t is not None]
             if len(kept) < len(parts):
                 for loose in kept:
-                    site.constraints.freeze(loose, "is concatenated with a tensor whose size here is fixed")
+                    ctx.constraints.freeze(loose, "is concatenated with a tensor whose size here is fixed")
             else:
-                result[d] = _cat_rows(site, kept, parts, d, dim)
+                result[d] = _cat_rows(ctx, kept, parts, d, dim)
             continue
         filled = []
         for part, found in zip(parts, tracks, strict=True):
-            size, track = site.shape(part)[dim], found
+            size, track = ctx.shape(part)[dim], found
             if track is None:  # entries that nobody may remove
-                track = site.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
-                site.constraints.freeze(track, "is concatenated and its size is fixed")
+                track = ctx.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
+                ctx.constraints.freeze(track, "is concatenated and its size is fixed")
             filled.append(track)
         rows = np.broadcast_shapes(
             *[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in filled]
@@ -162,79 +162,77 @@ def cat(site: Site) -> ValueIds:
     return result
 
 
-def _cat_rows(site: Site, tracks: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
+def _cat_rows(ctx: OpContext, tracks: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
     """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along
     it.
     """
     if all(t.shape[dim] == 1 for t in tracks):
-        return beside(site.constraints, tracks)
-    sizes = [site.shape(p)[dim] for p in parts]
+        return beside(ctx.constraints, tracks)
+    sizes = [ctx.shape(p)[dim] for p in parts]
     rows = np.broadcast_shapes(*[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in tracks])
     full = [
         np.broadcast_to(t, [size if i == dim else rows[i] for i in range(t.ndim)])
         for t, size in zip(tracks, sizes, strict=True)
     ]
     joined = np.concatenate(full, axis=dim)
-    site.constraints.balance(joined, own)  # the rows of one part keep as many entries as those of the others
+    ctx.constraints.balance(joined, own)  # the rows of one part keep as many entries as those of the others
     return joined
 
 
 @rule(Family.MOVEMENT, "stack")
-def stack(site: Site) -> ValueIds:
-    parts = list(site.args[0])
-    dim = int(site.arg(1, "dim", 0)) % len(site.out)
+def stack(ctx: OpContext) -> ValueIds:
+    parts = list(ctx["tensors"])
+    dim = int(ctx["dim"]) % len(ctx.out)
     result: ValueIds = {}
-    for d in {d for p in parts for d in site.axes(p)}:
-        tracks = [site.axes(p).get(d) for p in parts]
+    for d in {d for p in parts for d in ctx.axes(p)}:
+        tracks = [ctx.axes(p).get(d) for p in parts]
         kept = [np.expand_dims(t, dim) for t in tracks if t is not None]
         if len(kept) < len(parts):
             for track in kept:
-                site.constraints.freeze(track, "is stacked with a tensor whose size here is fixed")
+                ctx.constraints.freeze(track, "is stacked with a tensor whose size here is fixed")
             continue
         rows = np.broadcast_shapes(*[t.shape for t in kept])
         joined = np.concatenate([np.broadcast_to(t, rows) for t in kept], axis=dim)
         out = d + (d >= dim)
         if dim < out:  # the stacked tensors are rows: each may keep its own entries, equally many
-            site.constraints.balance(joined, out)
+            ctx.constraints.balance(joined, out)
             result[out] = joined
         else:
-            result[out] = site.constraints.collapse(joined, dim)
+            result[out] = ctx.constraints.collapse(joined, dim)
     return result
 
 
 @rule(Family.MOVEMENT, "view_as_real", "view_as_complex")
-def complex_parts(site: Site) -> ValueIds:
+def complex_parts(ctx: OpContext) -> ValueIds:
     """[..., 2] and [...] of complex numbers: the real and the imaginary part are two entries, both of which
     stay.
     """
-    x, ndim = site.args[0], len(site.shape(site.args[0]))
-    if op_name(site.node) == "view_as_real":
-        return {d: t[..., None] for d, t in site.axes(x).items()}
-    axes = site.freeze(site.axes(x), [ndim - 1], "holds the real and the imaginary part")
-    return {d: site.constraints.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
+    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
+    if op_name(ctx.node) == "view_as_real":
+        return {d: t[..., None] for d, t in ctx.axes(x).items()}
+    axes = ctx.freeze(ctx.axes(x), [ndim - 1], "holds the real and the imaginary part")
+    return {d: ctx.constraints.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
 
 
 @rule(Family.MOVEMENT, "flip")
-def flip(site: Site) -> ValueIds:
-    ndim = len(site.out)
-    dims = [int(d) % ndim for d in site.arg(1)]
-    return {
-        d: np.flip(t, tuple(i for i in dims if t.shape[i] > 1)) for d, t in site.axes(site.args[0]).items()
-    }
+def flip(ctx: OpContext) -> ValueIds:
+    ndim = len(ctx.out)
+    dims = [int(d) % ndim for d in ctx["dims"]]
+    return {d: np.flip(t, tuple(i for i in dims if t.shape[i] > 1)) for d, t in ctx.axes(ctx["self"]).items()}
 
 
 @rule(Family.MOVEMENT, "roll")
-def roll(site: Site) -> ValueIds:
+def roll(ctx: OpContext) -> ValueIds:
     """Rolling along a dim without channels moves nothing that matters; along channels the shift is a number
     in the code.
     """
-    ndim = len(site.out)
-    dims = [int(d) % ndim for d in site.arg(2, "dims", [])] or list(range(ndim))
-    axes = site.freeze(site.axes(site.args[0]), dims, "is rolled by a fixed number")
+    ndim = len(ctx.out)
+    dims = [int(d) % ndim for d in ctx["dims"]] or list(range(ndim))
+    axes = ctx.freeze(ctx.axes(ctx["self"]), dims, "is rolled by a fixed number")
     return {
         d: np.roll(
             t,
-            [s for s, i in zip(site.arg(1), dims, strict=False) if t.shape[i] > 1],
+            [s for s, i in zip(ctx["shifts"], dims, strict=False) if t.shape[i] > 1],
             [i for i in dims if t.shape[i] > 1],
         )
         for d, t in axes.items()
@@ -242,33 +240,33 @@ def roll(site: Site) -> ValueIds:
 
 
 @rule(Family.MOVEMENT, "repeat", "tile")
-def repeat(site: Site) -> ValueIds:
-    x = site.args[0]
-    ndim = len(site.out)
-    old = (1,) * (ndim - len(site.shape(x))) + site.shape(x)
-    counts = [new // size if size else 1 for new, size in zip(site.out, old, strict=True)]
+def repeat(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    ndim = len(ctx.out)
+    old = (1,) * (ndim - len(ctx.shape(x))) + ctx.shape(x)
+    counts = [new // size if size else 1 for new, size in zip(ctx.out, old, strict=True)]
     axes = {}
-    for d, t in shift(site.axes(x), len(site.shape(x)), ndim).items():
+    for d, t in shift(ctx.axes(x), len(ctx.shape(x)), ndim).items():
         axes[d] = np.tile(t, [n if t.shape[i] > 1 else 1 for i, n in enumerate(counts)])
-    return {**axes, **_copies(site, old)}
+    return {**axes, **_copies(ctx, old)}
 
 
-def _copies(site: Site, old: tuple[int, ...]) -> ValueIds:
+def _copies(ctx: OpContext, old: tuple[int, ...]) -> ValueIds:
     """Tracks of the dims that were of size 1, but for those whose new size the code read from a dim that is
     fixed.
     """
-    sources = site.node.meta.get("repeated", {})
-    fixed = {dim for dim, source in sources.items() if source.dim not in site.axes(source.node)}
-    grown = [d for d, size in enumerate(site.out) if old[d] == 1 and size > 1 and d not in fixed]
-    return unowned_ids(site, site.out, grown)
+    sources = ctx.node.meta.get("repeated", {})
+    fixed = {dim for dim, source in sources.items() if source.dim not in ctx.axes(source.node)}
+    grown = [d for d, size in enumerate(ctx.out) if old[d] == 1 and size > 1 and d not in fixed]
+    return unowned_ids(ctx, ctx.out, grown)
 
 
 @rule(Family.MOVEMENT, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-def shuffle(site: Site) -> ValueIds:
+def shuffle(ctx: OpContext) -> ValueIds:
     """Written out as view, permute, view: that is what these ops are."""
-    x, factor = site.args[0], int(site.arg(1))
-    *batch, c, h, w = site.shape(x)
-    n, name = len(batch), op_name(site.node)
+    x, factor = ctx["self"], int(ctx["upscale_factor|downscale_factor|groups"])
+    *batch, c, h, w = ctx.shape(x)
+    n, name = len(batch), op_name(ctx.node)
     lead = list(range(n))
     if name.endswith("pixel_shuffle"):
         grid = (*batch, c // factor**2, factor, factor, h, w)
@@ -279,42 +277,42 @@ def shuffle(site: Site) -> ValueIds:
     else:
         grid = (*batch, factor, c // factor, h, w)
         order, fixed = [*lead, n + 1, n, n + 2, n + 3], range(n, n + 1)
-    axes = reshape(site.constraints, site.axes(x), site.shape(x), grid)
-    axes = permuted(site.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
-    return reshape(site.constraints, axes, tuple(grid[i] for i in order), site.out)
+    axes = reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), grid)
+    axes = permuted(ctx.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
+    return reshape(ctx.constraints, axes, tuple(grid[i] for i in order), ctx.out)
 
 
 @rule(Family.MOVEMENT, "im2col")
-def unfold_image(site: Site) -> ValueIds:
+def unfold_image(ctx: OpContext) -> ValueIds:
     """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
-    x = site.args[0]
-    places = math.prod(site.arg(1))
-    axes = _without_places(site, x)
+    x = ctx["self"]
+    places = math.prod(ctx["kernel_size"])
+    axes = _without_places(ctx, x)
     return {d: np.repeat(t, places, axis=1)[..., 0] if t.shape[1] > 1 else t[..., 0] for d, t in axes.items()}
 
 
 @rule(Family.MOVEMENT, "col2im")
-def fold_image(site: Site) -> ValueIds:
+def fold_image(ctx: OpContext) -> ValueIds:
     """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are
     one.
     """
-    x = site.args[0]
-    places = math.prod(site.arg(2))
+    x = ctx["self"]
+    places = math.prod(ctx["kernel_size"])
     result: ValueIds = {}
-    for d, track in _without_places(site, x).items():
+    for d, track in _without_places(ctx, x).items():
         if track.shape[1] > 1:
             cut = track.reshape(track.shape[0], -1, places, 1)
-            track = site.constraints.collapse(cut, 2)
+            track = ctx.constraints.collapse(cut, 2)
         else:
             track = track[..., None]
         result[d] = track
     return result
 
 
-def _without_places(site: Site, x: fx.Node) -> ValueIds:
+def _without_places(ctx: OpContext, x: fx.Node) -> ValueIds:
     """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
-    ndim = len(site.shape(x))
-    axes = site.freeze(site.axes(x), range(2, ndim), "is a spatial dim of an unfold")
+    ndim = len(ctx.shape(x))
+    axes = ctx.freeze(ctx.axes(x), range(2, ndim), "is a spatial dim of an unfold")
     for d in range(2, ndim):
-        axes = {k: site.constraints.collapse(t, d) for k, t in axes.items()}
+        axes = {k: ctx.constraints.collapse(t, d) for k, t in axes.items()}
     return axes

@@ -14,20 +14,20 @@ from surgeon.graph.queries import is_read
 from surgeon.ops.elementwise import per_channel
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, Site, broadcast, op_name, rule
+from surgeon.ops.table import Family, OpContext, broadcast, op_name, rule
 
 
-def reduce_dims(site: Site, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
+def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
     """Tracks after the dims ended; a track that varied along one of them is made constant there."""
     gone = {int(d) % ndim for d in dims} if ndim else set()
     for d in gone & set(axes):
-        site.constraints.reduced(axes[d])
+        ctx.constraints.reduced(axes[d])
     result: ValueIds = {}
     for dim, track in axes.items():
         if dim in gone:
             continue
         for ended in gone:
-            track = site.constraints.collapse(track, ended)
+            track = ctx.constraints.collapse(track, ended)
         if not keepdim:
             track = track.reshape([n for d, n in enumerate(track.shape) if d not in gone])
         result[dim if keepdim else dim - sum(g < dim for g in gone)] = track
@@ -38,125 +38,123 @@ def reduce_dims(site: Site, axes: ValueIds, dims: Any, ndim: int, keepdim: bool)
     Family.REDUCTION, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
     "logsumexp", "any", "all", "prod", "nansum",
 )  # fmt: skip
-def reduction(site: Site) -> Any:
-    x = site.args[0]
-    ndim = len(site.shape(x))
-    names = [a.name for a in site.schema.arguments]
-    bound = {**dict(zip(names, site.args, strict=False)), **site.node.kwargs}
-    dims = bound.get("dim")
+def reduction(ctx: OpContext) -> Any:
+    x, dims = ctx["self"], ctx.get("dim")
+    ndim = len(ctx.shape(x))
     dims = [dims] if isinstance(dims, int) else dims
     if not dims:
         dims = range(ndim)
-    axes = reduce_dims(site, site.axes(x), dims, ndim, bool(bound.get("keepdim", False)))
-    spec = site.node.meta["spec"]
+    axes = reduce_dims(ctx, ctx.axes(x), dims, ndim, bool(ctx.get("keepdim")))
+    spec = ctx.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
 @rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
-def selection(site: Site) -> Any:
+def selection(ctx: OpContext) -> Any:
     """Pick one entry along a dim and tell its index: if that is read, the dim may not lose entries.
 
     The greatest of all is a number.
     """
-    x, ndim = site.args[0], len(site.shape(site.args[0]))
-    second = site.arg(1, "dim")
-    spec = site.node.meta["spec"]
-    if isinstance(second, fx.Node):  # max.other
-        operands = [(site.axes(a), site.shape(a)) for a in (x, second)]
-        return broadcast(site, operands, site.out)
-    if second is None and op_name(site.node) in ("max", "min"):
+    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
+    second, other = ctx.get("dim"), ctx.get("other")
+    spec = ctx.node.meta["spec"]
+    if isinstance(other, fx.Node):  # max.other
+        operands = [(ctx.axes(a), ctx.shape(a)) for a in (x, other)]
+        return broadcast(ctx, operands, ctx.out)
+    if second is None and op_name(ctx.node) in ("max", "min"):
         return {}
     if second is None:
-        site.constraints.freeze_all(site.axes(x), "an index is computed over it")
+        ctx.constraints.freeze_all(ctx.axes(x), "an index is computed over it")
         return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
-    axes = site.axes(x)
-    if op_name(site.node) not in ("max", "min") or is_read(site.node, 1):
-        axes = site.freeze(axes, [second % ndim], "an index is computed over it")
-    axes = reduce_dims(site, axes, [second], ndim, bool(site.arg(2, "keepdim", False)))
+    axes = ctx.axes(x)
+    if op_name(ctx.node) not in ("max", "min") or is_read(ctx.node, 1):
+        axes = ctx.freeze(axes, [second % ndim], "an index is computed over it")
+    axes = reduce_dims(ctx, axes, [second], ndim, bool(ctx["keepdim"]))
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
 @rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
-def softmax(site: Site) -> ValueIds:
-    x = site.args[0]
-    dim = int(site.arg(1)) % max(1, len(site.out))
-    axes = dict(site.axes(x))
+def softmax(ctx: OpContext) -> ValueIds:
+    x = ctx["self"]
+    dim = int(ctx["dim"]) % max(1, len(ctx.out))
+    axes = dict(ctx.axes(x))
     if dim in axes:
-        site.constraints.reduced(axes[dim])
-    return {d: (t if d == dim else site.constraints.collapse(t, dim)) for d, t in axes.items()}
+        ctx.constraints.reduced(axes[dim])
+    return {d: (t if d == dim else ctx.constraints.collapse(t, dim)) for d, t in axes.items()}
 
 
 @rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "topk", "flip_sort")
-def ordered(site: Site) -> Any:
+def ordered(ctx: OpContext) -> Any:
     """Entries along the dim depend on their order: that dim stays whole."""
-    x, ndim = site.args[0], len(site.shape(site.args[0]))
-    name = op_name(site.node)
-    dim = site.arg(2, "dim", -1) if name == "topk" else site.arg(1, "dim", -1)
-    axes = site.freeze(site.axes(x), [int(dim) % max(ndim, 1)], f"{name} runs along it")
-    spec = site.node.meta["spec"]
+    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
+    name = op_name(ctx.node)
+    axes = ctx.freeze(ctx.axes(x), [int(ctx["dim"]) % max(ndim, 1)], f"{name} runs along it")
+    spec = ctx.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
 @rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r")
-def fourier(site: Site) -> ValueIds:
+def fourier(ctx: OpContext) -> ValueIds:
     """Each result hangs on every entry along the dims and on its place: they stay whole."""
-    x, ndim = site.args[0], len(site.out)
-    dims = [int(d) % ndim for d in site.arg(1)]
-    axes = site.freeze(site.axes(x), dims, "a Fourier transform runs along it")
+    x, ndim = ctx["self"], len(ctx.out)
+    dims = [int(d) % ndim for d in ctx["dim"]]
+    axes = ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
     for dim in dims:
-        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
+        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
     return axes
 
 
 @rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
-def layer_norm(site: Site) -> Any:
+def layer_norm(ctx: OpContext) -> Any:
     """x [..., normalized_shape] normalised over the last dims, scaled by weight and bias of that shape."""
-    x, shape = site.args[:2]
+    x, shape = ctx["input"], ctx["normalized_shape"]
     last = len(shape)
-    operands = [(site.axes(x), site.shape(x))]
-    operands += [(site.axes(v), site.shape(v)) for v in site.args[2:4] if isinstance(v, fx.Node)]
-    out = broadcast(site, operands, site.out)
-    ndim = len(site.out)
+    operands = [(ctx.axes(x), ctx.shape(x))]
+    operands += [
+        (ctx.axes(v), ctx.shape(v)) for v in (ctx["weight"], ctx.get("bias")) if isinstance(v, fx.Node)
+    ]
+    out = broadcast(ctx, operands, ctx.out)
+    ndim = len(ctx.out)
     gone = range(ndim - last, ndim)
-    for d in set(gone) & set(site.axes(x)):  # x itself: the scale that it meets comes after
-        site.constraints.reduced(site.axes(x)[d])
+    for d in set(gone) & set(ctx.axes(x)):  # x itself: the scale that it meets comes after
+        ctx.constraints.reduced(ctx.axes(x)[d])
     passing = {d: t for d, t in out.items() if d < ndim - last}
-    stats = reduce_dims(site, passing, gone, ndim, keepdim=True)
-    spec = site.node.meta["spec"]
+    stats = reduce_dims(ctx, passing, gone, ndim, keepdim=True)
+    spec = ctx.node.meta["spec"]
     return tuple(out if i == 0 else stats for i, _ in enumerate(spec)) if isinstance(spec, tuple) else out
 
 
 @rule(Family.REDUCTION, "native_group_norm", "group_norm")
-def group_norm(site: Site) -> Any:
+def group_norm(ctx: OpContext) -> Any:
     """x [N, C, ...] normalised over each of g groups of C/g channels: groups are rows, every row keeps
     equally many.
     """
-    x, weight, bias = site.args[:3]
-    groups = int(site.arg(6))
-    shape = site.shape(x)
-    axes = site.freeze(site.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
+    x, weight, bias = ctx["input"], ctx["weight"], ctx["bias"]
+    groups = int(ctx["group|num_groups"])
+    shape = ctx.shape(x)
+    axes = ctx.freeze(ctx.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
     grid = (shape[0], groups, shape[1] // groups, *shape[2:])
-    cut = reshape(site.constraints, axes, shape, grid)
+    cut = reshape(ctx.constraints, axes, shape, grid)
     for d in {1, 2} & set(cut):
-        site.constraints.reduced(cut[d])
-    axes = reshape(site.constraints, cut, grid, shape)
+        ctx.constraints.reduced(cut[d])
+    axes = reshape(ctx.constraints, cut, grid, shape)
     if 1 in cut:
-        site.constraints.batched.append(cut[1].ravel())
+        ctx.constraints.batched.append(cut[1].ravel())
     operands = [(axes, shape)]
     for vector in (weight, bias):
         if isinstance(vector, fx.Node):
-            wide, track = per_channel(site.shape(vector), site.axes(vector), len(shape))
+            wide, track = per_channel(ctx.shape(vector), ctx.axes(vector), len(shape))
             operands.append((track, wide))
-    out = broadcast(site, operands, shape)
-    return tuple(out if i == 0 else {} for i, _ in enumerate(site.node.meta["spec"]))
+    out = broadcast(ctx, operands, shape)
+    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
 
 
 @rule(Family.REDUCTION, "_weight_norm_interface")
-def weight_norm(site: Site) -> Any:
+def weight_norm(ctx: OpContext) -> Any:
     """v * g / |v|, the norm over all dims but one: g is [O, 1, ...] along that dim."""
-    v, g = site.args[:2]
-    out = broadcast(site, [(site.axes(v), site.shape(v)), (site.axes(g), site.shape(g))], site.out)
-    return out, {d: t for d, t in out.items() if d == int(site.arg(2, "dim", 0))}
+    v, g = ctx["v"], ctx["g"]
+    out = broadcast(ctx, [(ctx.axes(v), ctx.shape(v)), (ctx.axes(g), ctx.shape(g))], ctx.out)
+    return out, {d: t for d, t in out.items() if d == int(ctx["dim"])}
 
 
 _POOLS = {
@@ -171,33 +169,33 @@ _POOLS = {
 
 
 @rule(Family.REDUCTION, *_POOLS)
-def pooling(site: Site) -> Any:
+def pooling(ctx: OpContext) -> Any:
     """Windows over the last spatial dims; batch and channels pass."""
-    name = op_name(site.node)
-    x, ndim = site.args[0], len(site.shape(site.args[0]))
+    name = op_name(ctx.node)
+    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
     spatial = range(ndim - _POOLS[name], ndim)
-    axes = site.freeze(site.axes(x), spatial, f"is a spatial dim of {name}")
+    axes = ctx.freeze(ctx.axes(x), spatial, f"is a spatial dim of {name}")
     for dim in spatial:
-        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
-    spec = site.node.meta["spec"]
+        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
+    spec = ctx.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
 @rule(Family.REDUCTION, "grid_sampler_2d", "grid_sampler_3d")
-def grid_sampler(site: Site) -> Any:
+def grid_sampler(ctx: OpContext) -> Any:
     """x is [N, C, spatial], the grid [N, spatial, 2 or 3]: each sample reads its own places; channels
     pass.
     """
-    x, grid = site.args[:2]
+    x, grid = ctx["input"], ctx["grid"]
     places = "is a place or a coordinate of grid_sample"
-    axes = site.freeze(site.axes(x), range(2, len(site.shape(x))), "is a spatial dim of grid_sample")
-    for dim in range(2, len(site.shape(x))):
-        axes = {d: site.constraints.collapse(t, dim) for d, t in axes.items()}
-    own = site.freeze(site.axes(grid), range(1, len(site.shape(grid))), places)
-    one = (1,) * (len(site.out) - 1)
+    axes = ctx.freeze(ctx.axes(x), range(2, len(ctx.shape(x))), "is a spatial dim of grid_sample")
+    for dim in range(2, len(ctx.shape(x))):
+        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
+    own = ctx.freeze(ctx.axes(grid), range(1, len(ctx.shape(grid))), places)
+    one = (1,) * (len(ctx.out) - 1)
     samples = broadcast(
-        site,
-        [({d: t for d, t in a.items() if d == 0}, (site.out[0], *one)) for a in (axes, own)],
-        (site.out[0], *one),
+        ctx,
+        [({d: t for d, t in a.items() if d == 0}, (ctx.out[0], *one)) for a in (axes, own)],
+        (ctx.out[0], *one),
     )
     return {d: t for d, t in axes.items() if d != 0} | samples

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Spec, spec
 from surgeon.ops.ids import Constraints, ValueIds
 
@@ -24,27 +25,20 @@ class Family(enum.Enum):
     OPAQUE = "opaque"  # anything else: freezes what it touches
 
 
-class Site:
+class OpContext:
     """One op in the graph, as its rule sees it."""
 
     def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], constraints: Constraints) -> None:
         self.node, self._axes, self.constraints = node, axes, constraints
+        self.arguments = arguments(node)
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments: nodes, numbers, lists."""
-        return self.node.args
+    def __getitem__(self, name: str) -> Any:
+        """The value of an argument by its name in the op's schema, `dim` or `attn_bias|attn_mask`."""
+        return self.arguments[name]
 
-    @property
-    def schema(self) -> Any:
-        """The op's schema; every op with a rule of its own is an OpOverload."""
-        return self.node.target._schema  # type: ignore[union-attr]  # an OpOverload by registration
-
-    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
-        """The argument at `position`, or the keyword `name`, or the default."""
-        if position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
+    def get(self, name: str) -> Any:
+        """The same; None if the schema has no such argument."""
+        return self.arguments.get(name)
 
     def axes(self, arg: Any) -> ValueIds:
         """The tracks of an argument; none for a scalar or None."""
@@ -74,7 +68,7 @@ class Site:
         return {d: t for d, t in axes.items() if d not in dims}
 
 
-Rule = Callable[[Site], Any]
+Rule = Callable[[OpContext], Any]
 _RULES: dict[str, tuple[Family, Rule]] = {}
 
 
@@ -121,14 +115,14 @@ def known() -> dict[str, Family]:
     return {name: entry[0] for name, entry in sorted(_RULES.items())}
 
 
-def opaque(site: Site) -> Any:
+def opaque(ctx: OpContext) -> Any:
     """An op without a rule: nothing that it touches may leave."""
-    reason = f"op {op_name(site.node)} has no rule"
-    for tensor in site.tensors:
-        axes = site.axes(tensor)
+    reason = f"op {op_name(ctx.node)} has no rule"
+    for tensor in ctx.tensors:
+        axes = ctx.axes(tensor)
         for part in axes if isinstance(axes, tuple) else (axes,):
-            site.constraints.freeze_all(part, reason)
-    spec = site.node.meta["spec"]
+            ctx.constraints.freeze_all(part, reason)
+    spec = ctx.node.meta["spec"]
     return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
 
 
@@ -140,7 +134,9 @@ def shift(axes: ValueIds, ndim: int, to: int) -> ValueIds:
     return {d + extra: t.reshape((1,) * extra + t.shape) for d, t in axes.items()}
 
 
-def broadcast(site: Site, operands: list[tuple[ValueIds, tuple[int, ...]]], out: tuple[int, ...]) -> ValueIds:
+def broadcast(
+    ctx: OpContext, operands: list[tuple[ValueIds, tuple[int, ...]]], out: tuple[int, ...]
+) -> ValueIds:
     """Entries of all operands meet: join the tracks of each dim; a dim that is fixed in one operand freezes
     the others.
     """
@@ -153,9 +149,9 @@ def broadcast(site: Site, operands: list[tuple[ValueIds, tuple[int, ...]]], out:
         tracks = [axes[dim] for axes, _ in aligned if dim in axes]
         if any(dim not in axes and shape[dim] != 1 for axes, shape in aligned):
             for track in tracks:
-                site.constraints.freeze(track, "meets a tensor whose size here is fixed")
+                ctx.constraints.freeze(track, "meets a tensor whose size here is fixed")
             continue
-        result[dim] = meet(site.constraints, tracks)
+        result[dim] = meet(ctx.constraints, tracks)
     return result
 
 

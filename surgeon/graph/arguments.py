@@ -1,0 +1,64 @@
+"""Arguments of an op, by the names of its schema.
+
+Ops that compute the same have other orders of arguments (the causal flag of fused attention is the fifth, sixth or
+seventh of them), and what equals its default need not be given. So no argument is read by its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+
+class Arguments(Mapping[str, Any]):
+    """What an op was called with, defaults included: name -> value.
+
+    A name may hold alternatives, for ops that call one thing by several names: `arguments["attn_bias|attn_mask"]` is
+    the first of them that the schema has.
+
+    Args:
+        target: an `OpOverload`. Plain functions, such as `operator.getitem`, have the names arg0, arg1, ...
+
+    Example: of `aten.sum.dim_IntList(x, [1])` these are self=x, dim=[1], keepdim=False, dtype=None.
+    """
+
+    def __init__(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._target = target
+        schema = getattr(target, "_schema", None)
+        declared = () if schema is None else schema.arguments
+        self.places: dict[str, int] = {argument.name: i for i, argument in enumerate(declared)}
+        if schema is None:
+            self.places = {f"arg{i}": i for i in range(len(args))}
+        defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
+        given = {**defaults, **dict(zip(self.places, args, strict=False)), **kwargs}
+        self._values: dict[str, Any] = {name: given[name] for name in self.places if name in given}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[self.name(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return any(own in self._values for own in str(name).split("|"))
+
+    def name(self, names: str) -> str:
+        """The one of the alternatives that the op has.
+
+        Raises:
+            KeyError: it has none of them; what declares the op is wrong.
+        """
+        for own in names.split("|"):
+            if own in self._values:
+                return own
+        raise KeyError(f"{self._target} has no argument {names}, but {', '.join(self._values)}")
+
+
+def arguments(node: fx.Node) -> Arguments:
+    """The arguments of a recorded op, by name."""
+    return Arguments(node.target, node.args, node.kwargs)
