@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from surgeon.errors import InputError, SurgeonError
-from surgeon.onnx.quantize import METHODS, RANGES, quantize
+from surgeon.onnx.methods import METHODS, RANGES
+from surgeon.onnx.quantize import quantize
 from surgeon.timing.doctor import doctor
 
 _File = Annotated[Path, typer.Argument(help="An ONNX file, as surgeon.export writes it", show_default=False)]
@@ -49,6 +50,13 @@ def quantize_command(
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "static",
     ranges: Annotated[str, typer.Option(help=f"Of static: {', '.join(RANGES)}")] = "minmax",
     per_channel: Annotated[bool, typer.Option("--per-channel/--per-tensor", help="Scales of weights")] = True,
+    reduce_range: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-range/--full-range",
+            help="int8 weights of 7 bits, for x86 without VNNI [default: if this CPU is one]",
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="A node that stays as it is; may be repeated")
     ] = None,
@@ -58,7 +66,14 @@ def quantize_command(
     with reported():
         batches = batches_in(data, batch)
         made = quantize(
-            file, out, batches, method=method, ranges=ranges, per_channel=per_channel, ignore=ignore or ()
+            file,
+            out,
+            batches,
+            method=method,
+            ranges=ranges,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            ignore=ignore or (),
         )
         typer.echo(str(made))
 

@@ -111,7 +111,7 @@ def _watching(path: Path, names: list[str], copy: Path) -> Any:
     )
     try:
         with silence():
-            return open_session(copy)
+            return open_session(copy, exact=True)
     except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
         fix = "use another method, or name the node in ignore=[...]"
         raise QuantizeError(

@@ -3,14 +3,13 @@ tools.
 
 int8 static (QDQ: Jacob et al. 2018; ranges by min-max, entropy or percentile of what the calibration batches
 give), int8 dynamic (activations are scaled when the file runs) or fp16. Both files then run on the batches:
-the error of the outputs, a score if there is a way to take one, and the error that each layer adds.
+the error of the outputs, a score if there is a way to take one, and the error that each layer adds. These runs
+compute exact int8 products, so that the numbers are the same on every CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,15 @@ from surgeon.capture.inputs import normalize
 from surgeon.errors import InputError, QuantizeError, SurgeonError
 from surgeon.files import silence
 from surgeon.onnx import compare as agree
+from surgeon.onnx import saturation
 from surgeon.onnx.compare import Array
-from surgeon.onnx.file import INLINE_LIMIT, draft_of, head, open_session, read, size_on_disk
+from surgeon.onnx.file import draft_of, head, open_session, read, size_on_disk
 from surgeon.onnx.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
+from surgeon.onnx.methods import METHODS, RANGES, WRITERS, Request
 
-METHODS = ("static", "dynamic", "fp16")
-RANGES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-_DYNAMIC = [
-    "MatMul",
-    "Gemm",
-    "Gather",
-    "LSTM",
-    "Attention",
-    "EmbedLayerNormalization",
-]  # no Conv: slower
-_ENTROPY_BINS = {"num_bins": 1024, "num_quantized_bins": 128}
 _SHOWN = 5
+_SEVEN_BITS = "weights take 7 bits, which no CPU saturates on; reduce_range=False gives 8, for CPUs with VNNI, ARM and NPUs"
+_SATURATES = "int8 products saturate on this CPU (x86 without VNNI): the numbers hold on others; for this one: reduce_range=True"
 Run = Callable[[Any], list[Array]]
 
 
@@ -49,6 +41,9 @@ class QuantizeReport:
         error: largest over outputs of |quantised - float| / |float| (2-norms over all test batches).
         score_before, score_after: what `evaluate` gave for the float and the quantised file; None without it.
         layers: all products that both files have, the one that adds most error first.
+        weight_bits: of the quantised weights: 8, 7 (`reduce_range`), or 16 (fp16).
+        saturates: the CPU that ran this adds int8 products in 16 bits, and the weights take all 8: here ONNX
+            Runtime gives other outputs than those that were compared.
     """
 
     path: Path
@@ -59,6 +54,8 @@ class QuantizeReport:
     score_before: float | None
     score_after: float | None
     layers: tuple[LayerLoss, ...]
+    weight_bits: int
+    saturates: bool
 
     def __str__(self) -> str:
         share = self.size_after / self.size_before
@@ -70,6 +67,10 @@ class QuantizeReport:
         lines += [
             f"  {x.name} ({x.op}) adds {x.added:.1e}, {x.error:.1e} in all" for x in self.layers[:_SHOWN]
         ]
+        if self.weight_bits == 7:
+            lines.append(_SEVEN_BITS)
+        if self.saturates:
+            lines.append(_SATURATES)
         if self.layers:
             lines.append(f"to leave the worst layer as it is: ignore=[{self.layers[0].name!r}]")
         return "\n".join(lines)
@@ -77,7 +78,8 @@ class QuantizeReport:
 
 def quantize(
     path: Any, out: Any, batches: Iterable[Any], *, method: str = "static", ranges: str = "minmax", per_channel: bool = True,
-    ignore: Sequence[str] = (), test_batches: Iterable[Any] | None = None, evaluate: Callable[[Run], float] | None = None,
+    reduce_range: bool | None = None, ignore: Sequence[str] = (), test_batches: Iterable[Any] | None = None,
+    evaluate: Callable[[Run], float] | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Write a quantised copy of an ONNX file and measure what that costs.
 
@@ -90,6 +92,8 @@ def quantize(
             products) or "fp16" (inputs and outputs stay as they are).
         ranges: of static quantisation: "minmax", "entropy" or "percentile".
         per_channel: one scale for each output channel of a weight instead of one for all.
+        reduce_range: int8 weights take 7 of the 8 bits. x86 CPUs without VNNI (AVX2 and older AVX-512) saturate
+            on sums of larger products, which costs accuracy there and nowhere else. None: if this CPU does.
         ignore: names of nodes that stay as they are (the report names the layers that lose most).
         test_batches: what to compare the two files on. None: `batches`.
         evaluate: (run) -> score, where run(inputs) gives a file's outputs as arrays; called once for each
@@ -104,6 +108,7 @@ def quantize(
     source, target = Path(path), Path(out)
     proto = read(source)
     given, tests = _checked(proto, batches, test_batches, method, ranges, ignore)
+    request = _request(method, ranges, per_channel, reduce_range, ignore)
     before = _Runner(source, "the float file")
     calibration = [before.feed(batch, number) for number, batch in enumerate(given)]
     checks = (
@@ -112,7 +117,7 @@ def quantize(
     with draft_of(target) as draft:
         try:
             with silence():
-                _WRITERS[method](source, draft, calibration, RANGES[ranges], per_channel, list(ignore))
+                WRITERS[method](source, draft, calibration, request)
         except OSError:
             raise
         except Exception as error:  # ONNX Runtime's tools raise whatever comes
@@ -127,7 +132,22 @@ def quantize(
         scores = (None, None) if evaluate is None else (evaluate(before), evaluate(after))
         sizes = size_on_disk(source, proto), size_on_disk(draft, small)
         del after  # it holds the file open
-    return QuantizeReport(target, method, sizes[0], sizes[1], gap, scores[0], scores[1], layers)
+    bits = 16 if method == "fp16" else 8 - request.reduce_range
+    saturates = bits == 8 and saturation.products_saturate()
+    return QuantizeReport(
+        target, method, sizes[0], sizes[1], gap, scores[0], scores[1], layers, bits, saturates
+    )
+
+
+def _request(
+    method: str, ranges: str, per_channel: bool, reduce_range: bool | None, ignore: Sequence[str]
+) -> Request:
+    if method == "fp16" and reduce_range is not None:
+        raise InputError(
+            "fp16 has no weights of 7 bits", fix='leave out reduce_range, or pass method="static"'
+        )
+    reduced = method != "fp16" and (saturation.products_saturate() if reduce_range is None else reduce_range)
+    return Request(ranges, per_channel, reduced, tuple(ignore))
 
 
 def _checked(
@@ -160,7 +180,7 @@ class _Runner:
         self.path, self.what = path, what
         try:
             with silence():
-                self.session = open_session(path)
+                self.session = open_session(path, exact=True)
         except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
             fix = "write it anew with surgeon.export(model, path)"
             raise QuantizeError(
@@ -184,130 +204,6 @@ class _Runner:
 
     def __call__(self, batch: Any) -> list[Array]:
         return list(self.session.run(None, agree.feeds(normalize(batch), self.session.get_inputs())))
-
-
-# -- the methods ---------------------------------------------------------------------------------------------
-
-
-def _entropy_ranges(ready: Path, reader: Any, folder: Path, large: bool) -> Path:
-    """A file of ranges by entropy, for quantize_static.
-
-    Left to itself it counts values in as many bins as there are int8 numbers, which leaves one range to
-    choose from: the whole.
-    """
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
-    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
-
-    calibrator = create_calibrator(
-        ready, [*{*QDQRegistry, *QLinearOpsRegistry}], augmented_model_path=str(folder / "augmented.onnx"),
-        calibrate_method=CalibrationMethod.Entropy, use_external_data_format=large, extra_options=_ENTROPY_BINS,
-    )  # fmt: skip
-    calibrator.collect_data(reader)
-    save_tensors_data(calibrator.compute_data(), folder / "ranges.json")
-    return folder / "ranges.json"
-
-
-def _even(feeds: list[dict[str, Array]]) -> list[dict[str, Array]]:
-    """The same rows in batches of one size: the histograms of ONNX Runtime take no other."""
-    rows = [next(iter(fed.values())).shape[0] for fed in feeds if all(array.ndim for array in fed.values())]
-    size = math.gcd(*rows) if len(rows) == len(feeds) else 0
-    if (
-        len(set(rows)) < 2
-        or not size
-        or any(len(a) != n for fed, n in zip(feeds, rows, strict=True) for a in fed.values())
-    ):
-        return feeds
-    return [
-        {name: array[start : start + size] for name, array in fed.items()}
-        for fed, count in zip(feeds, rows, strict=True)
-        for start in range(0, count, size)
-    ]
-
-
-def _static(
-    source: Path,
-    draft: Path,
-    feeds: list[dict[str, Array]],
-    ranges: str,
-    per_channel: bool,
-    ignore: list[str],
-) -> None:
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        quantize_static,
-    )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # an untyped base
-        def __init__(self) -> None:
-            self.left = iter(_even(feeds))
-
-        def get_next(self) -> dict[str, Array] | None:
-            return next(self.left, None)
-
-    with tempfile.TemporaryDirectory(dir=draft.parent.parent, prefix=f".{draft.name}.") as folder:
-        ready = Path(folder) / "ready.onnx"
-        large = size_on_disk(source) > INLINE_LIMIT
-        quant_pre_process(
-            str(source),
-            str(ready),
-            skip_optimization=True,
-            skip_symbolic_shape=True,
-            save_as_external_data=large,
-        )
-        known = (
-            {"calibration_cache_path": _entropy_ranges(ready, Reader(), Path(folder), large)}
-            if ranges == "Entropy"
-            else {}
-        )
-        quantize_static(
-            str(ready), str(draft), Reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel, nodes_to_exclude=ignore,
-            calibrate_method=CalibrationMethod[ranges], use_external_data_format=large, **known,
-        )  # fmt: skip
-
-
-def _dynamic(
-    source: Path,
-    draft: Path,
-    feeds: list[dict[str, Array]],
-    ranges: str,
-    per_channel: bool,
-    ignore: list[str],
-) -> None:
-    from onnxruntime.quantization import quantize_dynamic
-
-    large = size_on_disk(source) > INLINE_LIMIT
-    proto = read(source, weights=True)
-    del proto.graph.value_info[:]  # the tool transposes weights and then trips over their old shapes
-    quantize_dynamic(
-        proto, str(draft), op_types_to_quantize=_DYNAMIC, per_channel=per_channel, nodes_to_exclude=ignore,
-        use_external_data_format=large,
-    )  # fmt: skip
-
-
-def _fp16(
-    source: Path,
-    draft: Path,
-    feeds: list[dict[str, Array]],
-    ranges: str,
-    per_channel: bool,
-    ignore: list[str],
-) -> None:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    half = convert_float_to_float16(
-        read(source, weights=True), keep_io_types=True, node_block_list=ignore or None
-    )
-    onnx.save(
-        half, str(draft), save_as_external_data=half.ByteSize() > INLINE_LIMIT, location=f"{draft.name}.data"
-    )
-
-
-_WRITERS: dict[str, Callable[..., None]] = {"static": _static, "dynamic": _dynamic, "fp16": _fp16}
 
 
 def _check_changed(proto: Any, small: Any, source: Path, method: str) -> None:

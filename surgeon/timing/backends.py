@@ -7,6 +7,7 @@ Backends of modules: "torch" (eager, where the weights are), "compile" (torch.co
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 import time
@@ -308,16 +309,24 @@ def files_in(name: str, path: Path) -> Iterator[tuple[str, Path]]:
 
 def _resident(reset: bool = False) -> int | None:
     """Bytes of this process in memory now (`reset`: from here on the peak is counted anew), or at the peak
-    since then.
+    since then. Memory that was freed and kept for later is handed back first: a run that takes it again counts.
     """
     try:
         if reset:
+            _hand_back()
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except OSError:  # not Linux, or not allowed
         return None
     found = re.search(rf"{'VmRSS' if reset else 'VmHWM'}:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else None
+
+
+def _hand_back() -> None:
+    """Give what the allocator keeps back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _reason(error: Exception) -> str:

@@ -327,7 +327,7 @@ def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="simplify"):
         export(model, tmp_path / "a.onnx", x, simplify="fast")
     monkeypatch.setitem(sys.modules, "onnxslim", None)
-    with pytest.raises(MissingExtraError, match=r"surgeon\[deploy\]"):
+    with pytest.raises(MissingExtraError, match=r"surgeon-torch\[deploy\]"):
         export(model, tmp_path / "a.onnx", x, simplify="onnxslim")
     with pytest.raises(ExportError, match=r"could not export|dynamic batch"):
         export(model, tmp_path / "a.onnx", x, dynamic_shapes={"no_such_input": {0: "batch"}})

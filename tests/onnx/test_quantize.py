@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.onnx.export import export
 from surgeon.onnx.quantize import quantize
+from surgeon.onnx.saturation import products_saturate
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +74,73 @@ def test_methods(cnn: tuple[nn.Module, Path], tmp_path: Path, method: str) -> No
     assert report.layers[0].name in str(report)
 
 
+def _weights(path: Path) -> dict[str, Any]:
+    initializers = onnx.load(str(path)).graph.initializer
+    return {
+        t.name: onnx.numpy_helper.to_array(t) for t in initializers if t.name.endswith("weight_quantized")
+    }
+
+
 def test_static_is_signed_per_channel_qdq(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
     report = quantize(cnn[1], tmp_path / "a.onnx", _batches())
     proto = onnx.load(str(report.path))
     scales = [tuple(t.dims) for t in proto.graph.initializer if t.name.endswith("weight_scale")]
     assert (32,) in scales and (64,) in scales
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
-    whole = quantize(cnn[1], tmp_path / "b.onnx", _batches(), per_channel=False)
-    assert whole.layers != report.layers and whole.error > report.error
+    assert {values.dtype for values in _weights(report.path).values()} == {np.dtype(np.int8)}
+
+
+def test_a_scale_for_each_channel_keeps_small_channels(tmp_path: Path) -> None:
+    """One channel is a hundred times as large as the others: one scale for all leaves these a few steps."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 8, 3)
+    with torch.no_grad():
+        model.weight[0] *= 100
+    export(model, tmp_path / "a.onnx", torch.randn(2, 3, 8, 8))
+    exact, errors = model.weight.detach().numpy(), []
+    for each in (True, False):
+        quantize(tmp_path / "a.onnx", tmp_path / "b.onnx", _batches(), per_channel=each)
+        stored = {
+            t.name: onnx.numpy_helper.to_array(t)
+            for t in onnx.load(str(tmp_path / "b.onnx")).graph.initializer
+        }
+        found = stored["weight_quantized"] * stored["weight_scale"].reshape(-1, 1, 1, 1)
+        errors.append(np.abs(found - exact)[1:].max() / np.abs(exact[1:]).max())
+    assert errors[0] < 0.01 and errors[1] > 0.3
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+@pytest.mark.parametrize(("reduce_range", "largest"), [(None, None), (True, 64), (False, 127)])
+def test_weights_of_seven_bits(
+    cnn: tuple[nn.Module, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saturates: bool,
+    reduce_range: bool | None,
+    largest: int | None,
+) -> None:
+    """Left out, they are for CPUs whose products saturate; the report says so, and where its numbers hold."""
+    monkeypatch.setattr("surgeon.onnx.saturation.products_saturate", lambda: saturates)
+    report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), reduce_range=reduce_range)
+    found = max(int(np.abs(values.astype(int)).max()) for values in _weights(report.path).values())
+    assert found == (largest or (64 if saturates else 127))
+    assert report.weight_bits == (7 if found == 64 else 8) and ("7 bits" in str(report)) == (found == 64)
+    assert report.saturates == (saturates and found == 127)
+    assert ("saturate on this CPU" in str(report)) == report.saturates
+    assert report.error < 0.02  # whatever this CPU does
+
+
+def test_a_cpu_that_saturates_is_known(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Outputs of a session as users open it differ from exact ones just where the products saturate."""
+    report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), reduce_range=False)
+    with torch.no_grad():
+        expected = torch.cat([cnn[0](x) for x in _batches()]).numpy()
+    found = np.concatenate([_run(report.path, x) for x in _batches()])
+    served = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert (served > 3 * report.error) == products_saturate() == report.saturates
+    safe = quantize(cnn[1], tmp_path / "b.onnx", _batches(), reduce_range=True)
+    found = np.concatenate([_run(safe.path, x) for x in _batches()])
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) == pytest.approx(safe.error, rel=1e-3)
 
 
 def test_ranges_differ(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
@@ -171,6 +231,7 @@ def test_bad_input(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:
         ("method 'int4'", InputError, path, out, good, {"method": "int4"}),
         ("ranges 'mean'", InputError, path, out, good, {"ranges": "mean"}),
         ("no node 'x'", InputError, path, out, good, {"ignore": ["x"]}),
+        ("no weights of 7 bits", InputError, path, out, good, {"method": "fp16", "reduce_range": True}),
         ("batch 0 does not fit", QuantizeError, path, out, [torch.randn(4, 3, 7, 8)], {}),
         ("batch 1 does not fit", QuantizeError, path, out, [*good, "text"], {}),
         ("nothing was quantised", QuantizeError, folder / "conv.onnx", out, good, {"method": "dynamic"}),

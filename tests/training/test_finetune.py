@@ -750,5 +750,5 @@ def test_features_that_cannot_be() -> None:
 
 def test_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(MissingExtraError, match=r"surgeon\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"surgeon-torch\[train\]"):
         surgeon.finetune(made(), PAIRS, epochs=1)
