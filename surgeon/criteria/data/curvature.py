@@ -140,7 +140,7 @@ class Curvature:
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the squared gradients over all places."""
+        """[groups, width]: the mean of each entry that is read, over all places."""
         return self._sum / max(self._places, 1)
 
     @property
