@@ -7,6 +7,7 @@ physically, prove it.
 from surgeon.api.iterate import iterate
 from surgeon.api.pipeline import inspect, shrink
 from surgeon.api.surgery import Surgery
+from surgeon.capture.inputs import Calls
 from surgeon.cut.broadcast import broadcast_plan
 from surgeon.cut.plan import Plan
 from surgeon.cut.store import load, save
@@ -20,6 +21,6 @@ from surgeon.timing.doctor import doctor
 from surgeon.training import finetune, regularizer
 
 __all__ = [
-    "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse", "inspect",
+    "Calls", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse", "inspect",
     "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink", "verify",
 ]  # fmt: skip

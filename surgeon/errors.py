@@ -29,6 +29,14 @@ def _rebuild(kind: type[SurgeonError], what: str, where: str, why: str, fix: str
     return kind(what, where=where, why=why, fix=fix)
 
 
+class SurgeonWarning(UserWarning):
+    """Base of every warning that surgeon gives."""
+
+
+class PathWarning(SurgeonWarning):
+    """The model's code can take paths that no recorded run took: nothing is shown of them."""
+
+
 class InputError(SurgeonError, ValueError):
     """An argument is missing, out of range or contradicts another one."""
 

@@ -15,13 +15,10 @@ from torch import nn
 
 from surgeon import criteria
 from surgeon.api.surgery import Surgery
-from surgeon.capture.capture import capture, capture_training
 from surgeon.capture.model_state import uncollected
-from surgeon.capture.training_branches import decides_by_mode
+from surgeon.capture.runs import record_runs
 from surgeon.cut.plan import Plan
-from surgeon.errors import CaptureError, InputError
-from surgeon.graph.graph import Graph
-from surgeon.graph.queries import read_tensors
+from surgeon.errors import InputError, PathWarning
 from surgeon.proof.verify import Proof, verify
 from surgeon.recovery.recover import batches_of, check_steps, recover
 from surgeon.selection.options import PlanOptions, Ratio, Request
@@ -29,12 +26,13 @@ from surgeon.selection.options import PlanOptions, Ratio, Request
 
 @uncollected()
 def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[str] | None = None) -> Surgery:
-    """Run the model once and find out what can leave.
+    """Run the model, in eval mode and in training mode, and find out what can leave.
 
     Args:
         model: any module; it comes back as it was, its training mode included.
-        example_inputs: a tensor, a tuple (positional) or a dict (keywords). Left out: found from the model;
-            what was assumed is in `surgery.graph.assumed` and in its print-out.
+        example_inputs: a tensor, a tuple (positional), a dict (keywords), or several calls in `surgeon.Calls`:
+            other sizes, other optional arguments. Left out: found from the model; what was assumed is in
+            `surgery.graph.assumed` and in its print-out.
         outputs: names of the outputs that must stay as they are, such as ["logits"]; all by default. Other
             outputs (hidden states that nobody reads) may lose channels, and the proof does not compare them.
 
@@ -42,34 +40,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[s
         InputError: no output has one of the names.
         CaptureError: the model does not run, or does something that cannot be recorded.
     """
-    graph = capture(model, example_inputs, outputs=outputs)
-    further, remarks = _training_run(model, graph)
-    return Surgery(model, graph, *further, remarks=remarks)
-
-
-def _training_run(model: nn.Module, graph: Graph) -> tuple[list[Graph], list[str]]:
-    """A run in training mode, for models of which code decides by the mode or some layers (auxiliary
-    classifiers, say) only run there.
-
-    Those layers read channels that may leave, so they must be cut along. If the training run fails on the
-    inputs (it may need targets) the layers that it would have shown keep their size; the print-out of the
-    surgery lists them as unused.
-    """
-    seen, decides = read_tensors(graph), decides_by_mode(model)
-    unused = [name for name, _ in model.named_parameters() if name not in seen]
-    if not (unused or decides) or any(tensor.is_meta for tensor in graph.tensors.values()):
-        return [], []
-    said = (
-        [f"{len(unused)} parameters are not used by this run and keep their size, {unused[0]} for one"]
-        if unused
-        else []
-    )
-    try:
-        run = capture_training(model, graph)
-    except CaptureError as error:
-        said = said or ["the model decides by the mode what it runs, and only eval mode was seen"]
-        return [], [f"{said[0]}; in training mode the model does not run on these inputs ({error.what})"]
-    return ([run], []) if decides or not read_tensors(run).isdisjoint(unused) else ([], said)
+    runs = record_runs(model, example_inputs, outputs=outputs)
+    return Surgery(model, *runs.graphs, remarks=runs.remarks, unseen=runs.unseen)
 
 
 def shrink(
@@ -103,6 +75,9 @@ def shrink(
         InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan`, `Plan.apply` and
         `surgeon.recover`.
         ProofError: the small model does not compute what the plan says; this would be a bug in surgeon.
+
+    Warns:
+        PathWarning: the model's code decided by a value, a size or a mode; see `Surgery.unseen`.
     """
     check_options(ratio, options)  # refuse bad arguments before the model runs
     if recovery is not None:
@@ -117,11 +92,25 @@ def shrink(
     surgery = inspect(model, example_inputs, outputs=outputs)
     if surgery.graph.assumed:
         warnings.warn(surgery.graph.assumed, stacklevel=2)
+    if surgery.unseen:
+        warnings.warn(_unseen(surgery.unseen), PathWarning, stacklevel=2)
     plan = surgery.plan(ratio, **options)
     small = plan.apply(model)
     if verify:
         prove(model, small, plan, surgery)
     return small if batches is None else recover(small, plan, model, batches, steps=recovery).model
+
+
+_SAID = 5  # paths that a warning names
+
+
+def _unseen(paths: Sequence[str]) -> str:
+    more = len(paths) - _SAID
+    listed = "".join(f"\n  {path}" for path in paths[:_SAID]) + (f"\n  and {more} more" if more > 0 else "")
+    return (
+        f"the model's code can take paths that were not seen, and nothing is shown of them:{listed}\n  do: pass inputs for"
+        " the other ways as well, example_inputs=surgeon.Calls([...]); surgery.unseen lists all"
+    )
 
 
 def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:

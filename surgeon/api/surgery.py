@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon import criteria
 from surgeon.api.sensitivity import Sensitivity, sensitivity
 from surgeon.capture.model_state import uncollected
+from surgeon.capture.paths.decisions import said
 from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.coupling.explain import Explanation, FrozenShare, explain, frozen_share
 from surgeon.coupling.frozen import FrozenGroup
@@ -48,10 +50,20 @@ class Surgery:
         graph: its recorded run.
         groups: units that may leave, by group.
         macs, params: of the model as it is; MACs for the example inputs, batch included.
-        remarks: what was assumed, and what the run did not see.
+        runs: all recorded runs; those after the first one take other paths through the model's code.
+        remarks: what was assumed, and what the runs did not see.
+        unseen: those of them that name paths through the model's code that no run took: where Python decided by a
+            value, a size or a mode, the line and the way that it went.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, *further: Graph, remarks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        *further: Graph,
+        remarks: Sequence[str] = (),
+        unseen: Sequence[str] = (),
+    ) -> None:
         self.remarks = tuple(r for r in (graph.assumed, *remarks) if r)
         self.model, self.graph, self.runs = model, graph, (graph, *further)
         if self.without_values:
@@ -60,6 +72,14 @@ class Surgery:
             )
         self.analysis: Analysis = analyse(graph, *further)
         self.shapes = ShapeModel(graph, self.propagation, self.solution)
+        decisions = itertools.chain.from_iterable(run.decisions for run in self.runs)
+        self.unseen = tuple(dict.fromkeys((*unseen, *said(decisions, self._varies))))
+        self.remarks += self.unseen
+
+    def _varies(self, node: fx.Node, dim: int) -> bool:
+        """Whether a size hangs on the inputs: no tensor of the model's own gives it."""
+        ids = self.propagation.axes.get(node, {})
+        return isinstance(ids, dict) and dim not in ids and node.op != "get_attr"
 
     @property
     def propagation(self) -> Propagation:

@@ -10,21 +10,20 @@ training flags, RNG state, gradients, buffers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.capture.inputs import find_inputs, normalize
 from surgeon.capture.meta_run import real_indices
-from surgeon.capture.model_state import copies, quiet_run
+from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
 from surgeon.capture.recorder import Recorder
 from surgeon.capture.size_dependencies import SizeMode
 from surgeon.capture.size_tracing import looking_inside_functional
-from surgeon.errors import CaptureError, InputError, SurgeonError
-from surgeon.graph.graph import Graph
+from surgeon.errors import CaptureError, SurgeonError
+from surgeon.graph.graph import Decision, Graph
 from surgeon.graph.tensors import tensor_leaves
 
 
@@ -33,6 +32,7 @@ def capture(
     example_inputs: Any = None,
     *,
     training: bool = False,
+    answers: Mapping[str, bool] | None = None,
     outputs: Sequence[str] | None = None,
 ) -> Graph:
     """Run `model` once and record it.
@@ -42,6 +42,7 @@ def capture(
         example_inputs: a tensor, a tuple (positional) or a dict (keywords). None: found from the model (see
             `inputs`).
         training: run in training mode instead, to see branches that only training uses.
+        answers: what the model's code is told of global modes (see `global_modes`).
         outputs: names of the outputs that count, all by default; what is below a name counts with it. Others
             are no outputs of the graph: their channels may leave, and nothing compares them.
 
@@ -64,7 +65,8 @@ def capture(
         example_inputs, assumed = find_inputs(model)
     args, kwargs = real_indices(normalize(example_inputs))
     recorder = Recorder(model)
-    with quiet_run(model, seed=0, training=training):
+    asked: list[Decision] = []
+    with quiet_run(model, 0, training, answers, asked):
         try:
             with recorder.watching():
                 given = copies((args, kwargs))
@@ -75,10 +77,16 @@ def capture(
                     recorder,
                     SizeMode(recorder.node_of, recorder.assign, recorder.product),
                 ):
+                    before = python_draws()
                     output = model(*given[0], **given[1])
-            return dataclasses.replace(
-                recorder.finish(output, args, kwargs, assumed, outputs), training=training
-            )
+                    asked += [
+                        Decision("value", f"a number drawn by {name}", "one of many", None)
+                        for name in drawn_since(before)
+                    ]
+            graph = recorder.finish(output, args, kwargs, assumed, outputs)
+            decisions = (*graph.decisions, *dict.fromkeys(asked))
+            told = tuple((answers or {}).items())
+            return dataclasses.replace(graph, training=training, answers=told, decisions=decisions)
         except SurgeonError:
             raise
         except Exception as error:
@@ -93,19 +101,3 @@ def capture(
             ) from error
         finally:
             recorder.restore()
-
-
-def capture_training(model: nn.Module, graph: Graph) -> Graph:
-    """A run in training mode on the same inputs with twice the batch: batch norms refuse a batch of one.
-
-    Raises:
-        CaptureError: the model does not run so; it may need targets.
-    """
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (graph.args, graph.kwargs)
-    )
-    given = kwargs if kwargs else args
-    try:
-        return capture(model, given, training=True, outputs=graph.named or None)
-    except InputError:  # it gives others in training mode: all count
-        return capture(model, given, training=True)

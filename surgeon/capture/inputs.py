@@ -7,7 +7,8 @@ always says what it assumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,12 +23,60 @@ _SIZES = (224, 32, 28, 64, 256, 299, 384, 128, 96, 48, 16, 8, 512)
 _LENGTHS = (16, 128, 512, 1024, 16000)
 
 
+class Calls(tuple[Any, ...]):
+    """Several calls of a model as example inputs: `surgeon.Calls([x, (x, mask), {"x": longer}])`.
+
+    Each is a tensor, a tuple of positional arguments or a dict of keywords. All of them are recorded, and what any
+    of them runs is tied, mended and proved: other sizes, other optional arguments. Costs are those of the first.
+
+    A plain list is taken for several calls as well where it cannot be one: where it holds tuples or dicts alone, or
+    more items than the model's forward takes.
+    """
+
+    def __new__(cls, calls: Iterable[Any]) -> Calls:
+        made = super().__new__(cls, calls)
+        if not made:
+            raise InputError("Calls holds no call", fix="pass the inputs of at least one call")
+        return made
+
+
+def calls_of(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """The calls that example inputs hold, one in most cases.
+
+    Raises:
+        InputError: a list is empty.
+    """
+    if isinstance(example_inputs, Calls):
+        return list(example_inputs)
+    if type(example_inputs) is list and _are_calls(model, example_inputs):
+        return list(Calls(example_inputs))
+    return [example_inputs]
+
+
+def _are_calls(model: nn.Module, items: list[Any]) -> bool:
+    """Whether a list can only be several calls."""
+    if all(type(item) is tuple for item in items) or all(isinstance(item, Mapping) for item in items):
+        return True
+    try:
+        inspect.signature(model.forward).bind(*items)
+    except TypeError:
+        return True
+    except ValueError:  # it has no signature
+        return False
+    return False
+
+
 def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a tensor, a tuple or list (positional) or a dict (keywords).
 
     Raises:
         InputError: there is no tensor in it, or it has NaN or infinite values.
     """
+    if isinstance(example_inputs, Calls):
+        raise InputError(
+            f"example_inputs holds {len(example_inputs)} calls of the model, and one is needed here",
+            fix="pass the inputs of one call",
+        )
     if isinstance(example_inputs, Mapping):
         args: tuple[Any, ...] = ()
         kwargs = {str(key): value for key, value in example_inputs.items()}

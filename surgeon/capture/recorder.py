@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from surgeon.capture import aliasing as _views
 from surgeon.capture.call_stack import CallStack, user_line
 from surgeon.capture.meta_run import PlainMode
+from surgeon.capture.paths.decisions import decisions_of
 from surgeon.capture.value_dependent import decides, decision
 from surgeon.errors import CaptureError
-from surgeon.graph.graph import Call, Graph, Spec
+from surgeon.graph.graph import HELD, Call, Graph, Spec
 from surgeon.graph.messages import source_line
-from surgeon.graph.tensors import architecture, named, named_tensors, tensor_leaves
+from surgeon.graph.tensors import architecture, held_tensors, named, named_tensors, tensor_leaves
 
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
 
@@ -65,6 +66,7 @@ class Recorder(PlainMode):
             else:
                 self.aliases[name] = first
         self.owned = frozenset(self.tensors)
+        self.held = {id(tensor): tensor for tensor in held_tensors(model)}
         kept = (t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor))
         self.stored = frozenset(self.names[id(t)] for t in kept if id(t) in self.names)
         self.values: dict[int, tuple[weakref.ref[Tensor], _Value]] = {}
@@ -114,7 +116,8 @@ class Recorder(PlainMode):
             return value
         name = self.names.get(id(tensor))
         if name is None:
-            name = f"_constant_{len(self.tensors) - len(self.owned)}"
+            kind = HELD if id(tensor) in self.held else "_constant_"
+            name = f"{kind}{len(self.tensors) - len(self.owned)}"
             self.tensors[name] = tensor.detach().clone()
             self.kept.append(tensor)
         node = self.graph.create_node("get_attr", name, name=f"tensor_{len(self.values)}")
@@ -331,7 +334,8 @@ class Recorder(PlainMode):
                 f"the model's output holds no tensor (it is a {type(output).__name__})",
                 fix="let forward return a tensor, or a dict, list, tuple or dataclass of tensors",
             )
-        outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in named(leaves, names))
+        counted = named(leaves, names)
+        outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in counted)
         self.graph.output(tuple(node for _, node in outputs))
         return Graph(
             fx=self.graph,
@@ -342,11 +346,13 @@ class Recorder(PlainMode):
             hash=self.hash,
             calls=tuple(self.calls),
             outputs=outputs,
+            results=tuple(tensor.detach() for _, tensor in counted),
             inputs=tuple(self.inputs),
             args=args,
             kwargs=kwargs,
             assumed=assumed,
             named=tuple(names or ()),
+            decisions=decisions_of(self.graph, self.owned),
         )
 
 

@@ -15,7 +15,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgeon.capture.size_tracing import Follows, Sizes, TracedInt
+from surgeon.capture.call_stack import user_line
+from surgeon.capture.paths.decisions import looks_at_a_value, note_length, note_value
+from surgeon.capture.size_tracing import Sizes
+from surgeon.capture.traced_size import Follows, SizeNumber, TracedInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,13 @@ class SizeMode(Sizes):
         node = self.node_of(tensor) if size > 1 else None
         return size if node is None else TracedInt(size, Follows(node, dim))
 
+    def all_entries(self, tensor: Tensor, count: int) -> int:
+        """What the code gets for the number of a tensor's entries."""
+        node = self.node_of(tensor)
+        return (
+            count if node is None else SizeNumber(count, tuple(Follows(node, d) for d in range(tensor.dim())))
+        )
+
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         self.within(number)
         try:
@@ -63,6 +73,12 @@ class SizeMode(Sizes):
         if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
             self.assign(args[0], args[1])
         result = super().__torch_function__(func, types, args, kwargs)
+        if looks_at_a_value(name):
+            note_value(name, self.node_of(args[0]), result, user_line())
+        elif name == "__len__":
+            note_length(self.node_of(args[0]), result, user_line())
+        elif name in ("numel", "nelement") and type(result) is int:
+            return self.all_entries(args[0], result)
         if name == "flatten" and isinstance(result, Tensor):
             node = self.node_of(result)
             if node is not None:

@@ -73,6 +73,10 @@ ADVICE = (
         "windows of memory",
         "let `as_strided` step through channels from end to end, with windows along other dims alone",
     ),
+    (
+        "makes anew",
+        "make the table once, in __init__, as long as any input needs it; or compute it from the tensor that reads it",
+    ),
     ("boolean index", "multiply with the mask instead of indexing by it"),
 )
 

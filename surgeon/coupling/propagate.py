@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from surgeon.capture.size_tracing import Follows
-from surgeon.graph.graph import Graph, spec
+from surgeon.capture.traced_size import Follows
+from surgeon.graph.graph import HELD, Graph, spec
+from surgeon.graph.messages import source_line
 from surgeon.ops.ids import Constraints, DimIds, ValueIds
 from surgeon.ops.table import Family, OpContext, family, op_name, rule_of
 
@@ -158,11 +159,14 @@ def _slot_axes(
 ) -> ValueIds:
     shape = spec(node).shape
     if name not in graph.owned:
-        tensor = graph.tensors[name]
-        if not tensor.is_meta and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
-            return _fresh(constraints, shape)  # one repeated constant
-        return {}
+        free = not name.startswith(HELD) and _is_repeated(graph.tensors[name])
+        return _fresh(constraints, shape) if free else {}
     axes = _fresh(constraints, shape)
+    if name in graph.rebuilt and not _is_repeated(graph.tensors[name]):
+        line = source_line(graph.rebuilt[name])
+        constraints.freeze_all(
+            axes, f"is state that the model's code makes anew, for a longer input say, at {line}"
+        )
     dtype = spec(node).dtype
     for dim, track in axes.items():
         slots[name, dim] = track.ravel()
@@ -170,6 +174,11 @@ def _slot_axes(
         constraints.freeze_all(axes, "holds whole numbers, such as positions")
         return {}
     return axes
+
+
+def _is_repeated(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one constant throughout."""
+    return not tensor.is_meta and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _fresh(constraints: Constraints, shape: tuple[int, ...]) -> ValueIds:

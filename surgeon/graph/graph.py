@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+HELD = "_held_"  # begins the names of lifted constants that the model keeps in a list, a dict or an object
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -40,6 +42,27 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decision:
+    """Where the model's own Python code decided what to run, and how: another run may go another way.
+
+    Attributes:
+        kind: "value" of a tensor, "size", or "mode" that holds for the whole process.
+        what: what was looked at, such as "4 > 16" or "torch.is_grad_enabled()".
+        went: the answer.
+        source: (file, line) of the user's code.
+        node: the value that was looked at, None for a mode.
+        dim: the dim of a size.
+    """
+
+    kind: str
+    what: str
+    went: str
+    source: tuple[str, int] | None
+    node: fx.Node | None = None
+    dim: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
     """A recorded run.
 
@@ -57,11 +80,17 @@ class Graph:
         hash: the `architecture` of the model.
         calls: the ops in the order in which they ran.
         outputs: (path, node) of each output tensor, e.g. ("logits", node).
+        results: the values of the outputs.
         inputs: (path, node) of each input tensor.
         args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
         training: whether the run was in training mode.
+        answers: (name, answer) of global modes about which the code was told something else than holds, such as
+            ("torch.is_grad_enabled", True).
+        number: which of several calls this is a run of, from 1; 0 if there is but one.
         named: the names of the outputs that count, () if all do.
+        decisions: what the model's Python code decided by.
+        rebuilt: tensors that the model's code makes anew while it runs (see `rebuilt_state`), with the line.
     """
 
     fx: torch.fx.Graph
@@ -72,12 +101,24 @@ class Graph:
     hash: str
     calls: tuple[Call, ...]
     outputs: tuple[tuple[str, torch.fx.Node], ...]
+    results: tuple[Tensor, ...]
     inputs: tuple[tuple[str, torch.fx.Node], ...]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     assumed: str = ""
     training: bool = False
+    answers: tuple[tuple[str, bool], ...] = ()
+    number: int = 0
     named: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    rebuilt: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What sets this run apart from the first one, for messages: " in training mode", say."""
+        parts = [f" of call {self.number}"] if self.number > 1 else []
+        parts += [" in training mode"] * self.training
+        return "".join(parts + [f" where {name}() is {answer}" for name, answer in self.answers])
 
 
 def spec(node: fx.Node) -> Spec:

@@ -36,6 +36,37 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield dot + name, value
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors that modules keep in lists, dicts and objects of their own, such as caches. They have no names."""
+    known: set[int] = {id(module) for module in model.modules()}
+    todo: list[Any] = [
+        value for module in model.modules() for name, value in vars(module).items() if name not in _OF_MODULES
+    ]
+    todo = [value for value in todo if not isinstance(value, Tensor)]
+    found: list[Tensor] = []
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif id(value) not in known and not isinstance(value, type):
+            known.add(id(value))
+            todo += _items(value)
+    return found
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _items(value: Any) -> list[Any]:
+    """What a container or an object holds."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    own = type(value).__module__.partition(".")[0] not in ("torch", "builtins")
+    return list(vars(value).values()) if own and hasattr(value, "__dict__") else []
+
+
 def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors in a nest of dicts, lists, tuples, dataclasses and plain objects, with their paths."""
     yield from _leaves(value, path, set())

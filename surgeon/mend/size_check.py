@@ -21,7 +21,8 @@ from surgeon.capture.aliasing import getitem
 from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.capture.size_tracing import CheckedInt, Sizes, looking_inside_functional
+from surgeon.capture.size_tracing import Sizes, looking_inside_functional
+from surgeon.capture.traced_size import CheckedInt
 from surgeon.capture.value_dependent import replay
 from surgeon.errors import MendError
 from surgeon.graph.graph import Call, Graph, Spec, spec
@@ -87,7 +88,7 @@ def _compare_one(
     small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice, comparisons: bool
 ) -> list[Note]:
     mode = _Comparer(small, graph, shapes, choice)
-    with quiet_run(small, seed=0, training=graph.training), mode.stack:
+    with quiet_run(small, 0, graph.training, dict(graph.answers)), mode.stack:
         try:
             with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
                 output_of(small, graph.args, graph.kwargs)

@@ -140,17 +140,27 @@ class _Upgrade(PlainMode):
 
 
 class _Products(Sizes):
-    """Tells of the products that run."""
+    """Tells of the products that run, and tells the code the dtype that it knows, as it may decide by it."""
 
-    def __init__(self, told: Callable[[int, Callable[[], Any]], Any]) -> None:
+    def __init__(self, told: Callable[[int, Callable[[], Any]], Any], dtype: torch.dtype) -> None:
         super().__init__()
-        self.told = told
+        self.told, self.dtype = told, dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        return self.dtype if result is torch.float64 else result
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         return size
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         return self.told(number, run)
+
+
+def _dtype(graph: Graph) -> torch.dtype:
+    """The floating type that the recorded run computed in."""
+    nodes = (*(node for _, node in graph.inputs), *graph.fx.find_nodes(op="get_attr"))
+    return next((spec(node).dtype for node in nodes if spec(node).dtype.is_floating_point), torch.float64)
 
 
 def _of_indices(dtypes: list[torch.dtype]) -> bool:
@@ -197,10 +207,10 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: b
     mode = _Upgrade(graph, leaking)
     with (
         float64(),
-        quiet_run(twin, seed=0, training=graph.training),
+        quiet_run(twin, 0, graph.training, dict(graph.answers)),
         looking_inside_functional(),
         mode,
-        _Products(mode.product),
+        _Products(mode.product, _dtype(graph)),
     ):
         try:
             output = output_of(twin, args, kwargs)

@@ -7,8 +7,7 @@ does so over those that are present. Nothing here knows of ids, groups or slicin
 
 A run shows nothing of channels that are zero in it. So models with ReLUs or kin are run once more, with
 activations that leak: the size of its input is added to what each gives. What stays zero is counted. A run in
-eval mode shows nothing of what only the training mode runs; where the model's code decides by it, or cut
-layers were not read, that run is compared as well.
+eval mode shows nothing of what only the training mode runs, so that run is compared as well where it differs.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, nn
 
-from surgeon.capture.capture import capture, capture_training
-from surgeon.capture.training_branches import decides_by_mode
+from surgeon.capture.runs import further_runs, record_runs
 from surgeon.cut.plan import Plan
-from surgeon.errors import CaptureError, ProofError
+from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.queries import read_tensors
@@ -99,14 +97,14 @@ def verify(
 ) -> Proof:
     """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original; with
     activations that are zero for many inputs (ReLU and kin) twice as many, because a channel that is zero
-    shows nothing. Where the model decides by the mode what it runs, or layers were cut that only training
-    runs, a run in training mode is compared, too.
+    shows nothing. Runs in training mode, or with other answers about global modes, are compared as well where
+    they compute something else (see `capture.runs`).
 
     Args:
         model: the original.
         small: what `plan.apply(model)` gave, before any training or recovery.
         plan: the plan.
-        example_inputs: as for `capture`; floating-point inputs are replaced by random ones of the same shape
+        example_inputs: as for `inspect`, several calls too; floating-point inputs are replaced by random ones of the same shape
             unless the model's control flow reads values.
         graph: the recorded run of `model`, if there is one already; or several, that in eval mode first.
 
@@ -114,13 +112,11 @@ def verify(
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
     _same_tensors(model, small, plan)
-    graph = graph or capture(model, example_inputs, outputs=plan.request.get("outputs"))
-    runs = [graph] if isinstance(graph, Graph) else [*graph]
-    unread = set(plan.kept) - read_tensors(runs[0])
-    if len(runs) == 1 and not runs[0].training and (unread or decides_by_mode(model)):
-        with contextlib.suppress(CaptureError):
-            runs.append(capture_training(model, runs[0]))
-    unread = unread.difference(*map(read_tensors, runs))
+    if graph is None:
+        runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs
+    else:
+        runs = further_runs(model, [graph]).graphs if isinstance(graph, Graph) else tuple(graph)
+    unread = set(plan.kept).difference(*map(read_tensors, runs))
     proofs = [_looked(model, small, plan, run, tolerance) for run in runs]
     return Proof(
         {path: error for proof in proofs for path, error in proof.errors.items()},
@@ -182,7 +178,7 @@ def _compared(
                 why="it overflows in the original as well",
                 fix="pass example_inputs for which the model gives numbers",
             )
-        errors[path + " in training mode" * graph.training] = distance(path, want, mask, got)
+        errors[path + graph.label] = distance(path, want, mask, got)
     said = tuple((where(node), before, after) for node, (_, before, after) in rescaled.items())
     proof = Proof(errors, tolerance, run.inner, run.compared, said)
     if not proof.error <= tolerance:

@@ -72,8 +72,8 @@ def test_the_bare_folder_shows_the_stages() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse", "inspect",
-        "iterate", "load", "quantize", "recover", "regularizer",
+        "Calls", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse",
+        "inspect", "iterate", "load", "quantize", "recover", "regularizer",
         "save", "shrink", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:

@@ -1,0 +1,78 @@
+"""Global modes of the process by which the model's own code may decide what to run: who asks, and other answers.
+
+Such code runs differently while gradients are on, under autocast, or when it is scripted or exported. It can be
+told another answer than holds, so that the other path is recorded as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.onnx
+from torch import nn
+
+from surgeon.capture.paths.source_tests import only_checks
+from surgeon.graph.graph import Decision
+
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_OWN_DIR = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
+
+_SPACES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "torch": (
+        torch,
+        ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+    ),
+    "torch.jit": (torch.jit, ("is_scripting", "is_tracing")),
+    "torch.onnx": (torch.onnx, ("is_in_onnx_export",)),
+    "torch.compiler": (torch.compiler, ("is_compiling", "is_exporting", "is_dynamo_compiling")),
+}
+
+
+@contextlib.contextmanager
+def answering(model: nn.Module, answers: Mapping[str, bool], asked: list[Decision] | None) -> Iterator[None]:
+    """While this holds, the user's code gets these answers about modes, and what it asks is noted.
+
+    Args:
+        answers: name of a mode, such as "torch.is_grad_enabled" -> what the user's code is told.
+        asked: gets a decision for each question; None: nothing is noted.
+    """
+    if not answers and asked is None:
+        yield
+        return
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    spaces = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    try:
+        for path, (space, names) in _SPACES.items():
+            for name in names:
+                function = getattr(space, name)
+                told = _told(f"{path}.{name}", function, answers, asked)
+                for held in (vars(space), *(s for s in spaces if s is not vars(space))):
+                    for own in [key for key, value in held.items() if value is function]:
+                        before.append((held, own, function))
+                        held[own] = told
+        yield
+    finally:
+        for held, name, function in before:
+            held[name] = function
+
+
+def _told(
+    name: str, function: Callable[..., bool], answers: Mapping[str, bool], asked: list[Decision] | None
+) -> Callable[..., bool]:
+    def told(*args: Any, **kwargs: Any) -> bool:
+        frame = sys._getframe(1)
+        path = frame.f_code.co_filename
+        if path.startswith((_TORCH_DIR, _OWN_DIR)):
+            return function(*args, **kwargs)
+        answer = answers.get(name)
+        answer = function(*args, **kwargs) if answer is None else answer
+        if asked is not None and not only_checks(path, frame.f_lineno):
+            asked.append(Decision("mode", name, str(answer), (path, frame.f_lineno)))
+        return answer
+
+    return told

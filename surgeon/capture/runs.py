@@ -1,0 +1,159 @@
+"""record_runs(model, example inputs) -> `Runs`: all runs of a model that are to be tied, mended and proved together.
+
+Of each call: a run in eval mode and one in training mode; and where the code asks about global modes, one that is
+told otherwise. Runs that add nothing to those before them are left out. What was not seen is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree
+from torch import Tensor, nn
+
+from surgeon.capture.capture import capture
+from surgeon.capture.inputs import calls_of
+from surgeon.capture.paths.same_run import adds_nothing, gives_the_same
+from surgeon.capture.rebuilt_state import rebuilt
+from surgeon.errors import CaptureError, InputError
+from surgeon.graph.graph import Graph
+from surgeon.graph.messages import source_line
+from surgeon.graph.queries import read_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What was recorded.
+
+    Attributes:
+        graphs: the runs; the first one is the first call in eval mode.
+        unseen: paths through the code that could not be recorded, a sentence each.
+        remarks: what else is worth saying.
+    """
+
+    graphs: tuple[Graph, ...]
+    unseen: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def record_runs(
+    model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[str] | None = None
+) -> Runs:
+    """Record what is to be seen of a model.
+
+    Args:
+        example_inputs: a tensor, a tuple (positional) or a dict (keywords); or several calls, see `calls_of`.
+        outputs: names of the outputs that count, see `capture`.
+
+    Raises:
+        InputError, CaptureError: see `capture`.
+    """
+    calls = calls_of(model, example_inputs)
+    graphs = [capture(model, given, outputs=outputs) for given in calls]
+    if len(calls) > 1:
+        graphs = [dataclasses.replace(graph, number=number) for number, graph in enumerate(graphs, 1)]
+    runs = further_runs(model, graphs)
+    if type(example_inputs) is list and len(example_inputs) > 1 == len(calls):
+        said = "a list as example_inputs was taken for the positional arguments of one call; surgeon.Calls holds several"
+        runs = dataclasses.replace(runs, remarks=(said, *runs.remarks))
+    return runs
+
+
+def further_runs(model: nn.Module, calls: Sequence[Graph]) -> Runs:
+    """What else is to be seen of a model of which these calls were recorded in eval mode."""
+    graphs, unseen = list(calls), list[str]()
+    for run in calls:
+        unseen += _further(model, run, graphs)
+    state = rebuilt(model, graphs)
+    graphs = [dataclasses.replace(graph, rebuilt=state) for graph in graphs]
+    return Runs(tuple(graphs), tuple(dict.fromkeys(unseen)), (*_told(graphs), *_unused(model, graphs)))
+
+
+def _further(model: nn.Module, run: Graph, graphs: list[Graph]) -> Iterator[str]:
+    """Add the other runs of a call that show something new; what could not be seen."""
+    seen = [run]
+    try:
+        training = _in_training(model, run)
+    except CaptureError as error:
+        yield f"in training mode the model does not run on these inputs, so that only eval mode was seen ({error.what})"
+    else:
+        if not adds_nothing(training, graphs):
+            graphs.append(training)
+            seen.append(training)
+    for base in seen:
+        yield from _told_otherwise(model, base, graphs)
+
+
+def _in_training(model: nn.Module, run: Graph) -> Graph:
+    """A run in training mode; on twice the batch where batch norms refuse a batch of one.
+
+    Raises:
+        CaptureError: the model does not run so; it may need targets.
+    """
+    try:
+        return _again(model, run, (run.args, run.kwargs), training=True)
+    except CaptureError as error:
+        twice = torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (run.args, run.kwargs)
+        )
+        try:
+            return _again(model, run, twice, training=True)
+        except CaptureError:
+            raise error from None
+
+
+def _again(model: nn.Module, run: Graph, given: Any, **how: Any) -> Graph:
+    args, kwargs = given
+    inputs = kwargs if kwargs else args
+    try:
+        graph = capture(model, inputs, outputs=run.named or None, **how)
+    except InputError:  # it gives other outputs so: all count
+        graph = capture(model, inputs, **how)
+    return dataclasses.replace(graph, number=run.number)
+
+
+def _told_otherwise(model: nn.Module, base: Graph, graphs: list[Graph]) -> Iterator[str]:
+    """Runs in which the code is told the other answer about global modes that it asks about."""
+    asked = {d.what: d for d in base.decisions if d.kind == "mode"}
+    other = {name: decision.went != "True" for name, decision in asked.items()}
+    if len(other) > 1 and _is_known(_with_answers(model, base, other), base, graphs):
+        return
+    for name, decision in asked.items():
+        run = _with_answers(model, base, {name: other[name]})
+        if isinstance(run, CaptureError):
+            yield (
+                f"the code asks {name}() at {source_line(decision.source)}: it was {decision.went}{base.label}; the other"
+                f" path does not run here ({run.what})"
+            )
+        elif not _is_known(run, base, graphs):
+            graphs.append(run)
+
+
+def _with_answers(model: nn.Module, base: Graph, answers: Mapping[str, bool]) -> Graph | CaptureError:
+    try:
+        return _again(model, base, (base.args, base.kwargs), training=base.training, answers=answers)
+    except CaptureError as error:
+        return error
+
+
+def _is_known(run: Graph | CaptureError, base: Graph, graphs: Sequence[Graph]) -> bool:
+    """Whether a run shows nothing that the others do not, or computes the same in another way."""
+    return isinstance(run, Graph) and (gives_the_same(run, base) or adds_nothing(run, graphs))
+
+
+def _told(graphs: Sequence[Graph]) -> Iterator[str]:
+    """Which modes were recorded both ways, because the code runs something else."""
+    lines = {d.what: source_line(d.source) for graph in graphs for d in graph.decisions if d.kind == "mode"}
+    for name, answer in dict.fromkeys(itertools.chain.from_iterable(graph.answers for graph in graphs)):
+        yield f"the code asks {name}() at {lines[name]}: runs for False and True were recorded ({not answer} holds here)"
+
+
+def _unused(model: nn.Module, graphs: Sequence[Graph]) -> Iterator[str]:
+    seen = set().union(*map(read_tensors, graphs))
+    unused = [name for name, _ in model.named_parameters() if name not in seen]
+    if unused:
+        yield f"{len(unused)} parameters are not used by any run and keep their size, {unused[0]} for one"

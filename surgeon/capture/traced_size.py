@@ -1,0 +1,279 @@
+"""Sizes as the model's code sees them: whole numbers that know which dims they were computed from.
+
+A `TracedInt` is a dim's size, or an exact product or quotient of it: what it is used for keeps the same share. Any
+other number computed from sizes is a `SizeNumber`. Where the code compares either, it decides on a size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgeon.capture.paths.source_tests import compares
+from surgeon.graph.graph import Decision
+
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torch's own asserts decide nothing
+_OWN_DIR = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+@dataclasses.dataclass(frozen=True)
+class Follows:
+    """A size that was computed from the size of `dim` of `node`."""
+
+    node: fx.Node
+    dim: int
+
+
+class Size(int):
+    """A size that knows more than its value; what is kept of it or copied is the value.
+
+    Raises:
+        TypeError: for einops, which remembers what it computed of sizes (and does without where they have no
+            hash): the next tensor of the same shape would get numbers of this one.
+    """
+
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("einops."):
+            raise TypeError("a size that is traced has no hash here")
+        return hash(int(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+class _OfSizes:
+    """What numbers have in common that were computed from sizes: where the code compares one it decides on a size."""
+
+    sources: tuple[Follows, ...]
+
+    def decides(self, other: Any, sign: str, went: bool, frame: types.FrameType) -> None:
+        """The code decides on this number: sizes that are other ones may take it elsewhere."""
+        path = frame.f_code.co_filename
+        if path.startswith((_TORCH_DIR, _OWN_DIR)) or not compares(frame):
+            return
+        said = f"{_plain(self)} {sign} {_plain(other)}" if sign else f"{_plain(self)}"
+        for source in self.sources:
+            ways = source.node.meta.setdefault("decisions", [])
+            ways.append(Decision("size", said, str(went), (path, frame.f_lineno), source.node, source.dim))
+
+    def __eq__(self, other: object) -> bool:
+        return _compare(self, other, operator.eq, "==")
+
+    def __ne__(self, other: object) -> bool:
+        return _compare(self, other, operator.ne, "!=")
+
+    def __lt__(self, other: Any) -> bool:
+        return _compare(self, other, operator.lt, "<")
+
+    def __le__(self, other: Any) -> bool:
+        return _compare(self, other, operator.le, "<=")
+
+    def __gt__(self, other: Any) -> bool:
+        return _compare(self, other, operator.gt, ">")
+
+    def __ge__(self, other: Any) -> bool:
+        return _compare(self, other, operator.ge, ">=")
+
+    def __bool__(self) -> bool:
+        went = bool(_plain(self))
+        self.decides(None, "", went, sys._getframe(1))
+        return went
+
+
+class SizeQuotient(_OfSizes, float):  # type: ignore[misc]  # comparisons take any object, as those of int do
+    """A quotient of sizes."""
+
+    def __new__(cls, value: float, sources: tuple[Follows, ...]) -> SizeQuotient:
+        made = super().__new__(cls, value)
+        made.sources = sources
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+    __hash__ = float.__hash__
+
+
+class SizeNumber(_OfSizes, Size):
+    """A whole number that was computed from sizes."""
+
+    def __new__(cls, value: int, sources: tuple[Follows, ...]) -> SizeNumber:
+        made = super().__new__(cls, value)
+        made.sources = sources
+        return made
+
+    def _with(self, value: Any, other: Any) -> Any:
+        """The result of arithmetic with another number, as far as it is a plain one."""
+        kind = {int: SizeNumber, float: SizeQuotient}.get(type(value))
+        if kind is None:
+            return value
+        more = other.sources if isinstance(other, _OfSizes) else ()
+        return kind(value, tuple(dict.fromkeys((*self.sources, *more))))
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._with(int(self) / _plain(other), other)
+
+    def __pow__(self, other: Any) -> Any:  # type: ignore[override]  # without a modulus
+        return self._with(int(self) ** _plain(other), other)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._with(int(self) // _plain(other), other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._with(other // int(self), other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(int(self) * _plain(other), other)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(int(self) + _plain(other), other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(int(self) - _plain(other), other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(other - int(self), other)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._with(int(self) % _plain(other), other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._with(other % int(self), other)
+
+    def __neg__(self) -> SizeNumber:
+        return SizeNumber(-int(self), self.sources)
+
+    __hash__ = Size.__hash__
+
+
+def _compare(number: Any, other: Any, compare: Callable[[Any, Any], bool], sign: str) -> bool:
+    result = compare(_plain(number), _plain(other))
+    if isinstance(other, int | float):
+        frame = sys._getframe(2)
+        number.decides(other, sign, result, frame)
+        if isinstance(number, TracedInt):
+            number.held_against(other, frame)
+    return result
+
+
+class TracedInt(SizeNumber):
+    """A size, or a share or multiple of it, with the dim that it was read from."""
+
+    def __new__(cls, value: int, source: Follows) -> TracedInt:
+        made = super().__new__(cls, value, (source,))
+        assert isinstance(made, TracedInt)
+        return made
+
+    @property
+    def source(self) -> Follows:
+        return self.sources[0]
+
+    def __floordiv__(self, other: Any) -> Any:
+        if isinstance(other, int) and int(other) and int(self) % int(other) == 0:
+            return self._derived(int(self) // int(other), other)
+        return super().__floordiv__(other)
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, TracedInt) and int(self) == 1:  # a batch of one says nothing
+            return TracedInt(int(other), other.source)
+        return self._derived(int(self) * _plain(other), other)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        return self._shifted(int(self) + _plain(other), other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._shifted(int(self) - _plain(other), other)
+
+    def __rsub__(self, other: Any) -> Any:
+        self.held_against(other, sys._getframe(1))
+        return super().__rsub__(other)
+
+    def __mod__(self, other: Any) -> Any:
+        self.held_against(other, sys._getframe(1))
+        return super().__mod__(other)
+
+    def __neg__(self) -> TracedInt:
+        return TracedInt(-int(self), self.source)
+
+    def _shifted(self, value: Any, other: Any) -> Any:
+        """A share of a size more or less is a share of it; so is nothing more. Any other number is a decision
+        on it.
+        """
+        same = isinstance(other, TracedInt) and other.source == self.source
+        if same or (isinstance(other, int) and not isinstance(other, TracedInt | bool) and not int(other)):
+            return TracedInt(value, self.source)
+        self.held_against(other, sys._getframe(2))
+        return self._with(value, other)
+
+    def _derived(self, value: Any, other: Any) -> Any:
+        if type(value) is int and (not isinstance(other, TracedInt) or int(other) == 1):
+            return TracedInt(value, self.source)
+        return self._with(value, other)
+
+    def held_against(self, other: Any, frame: types.FrameType) -> None:
+        """The code holds the size against a number of its own: the number may have to change with it."""
+        if not isinstance(other, TracedInt) and not frame.f_code.co_filename.startswith(_TORCH_DIR):
+            self.source.node.meta.setdefault("decided", set()).add(self.source.dim)
+
+
+class CheckedInt(Size):
+    """A size of the small model that remembers what it was: where code compares it with that, it is told that
+    it is still so.
+
+    Args:
+        old: the size of the original.
+        stale: told of such a comparison: "eq" or "ne", the old size, the new one.
+    """
+
+    old: int
+    stale: Callable[[str, int, int], None]
+
+    def __new__(cls, value: int, old: int, stale: Callable[[str, int, int], None]) -> CheckedInt:
+        made = super().__new__(cls, value)
+        made.old, made.stale = old, stale
+        return made
+
+    def _is_stale(self, op: str, other: object) -> bool:
+        if type(other) is not int or other != self.old or self.old == int(self):
+            return False
+        if sys._getframe(2).f_code.co_filename.startswith((_TORCH_DIR, _OWN_DIR)):
+            return False
+        self.stale(op, self.old, int(self))
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self._is_stale("eq", other) or int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self._is_stale("ne", other) and int(self) != other
+
+    __hash__ = Size.__hash__
+
+
+def _plain(number: Any) -> Any:
+    """A number without what it knows."""
+    if isinstance(number, Size):
+        return int(number)
+    return float(number) if isinstance(number, SizeQuotient) else number
