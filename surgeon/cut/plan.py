@@ -8,8 +8,6 @@ applies to a fresh copy, to other weights of the same model, or to the weights b
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,13 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from surgeon.cut.optimizer_state import carry, check_optimizer
+from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
 from surgeon.cut.slice import shrink_module
-from surgeon.errors import PlanError
-from surgeon.files import write_atomically
+from surgeon.errors import FileError, PlanError
+from surgeon.files import read_file, write_atomically
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.edits import Edit
-
-_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,30 +96,25 @@ class Plan:
         """Write as JSON, atomically.
 
         Raises:
-            PlanError: the path cannot be written.
+            FileError: the path cannot be written.
         """
         write_atomically(Path(path), self.to_json().encode())
 
     def to_json(self) -> str:
         """What `save` writes."""
         plan = self.finished()
-        body = {
-            "kept": {
-                name: {str(d): list(map(int, i)) for d, i in dims.items()} for name, dims in plan.kept.items()
-            },
-            "hash": plan.hash,
-            "macs": plan.macs,
-            "params": plan.params,
-            "macs_before": plan.macs_before,
-            "params_before": plan.params_before,
-            "size": plan.size,
-            "memory": plan.memory,
-            "edits": [dataclasses.asdict(edit) for edit in plan.edits or ()],
-            "request": dict(plan.request),
-        }
-        return json.dumps(
-            {"format": "surgeon-plan", "version": _VERSION, "checksum": _checksum(body), **body}, indent=1
+        named = (
+            "kept",
+            "hash",
+            "macs",
+            "params",
+            "macs_before",
+            "params_before",
+            "size",
+            "memory",
+            "request",
         )
+        return text_of({**{name: getattr(plan, name) for name in named}, "edits": plan.edits or ()})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -132,39 +124,24 @@ class Plan:
             PlanError: the file is missing, truncated, edited or not a plan.
         """
         try:
-            text = Path(path).read_text()
-        except (OSError, ValueError) as error:
-            raise _unreadable(str(path), error) from error
+            text = read_file(path, LARGEST_TEXT)
+        except FileError as error:
+            raise PlanError(
+                "cannot read the plan",
+                where=str(path),
+                why=error.why,
+                fix="pass a file written by plan.save(...)",
+            ) from error
         return Plan.from_json(text, where=str(path))
 
     @staticmethod
-    def from_json(text: str, where: str = "") -> Plan:
+    def from_json(text: str | bytes, where: str = "") -> Plan:
         """The plan of a text that `to_json` gave; `where` is for messages.
 
         Raises:
             PlanError: the text is truncated, edited or not a plan.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise _unreadable(where, error) from error
-        if not isinstance(data, dict) or data.get("format") != "surgeon-plan":
-            raise PlanError(
-                "this file is not a surgeon plan", where=where, fix="pass a file written by plan.save(...)"
-            )
-        if data.get("version") != _VERSION:
-            raise PlanError(
-                f"plan version {data.get('version')} is not supported (this is {_VERSION})", where=where
-            )
-        body = {key: value for key, value in data.items() if key not in ("format", "version", "checksum")}
-        if data.get("checksum") != _checksum(body):
-            raise PlanError(
-                "the plan was changed after it was written", where=where, why="its checksum does not match",
-                fix="make the plan anew with surgery.plan(...)",
-            )  # fmt: skip
-        kept = {name: {int(d): i for d, i in dims.items()} for name, dims in body.pop("kept").items()}
-        edits = tuple(Edit(**edit) for edit in body.pop("edits"))
-        return Plan(kept=kept, edits=edits, **body)
+        return Plan(**fields_of(text, where))
 
     def __str__(self) -> str:
         share = self.params / max(self.params_before, 1)
@@ -184,10 +161,8 @@ def check_fit(plan: Plan, model: nn.Module) -> None:
     Raises:
         PlanError: the architecture differs; the first tensor that does is named where it can be.
     """
-    if architecture(model) == plan.hash:
-        return
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
-    why = "the names or shapes of its tensors differ"
+    why = "" if architecture(model) == plan.hash else "the names or shapes of its tensors differ"
     for name, dims in plan.kept.items():
         shape = shapes.get(name)
         if shape is None or any(
@@ -195,19 +170,10 @@ def check_fit(plan: Plan, model: nn.Module) -> None:
         ):
             why = f"tensor '{name}' is {'missing' if shape is None else f'of shape {shape}'}"
             break
-    raise PlanError(
-        "the plan was made for another architecture",
-        where=type(model).__name__,
-        why=why,
-        fix="apply the plan to a copy of the model that it was made for, before it was shrunk",
-    )
-
-
-def _unreadable(where: str, error: Exception) -> PlanError:
-    return PlanError(
-        "cannot read the plan", where=where, why=str(error), fix="pass a file written by plan.save(...)"
-    )
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    if why:
+        raise PlanError(
+            "the plan was made for another architecture",
+            where=type(model).__name__,
+            why=why,
+            fix="apply the plan to a copy of the model that it was made for, before it was shrunk",
+        )

@@ -30,7 +30,7 @@ def save(small: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         InputError: the model was not made by surgeon, or its state holds something else than tensors.
-        PlanError: the folder cannot be written.
+        FileError: the folder cannot be written.
     """
     plans: tuple[Plan, ...] = getattr(small, "_surgeon_plans", ())
     if not plans:

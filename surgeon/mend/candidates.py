@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from surgeon.capture.aligned_run import ALIKE
 from surgeon.graph.source_code import methods, numbers, own_classes
+from surgeon.mend.attribute_path import OF_TORCH
 from surgeon.mend.edits import Edit
 from surgeon.mend.size_check import Note
 from surgeon.mend.traced_forward import foreign, literals, versions
@@ -273,17 +274,15 @@ def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
     Those of its class as well: set on the module, they hide the class's.
     """
-    held = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    held = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
     for kind in own_classes(module):
         for name, value in vars(kind).items():
             several = type(value) is tuple and all(type(item) is int for item in value)
             if (type(value) is int or several) and not name.startswith("_"):
                 held.setdefault(name, value)
     for name, value in held.items():
-        yield from _integers(name, value, depth=2)
-
-
-_OF_TORCH = frozenset(vars(nn.Module()))
+        if not name.startswith("__"):
+            yield from _integers(name, value, depth=2)
 
 
 def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
@@ -298,8 +297,9 @@ def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
             yield from _integers(f"{path}.{i}", item, depth - 1)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if isinstance(key, str) and "." not in key:
+            if isinstance(key, str) and "." not in key and not key.startswith("__"):
                 yield from _integers(f"{path}.{key}", item, depth - 1)
     elif hasattr(value, "__dict__"):
         for key, item in vars(value).items():
-            yield from _integers(f"{path}.{key}", item, depth - 1)
+            if not key.startswith("__"):
+                yield from _integers(f"{path}.{key}", item, depth - 1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from surgeon.coupling.propagate import Slot
 from surgeon.graph.tensors import architecture, named_tensors
-from surgeon.mend.edits import set_path
+from surgeon.mend.attribute_path import set_path
 
 _BUILDS = 96  # configs tried for one plan
 _DEPTH = 3  # config.vision_config.hidden_sizes.0

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from surgeon.errors import MendError
+from surgeon.errors import MendError, PlanError
 from surgeon.graph.source_code import methods
+from surgeon.mend.attribute_path import number_at, set_path
 from surgeon.mend.source_edit import changed
 from surgeon.mend.traced_forward import calls, constants, counterpart, methods_of, versions
 
@@ -41,6 +43,36 @@ class Edit:
     name: str
     old: int = 0
     new: int = 0
+
+    def __post_init__(self) -> None:
+        if problem := _malformed(self):
+            raise PlanError("this is no edit", where=f"module '{self.module}'", why=problem)
+
+
+_FORMS = {
+    "attribute": r"[^.]+(\.[^.]+){0,7}",
+    "literal": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
+    "operand": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
+    "source": r"[^\W\d]\w*:\d{1,6}",
+}  # of an edit's name, by kind
+
+
+def _malformed(edit: Edit) -> str:
+    """What is wrong with an edit before any module is looked at; "" if nothing is."""
+    if (
+        not all(isinstance(text, str) for text in (edit.module, edit.kind, edit.name))
+        or edit.kind not in _FORMS
+    ):
+        return f"its kind is {edit.kind!r}; {', '.join(_FORMS)} are known"
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in (edit.old, edit.new)):
+        return f"it puts {edit.new!r} in the place of {edit.old!r}: whole numbers are expected"
+    if edit.kind == "source" and min(edit.old, edit.new) < 0:
+        return "a number in source has no sign"
+    if not re.fullmatch(_FORMS[edit.kind], edit.name):
+        return f"{edit.name!r} is no name of a number ({edit.kind})"
+    if any(part.startswith("__") for text in (edit.module, edit.name) for part in re.split("[.:]", text)):
+        return f"{edit.module or edit.name!r} leads out of the module's own data"
+    return ""
 
 
 def _linear(m: Any) -> dict[str, Any]:
@@ -134,16 +166,29 @@ def apply_edit(model: nn.Module, edit: Edit) -> None:
     Raises:
         MendError: the place does not hold the old number.
     """
-    module = model.get_submodule(edit.module)
+    module = _module(model, edit)
     if edit.kind == "attribute":
-        found = get_path(module, edit.name)
-        if found != edit.old and found != edit.new:
-            raise _misfit(edit, f"it holds {found!r}")
+        try:
+            found = number_at(module, edit.name)
+        except ValueError as error:
+            raise _misfit(edit, str(error)) from error
+        if found not in (edit.old, edit.new):
+            raise _misfit(edit, f"it holds {found}")
         set_path(module, edit.name, edit.new)
         _derive(module)
         refresh(module, edit.module)
     else:
         rewrite(module, edit)
+
+
+def _module(model: nn.Module, edit: Edit) -> nn.Module:
+    """The module of an edit, by the names under which modules hold each other alone."""
+    found: nn.Module | None = model
+    for part in edit.module.split(".") if edit.module else ():
+        found = None if found is None else dict(found._modules.items()).get(part)
+    if found is None:
+        raise _misfit(edit, "there is no such module")
+    return found
 
 
 def _derive(module: nn.Module) -> None:
@@ -167,40 +212,6 @@ def _misfit(edit: Edit, why: str) -> MendError:
         f"cannot {change}", where=f"module '{edit.module}'", why=why,
         fix="make the plan anew for this version of the model's code",
     )  # fmt: skip
-
-
-def get_path(owner: Any, path: str) -> Any:
-    for part in path.split("."):
-        if isinstance(owner, list | tuple):
-            owner = owner[int(part)]
-        elif isinstance(owner, dict):
-            owner = owner.get(part)
-        else:
-            owner = getattr(owner, part, None)
-    return owner
-
-
-def set_path(owner: Any, path: str, value: Any) -> None:
-    """Set the number at `path`; tuples on the way are replaced by new ones."""
-    *front, last = path.split(".")
-    if not front:
-        setattr(owner, last, value)
-        return
-    holder = get_path(owner, ".".join(front))
-    if isinstance(holder, tuple):
-        new = [*holder]
-        new[int(last)] = value
-        named = hasattr(holder, "_fields")
-        set_path(owner, ".".join(front), type(holder)(*new) if named else type(holder)(new))
-    elif isinstance(holder, list):
-        holder[int(last)] = value
-    elif isinstance(holder, dict):
-        holder[last] = value
-    else:
-        try:
-            setattr(holder, last, value)
-        except dataclasses.FrozenInstanceError:  # it is the small model's own
-            object.__setattr__(holder, last, value)
 
 
 def rewrite(module: nn.Module, edit: Edit) -> None:
@@ -246,7 +257,7 @@ def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
         if node is None:  # the other mode does not run it
             continue
         if edit.kind == "operand":
-            _leave_out(node, get_path((node.args, node.kwargs), place))
+            _leave_out(node, _operand(node, place, edit))
         else:
             node.args, node.kwargs = _replaced((node.args, node.kwargs), place.split("."), edit)
         traced.recompile()
@@ -258,6 +269,15 @@ def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
         for constant, value in constants(traced).items():
             setattr(module, constant, value)
     _become(module, own, edit)
+
+
+def _operand(call: fx.Node, place: str, edit: Edit) -> fx.Node:
+    found: Any = (call.args, call.kwargs)
+    for part in place.split("."):
+        found = _item(found, part, edit)
+    if not isinstance(found, fx.Node):
+        raise _misfit(edit, f"it is {found!r}, no operand")
+    return found
 
 
 def _leave_out(call: fx.Node, operand: fx.Node) -> None:
@@ -312,15 +332,24 @@ def _set_state(made: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _replaced(item: Any, keys: list[str], edit: Edit) -> Any:
+    """A nest of arguments with another number at a place where a whole number is."""
     if not keys:
-        if item != edit.old and item != edit.new:
+        if type(item) is not int or item not in (edit.old, edit.new):
             raise _misfit(edit, f"it holds {item!r}")
         return edit.new
     head, rest = keys[0], keys[1:]
     if isinstance(item, slice):
-        parts = _replaced((item.start, item.stop, item.step), keys, edit)
-        return slice(*parts)
+        return slice(*_replaced((item.start, item.stop, item.step), keys, edit))
+    inner = _replaced(_item(item, head, edit), rest, edit)
     if isinstance(item, dict):
-        return {k: _replaced(v, rest, edit) if k == head else v for k, v in item.items()}
-    new = [_replaced(x, rest, edit) if i == int(head) else x for i, x in enumerate(item)]
+        return {**item, head: inner}
+    new = [inner if place == int(head) else value for place, value in enumerate(item)]
     return tuple(new) if isinstance(item, tuple) else new
+
+
+def _item(nest: Any, key: str, edit: Edit) -> Any:
+    if isinstance(nest, dict) and key in nest:
+        return nest[key]
+    if isinstance(nest, list | tuple) and key.isdecimal() and int(key) < len(nest):
+        return nest[int(key)]
+    raise _misfit(edit, f"there is nothing at {key}")

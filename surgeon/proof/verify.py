@@ -23,7 +23,7 @@ import torch.utils._pytree
 from torch import Tensor, nn
 
 from surgeon.capture.runs import further_runs, record_runs
-from surgeon.cut.plan import Plan
+from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
@@ -109,8 +109,10 @@ def verify(
         graph: the recorded run of `model`, if there is one already; or several, that in eval mode first.
 
     Raises:
+        PlanError: the plan does not fit the original.
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
+    check_fit(plan, model)
     _same_tensors(model, small, plan)
     if graph is None:
         runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs

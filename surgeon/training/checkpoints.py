@@ -34,7 +34,7 @@ def save_checkpoint(
     """Write a state, with what it is the state of.
 
     Raises:
-        PlanError: the path cannot be written.
+        FileError: the path cannot be written.
     """
     sink = io.BytesIO()
     torch.save({"identity": dict(identity), "state": dict(state)}, sink)
