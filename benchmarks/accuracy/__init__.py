@@ -1,0 +1,1 @@
+"""What a cut costs on real data and weights, and what is won back."""

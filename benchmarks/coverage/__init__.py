@@ -1,0 +1,1 @@
+"""Which architectures can be cut, recovered and exported, and whether the proof finds what is wrong."""

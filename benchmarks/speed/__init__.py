@@ -1,0 +1,1 @@
+"""How long the surgery takes, and how fast what it gives is."""

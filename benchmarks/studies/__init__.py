@@ -1,0 +1,1 @@
+"""What a constant or a choice in the package was settled by."""
