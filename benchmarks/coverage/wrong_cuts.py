@@ -66,7 +66,7 @@ def measured(name: str) -> dict[str, Any]:
         "slipped": [],
     }
     for place, bad in exchanges(model, plan):
-        small = shrink_module(model, bad.kept, bad.edits or ())
+        small = shrink_module(model, bad.kept, bad.edits)
         row["tried"] += 1
         try:
             slipped = surgeon.verify(model, small, bad, graph=surgery.graph)

@@ -16,7 +16,8 @@ from surgeon.api.pipeline import inspect, prove
 from surgeon.api.surgery import Surgery
 from surgeon.cut.plan import Plan
 from surgeon.errors import BudgetError, InputError
-from surgeon.selection.options import BUDGETS, PlanOptions, parse
+from surgeon.selection.amounts import parse
+from surgeon.selection.options import BUDGETS, PlanOptions, takes_options
 
 Schedule = Callable[[float], float]
 
@@ -104,11 +105,10 @@ class Iteration:
                     f"the schedule gave {share} at {number / self._count:.3g}", fix="return a share in [0, 1]"
                 )
             try:
-                plan = surgery.plan(**self._asked(surgery, widths, full, min(share, 1.0)))
+                small, plan = surgery.cut(**self._asked(surgery, widths, full, min(share, 1.0)))
             except BudgetError as error:
                 self.stopped = error.what
                 return
-            small = plan.apply(current)
             if self._verify:
                 prove(current, small, plan, surgery)
             step = Step(number, self._count, small, plan, share)
@@ -148,6 +148,7 @@ class Iteration:
         return {**asked, "ratio": 1 - (1 - self._ratio * share) / (1 - self._ratio * done)}
 
 
+@takes_options
 def iterate(
     model: nn.Module,
     ratio: float | None = None,
@@ -176,7 +177,7 @@ def iterate(
             then.
         score: of a model, higher is better; asked after the caller's training in each step.
         floor: the loop ends at the first model whose score is lower, and `run.model` is the one before it.
-        example_inputs, outputs, verify: see `shrink`. options: see `Surgery.plan`; no latency.
+        example_inputs, outputs, verify: see `shrink`. No latency among the options.
 
     Raises:
         InputError: an argument is bad.

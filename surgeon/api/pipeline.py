@@ -5,23 +5,26 @@ capture -> propagate -> solve -> groups -> (criteria, choose) -> plan -> rewrite
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from inspect import signature as inspect_signature
+from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon import criteria
 from surgeon.api.surgery import Surgery
 from surgeon.capture.model_state import uncollected
+from surgeon.capture.paths.decisions import said
 from surgeon.capture.runs import record_runs
+from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.cut.plan import Plan
 from surgeon.errors import InputError, PathWarning
+from surgeon.graph.graph import Graph
 from surgeon.proof.verify import Proof, verify
 from surgeon.recovery.recover import batches_of, check_steps, recover
-from surgeon.selection.options import PlanOptions, Ratio, Request
+from surgeon.selection.options import PlanOptions, Ratio, takes_options
+from surgeon.selection.request import Request
 
 
 @uncollected()
@@ -41,9 +44,32 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[s
         CaptureError: the model does not run, or does something that cannot be recorded.
     """
     runs = record_runs(model, example_inputs, outputs=outputs)
-    return Surgery(model, *runs.graphs, remarks=runs.remarks, unseen=runs.unseen)
+    analysis = analyse(*runs.graphs)
+    unseen = tuple(dict.fromkeys((*runs.unseen, *_decided(analysis))))
+    assumed = [analysis.graph.assumed] if analysis.graph.assumed else []
+    remarks = [*assumed, *runs.remarks, *_without_values(analysis.graph), *unseen]
+    return Surgery(model, analysis, remarks, unseen)
 
 
+def _decided(analysis: Analysis) -> list[str]:
+    """Where the model's code decided by a value or a size that hangs on the inputs."""
+
+    def varies(node: fx.Node, dim: int) -> bool:
+        ids = analysis.propagation.axes.get(node, {})
+        return isinstance(ids, dict) and dim not in ids and node.op != "get_attr"
+
+    return list(said(itertools.chain.from_iterable(run.decisions for run in analysis.runs), varies))
+
+
+def _without_values(graph: Graph) -> list[str]:
+    if not any(graph.tensors[name].is_meta for name in graph.owned):
+        return []
+    return [
+        "the weights have no values (meta device): a plan says how many channels stay, and takes the first"
+    ]
+
+
+@takes_options
 def shrink(
     model: nn.Module,
     ratio: Ratio | None = None,
@@ -68,8 +94,6 @@ def shrink(
         recovery: its steps; ("refit", "batch_norm") by default. With "distill" behind them it wins most, and
             takes longer.
         verify: prove the surgery in float64 (about two forward passes). On unless switched off.
-        options: what else `Surgery.plan` takes: budgets (macs=0.5, params="3M"), criterion, scope, round_to,
-            ignore, ...
 
     Raises:
         InputError, CaptureError, BudgetError, MendError: see `inspect`, `Surgery.plan`, `Plan.apply` and
@@ -79,7 +103,7 @@ def shrink(
     Warns:
         PathWarning: the model's code decided by a value, a size or a mode; see `Surgery.unseen`.
     """
-    check_options(ratio, options)  # refuse bad arguments before the model runs
+    check(ratio, **options)  # before the model runs
     if recovery is not None:
         check_steps(recovery)
         if calibration is None:
@@ -94,8 +118,7 @@ def shrink(
         warnings.warn(surgery.graph.assumed, stacklevel=2)
     if surgery.unseen:
         warnings.warn(_unseen(surgery.unseen), PathWarning, stacklevel=2)
-    plan = surgery.plan(ratio, **options)
-    small = plan.apply(model)
+    small, plan = surgery.cut(ratio, **options)
     if verify:
         prove(model, small, plan, surgery)
     return small if batches is None else recover(small, plan, model, batches, steps=recovery).model
@@ -113,21 +136,14 @@ def _unseen(paths: Sequence[str]) -> str:
     )
 
 
-def check_options(ratio: Ratio | None, options: Mapping[str, Any]) -> None:
+def check(ratio: Ratio | None, **options: Unpack[PlanOptions]) -> None:
     """Refuse what `Surgery.plan` would refuse without looking at a model.
 
     Raises:
-        InputError: see there; TypeError: it has no such argument.
+        InputError: see there.
     """
-    known = inspect_signature(Surgery.plan).parameters
-    for name in options:
-        if name not in known:
-            raise TypeError(
-                f"surgeon has no option {name!r}; Surgery.plan takes {', '.join(list(known)[1:])}"
-            )
-    fields = {field.name for field in dataclasses.fields(Request)}
-    Request(ratio, **{name: value for name, value in options.items() if name in fields})
-    criteria.criterion(options.get("criterion", "l1"), options.get("seed", 0))
+    request = Request.of(ratio, **options)
+    criteria.criterion(request.options["criterion"], request.options["seed"])
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, surgery: Surgery) -> Proof:

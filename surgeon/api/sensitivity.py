@@ -122,19 +122,19 @@ def sensitivity(
     ]  # fmt: skip
     model = surgery.model
     before = _answers(model, batches, loss)
-    options = {"round_to": 1, **options}
+    options.setdefault("round_to", 1)
     jobs: list[tuple[str, Plan | None]] = []
     groups = surgery.groups_without(options.get("ignore", ()), options.get("ignore_inputs", ()))
     for group in groups:
         for ratio in ratios:
             asked = {"*": 0.0, **dict.fromkeys(group.producers, ratio)}
             try:
-                plan = surgery.plan(asked, **options).finished()
+                plan = surgery.plan(asked, **options)
             except BudgetError:
                 plan = None
             jobs.append((group.name, plan if plan is not None and plan.kept else None))
     run = joblib.Parallel(n_jobs=n_jobs)
-    plans = [dataclasses.replace(plan, _finish=None) for _, plan in jobs if plan is not None]
+    plans = [plan for _, plan in jobs if plan is not None]
     found = iter(run(joblib.delayed(_change)(model, plan, batches, loss, before) for plan in plans))
     changes: dict[str, list[float | None]] = {group.name: [] for group in groups}
     for name, plan in jobs:

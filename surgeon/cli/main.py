@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import nn
 
 from surgeon import criteria
-from surgeon.api.pipeline import check_options, inspect, prove
+from surgeon.api.pipeline import check, inspect, prove
 from surgeon.api.surgery import Surgery
 from surgeon.cli.files import batches_in, register, reported
 from surgeon.cli.models import build
@@ -167,7 +167,7 @@ def shrink(
             "round_to": int(round_to) if round_to.isdigit() else round_to, "heads": heads, "max_ratio": max_ratio,
             "ignore": ignore or (), "seed": seed,
         }  # fmt: skip
-        check_options(ratio, options)  # refuses bad arguments before anything runs
+        check(ratio, **options)  # refuses bad arguments before anything runs
         looks = criteria.looks_at_data(criterion)
         if data is None and (distill or looks):
             what = "--distill" if distill else f"--criterion {criterion}"

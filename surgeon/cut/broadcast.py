@@ -19,7 +19,7 @@ def broadcast_plan(plan: Plan | None, source: int = 0, group: Any = None) -> Pla
     """The plan of process `source`, on every process of the group; without an initialised process group the
     plan itself.
 
-    All processes must call it. What the model's code needs changed is found first, on the source alone.
+    All processes must call it.
 
     Args:
         plan: on the source; elsewhere it is not looked at and may be None.

@@ -7,12 +7,14 @@ from typing import Protocol
 
 from torch import nn
 
-from surgeon.coupling.groups import Group
+from surgeon.coupling.groups import Group, Link
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.cut.plan import Plan
 from surgeon.graph.graph import Graph
+from surgeon.mend.config_model import ConfigModel
 from surgeon.selection.cost import ShapeModel
+from surgeon.selection.selection import Cost
 
 
 class Inspected(Protocol):
@@ -20,16 +22,24 @@ class Inspected(Protocol):
 
     Attributes:
         model: the model, untouched.
-        graph: its recorded run.
-        shapes: the exact cost of any choice.
     """
 
     model: nn.Module
-    graph: Graph
-    shapes: ShapeModel
 
     @property
+    def graph(self) -> Graph: ...
+    @property
+    def runs(self) -> tuple[Graph, ...]: ...
+    @property
+    def shapes(self) -> ShapeModel: ...
+    @property
+    def cost(self) -> Cost: ...
+    @property
+    def config(self) -> ConfigModel | None: ...
+    @property
     def groups(self) -> list[Group]: ...
+    @property
+    def links(self) -> list[Link]: ...
     @property
     def propagation(self) -> Propagation: ...
     @property

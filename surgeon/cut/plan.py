@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Plan:
             inputs.
         size: bytes of parameters and stored buffers of the small model.
         memory: bytes of its activations that are alive at once, at most, for the example inputs.
-        edits: changed sizes in the model's code; None until they are found, by the first `apply` or `save`.
+        edits: changed sizes in the model's code.
         request: what was asked for, for the reader.
     """
 
@@ -50,9 +50,8 @@ class Plan:
     params_before: int
     size: int = 0
     memory: int = 0
-    edits: tuple[Edit, ...] | None = None
+    edits: tuple[Edit, ...] = ()
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    _finish: Finish | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @torch.inference_mode(mode=False)  # whatever the caller is in: the small model can be trained
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
@@ -73,24 +72,10 @@ class Plan:
         check_fit(self, model)
         if optimizer is not None:
             check_optimizer(optimizer, model)
-        if self.edits is None and self._finish is not None:
-            small = self._finish(self, model)[0]
-        else:
-            small = shrink_module(model, self.kept, self.edits or ())
-        done = dataclasses.replace(self, _finish=None)
-        small.__dict__["_surgeon_plans"] = (
-            *model.__dict__.get("_surgeon_plans", ()),
-            done,
-        )  # for surgeon.save
+        small = carrying(shrink_module(model, self.kept, self.edits), model, self)
         if optimizer is not None:
             carry(optimizer, model, small, self.kept)
         return small
-
-    def finished(self) -> Plan:
-        """The plan with its edits known."""
-        if self.edits is not None or self._finish is None:
-            return self
-        return self._finish(self, None)[1]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, atomically.
@@ -102,19 +87,7 @@ class Plan:
 
     def to_json(self) -> str:
         """What `save` writes."""
-        plan = self.finished()
-        named = (
-            "kept",
-            "hash",
-            "macs",
-            "params",
-            "macs_before",
-            "params_before",
-            "size",
-            "memory",
-            "request",
-        )
-        return text_of({**{name: getattr(plan, name) for name in named}, "edits": plan.edits or ()})
+        return text_of({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -152,7 +125,10 @@ class Plan:
         )
 
 
-Finish = Callable[[Plan, nn.Module | None], tuple[nn.Module, Plan]]
+def carrying(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
+    """The small model with the plans that led to it from an original, for `surgeon.save`: the model's own, and this one."""
+    small.__dict__["_surgeon_plans"] = (*model.__dict__.get("_surgeon_plans", ()), plan)
+    return small
 
 
 def check_fit(plan: Plan, model: nn.Module) -> None:

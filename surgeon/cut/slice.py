@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +27,23 @@ from surgeon.mend.edits import Edit, apply_edit, refresh
 Kept = Mapping[str, Mapping[int, list[int]]]
 
 
-def shrink_module(model: nn.Module, kept: Kept, edits: Iterable[Edit] = ()) -> nn.Module:
+def shrink_module(
+    model: nn.Module, kept: Kept, edits: Iterable[Edit] = (), slicer: Slicer | None = None
+) -> nn.Module:
     """Copy `model` with every tensor in `kept` sliced.
 
     Args:
         kept: {tensor name: {dim: indices}}.
         edits: numbers to change in the copy.
+        slicer: makes the slices.
 
     Raises:
         PlanError: a name or index does not fit the model.
         MendError: an edit does not fit the model's code.
     """
-    small = _copy(model, kept)
+    slicer = slicer or Slicer()
+    memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
+    small: nn.Module = _clone(model, memo)
     for path, module in small.named_modules():
         refresh(module, path)
     for edit in edits:
@@ -72,31 +78,42 @@ def find_cuts(model: nn.Module, kept: Kept) -> dict[int, tuple[Tensor, dict[int,
     return found
 
 
-def _copy(model: nn.Module, kept: Kept) -> nn.Module:
-    slicer = Slicer()
-    memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
-    small: nn.Module = _clone(model, memo)
-    return small
+def exact_slice(data: Tensor, cut: Mapping[int, Tensor]) -> Tensor:
+    """The entries at these indices of each dim, in a tensor of its own."""
+    for dim, rows in cut.items():
+        data = data.index_select(dim, rows.to(data.device))
+    return data if cut else data.clone()
+
+
+def rough_slice(data: Tensor, cut: Mapping[int, Tensor]) -> Tensor:
+    """A tensor of the shape that the exact slice has, with any of the values: faster, as what is cut has no order."""
+    if not cut or not data.is_floating_point() or not data.is_contiguous():  # indices must be those that stay
+        return exact_slice(data, cut)
+    shape = [len(cut[dim]) if dim in cut else size for dim, size in enumerate(data.shape)]
+    return data.view(-1)[: math.prod(shape)].view(shape).clone()
 
 
 class Slicer:
-    """Slices tensors; index lists that several tensors share are checked and converted once."""
+    """Slices tensors; index lists that several tensors share are checked and converted once.
 
-    def __init__(self) -> None:
+    Args:
+        take: (tensor, indices by dim) -> the slice.
+    """
+
+    def __init__(self, take: Callable[[Tensor, Mapping[int, Tensor]], Tensor] = exact_slice) -> None:
         self._known: dict[int, tuple[list[int], Tensor, int]] = {}
+        self._take = take
 
     def __call__(self, tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
         """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient
         follows.
         """
-        data = tensor.detach()
+        found: dict[int, Tensor] = {}
         for dim, index in cut.items():
-            rows, needed = self._index(index)
-            if dim >= data.dim() or not 0 < needed <= data.shape[dim]:
+            found[dim], needed = self._index(index)
+            if dim >= tensor.dim() or not 0 < needed <= tensor.shape[dim]:
                 raise _unfit(dim, tensor)
-            data = data.index_select(dim, rows.to(data.device))
-        if not cut:
-            data = data.clone()
+        data = self._take(tensor.detach(), found)
         if not isinstance(tensor, nn.Parameter):
             return data
         new = nn.Parameter(data, requires_grad=tensor.requires_grad)
@@ -143,7 +160,7 @@ def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
         "__slots__",
     )
     standard = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
-    if not standard or kind.__setstate__ is not nn.Module.__setstate__:
+    if not standard or kind.__setstate__ not in _SET_STATE:
         return copy.deepcopy(module, memo)
     new = kind.__new__(kind)
     memo[id(module)] = new
@@ -182,3 +199,7 @@ def _mapped(value: Any) -> bool:
 _ATOMIC = frozenset(
     {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 )
+_SET_STATE = (
+    nn.Module.__setstate__,
+    nn.modules.conv._ConvNd.__setstate__,
+)  # they only add what old files lack

@@ -11,16 +11,32 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from surgeon.graph.graph import Graph
+from surgeon.ops.ids import DimIds
 from surgeon.ops.table import FUSED_ATTENTION, op_name
-from surgeon.selection.cost import Choice, ShapeModel
 
 _REPEATS = 12  # timed runs of a kernel, after two that are not timed
+Choice = DimIds
+
+
+class Shapes(Protocol):
+    """The shapes of a model's values under a choice of what leaves.
+
+    Attributes:
+        graph: the model's recorded run.
+        products: its convolutions, matrix products and attentions, in order.
+    """
+
+    graph: Graph
+    products: list[fx.Node]
+
+    def shape(self, node: fx.Node, choice: Choice) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +90,12 @@ def _part(width: int, share: float, block: int) -> int:
     return width if share == 1 else max(min(width, block), round(width * share / block) * block)
 
 
-def kernels(shapes: ShapeModel, choice: Choice) -> list[list[Kernel]]:
+def kernels(shapes: Shapes, choice: Choice) -> list[list[Kernel]]:
     """The kernels of every product of the graph, in order: two for a fused attention."""
     return [_kernels(shapes, node, choice) for node in shapes.products]
 
 
-def _kernels(shapes: ShapeModel, node: fx.Node, choice: Choice) -> list[Kernel]:
+def _kernels(shapes: Shapes, node: fx.Node, choice: Choice) -> list[Kernel]:
     name = op_name(node)
     given: list[Any] = [shapes.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
     if name in ("convolution", "_convolution"):

@@ -23,10 +23,9 @@ import torch
 from surgeon.errors import InputError
 from surgeon.files import write_atomically
 from surgeon.graph.graph import spec
-from surgeon.latency.kernels import Kernel, kernels, time_by_onnxruntime, time_by_torch
+from surgeon.latency.kernels import Choice, Kernel, Shapes, kernels, time_by_onnxruntime, time_by_torch
 from surgeon.ops.ids import DimIds
 from surgeon.ops.table import Family, family, op_name
-from surgeon.selection.cost import MACS, Choice, ShapeModel, nothing
 from surgeon.timing.bench import cpu_name
 
 RUNTIMES = ("onnxruntime", "torch")
@@ -112,25 +111,22 @@ class Predictor:
     """Milliseconds of a choice, before anything is cut.
 
     Args:
+        whole: the choice that keeps everything.
         total: measured milliseconds of the whole original.
         block: widths at which kernels are timed are multiples of it.
     """
 
-    def __init__(self, shapes: ShapeModel, table: LatencyTable, total: float, block: int) -> None:
+    def __init__(self, shapes: Shapes, whole: Choice, table: LatencyTable, total: float, block: int) -> None:
         self.shapes, self.table, self.total = shapes, table, total
-        whole = nothing(shapes.solution)
         self._original = kernels(shapes, whole)
         self._points = {
             k: [k.at(a, b, block) for a in _SHARES for b in _SHARES] for own in self._original for k in own
         }
         table.times(kernel for points in self._points.values() for kernel in points)
         self._surfaces = {kernel: self._surface(points) for kernel, points in self._points.items()}
-        names = ((node, op_name(node)) for node in shapes.graph.fx.nodes if node.op == "call_function")
-        self._others = [
-            n
-            for n, name in names
-            if name not in MACS and family(name) in (Family.ELEMENTWISE, Family.REDUCTION)
-        ]
+        called = [node for node in shapes.graph.fx.nodes if node.op == "call_function"]
+        multiplied, simple = set(shapes.products), (Family.ELEMENTWISE, Family.REDUCTION)
+        self._others = [n for n in called if n not in multiplied and family(op_name(n)) in simple]
         self._known: dict[bytes, float] = {}
         self._rest_bytes = self._written(whole)
         products = self._products(whole)

@@ -4,23 +4,18 @@ prediction, repeat.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from surgeon.errors import BudgetError, InputError
-from surgeon.latency.predict import LatencyTable, Predictor
+from surgeon.errors import BudgetError
+from surgeon.latency.kernels import Choice
+from surgeon.latency.predict import Predictor
 from surgeon.onnx.export import export
-from surgeon.selection.choose import Costs
-from surgeon.selection.cost import Choice, ShapeModel, nothing
-from surgeon.selection.options import Request
 from surgeon.timing.bench import bench
 
 Candidate = tuple[Choice, int]  # and the block that its widths are multiples of
@@ -28,51 +23,6 @@ Candidate = tuple[Choice, int]  # and the block that its widths are multiples of
 CLOSE = 0.03  # below a limit: close enough
 _CANDIDATES = 8  # measured for one latency
 _ROUNDS = 24  # interleaved runs of two whole models
-
-
-def timed(
-    model: nn.Module,
-    shapes: ShapeModel,
-    request: Request,
-    chosen: Callable[[Request, Costs], Candidate],
-    cut: Callable[[Choice], nn.Module],
-    *,
-    runtime: str,
-    threads: int,
-    block: int,
-) -> tuple[Candidate, dict[str, Any]]:
-    """What is chosen within the budgets and measured within the latency, and its figures (see `search`).
-
-    Args:
-        chosen: what to take within the budgets of a request, given what they are counted in.
-        cut: the small model of a choice.
-        block: of kernels, by which latencies are predicted.
-
-    Raises:
-        InputError: the weights have no values.
-        BudgetError: as `search`.
-    """
-    graph = shapes.graph
-    device = next((graph.tensors[name].device for name in shapes.parameters), torch.device("cpu"))
-    if device.type == "meta":
-        raise InputError(
-            "a model on the meta device has no latency", fix="pass macs=..., or load the weights"
-        )
-    table = LatencyTable(runtime, threads, device)
-    with tempfile.TemporaryDirectory() as folder:
-        watch = Stopwatch(model, graph.kwargs or graph.args, runtime, threads, folder)
-        predict = Predictor(shapes, table, watch.measure()[0], block)
-        limit = request.limit("latency", predict.total)
-        fixed = dataclasses.replace(request, latency=f"{limit}ms")  # a share is one of what was measured
-        costs: dict[str, Any] = {kind: getattr(shapes, kind) for kind in request.budgets if kind != "latency"}
-        limits = {kind: request.limit(kind, cost(nothing(shapes.solution))) for kind, cost in costs.items()}
-        return search(
-            lambda: chosen(fixed, {**costs, "latency": predict}),
-            predict,
-            lambda choice: watch.measure(cut(choice)),
-            lambda full: request.limit("latency", full),
-            lambda choice: any(cost(choice) > (1 - CLOSE) * limits[kind] for kind, cost in costs.items()),
-        )
 
 
 def search(

@@ -1,7 +1,5 @@
-"""Groups, scores and a request -> the choice of what is removed, with its exact cost."""
+"""Groups, scores and a request -> `Selection`: what stays, with its exact cost."""
 
-from surgeon.selection.choose import Costs, choose
-from surgeon.selection.cost import Choice, ShapeModel
-from surgeon.selection.options import PlanOptions, Request
+from surgeon.selection.options import PlanOptions
 
-__all__ = ["Choice", "Costs", "PlanOptions", "Request", "ShapeModel", "choose"]
+__all__ = ["PlanOptions"]

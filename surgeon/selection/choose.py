@@ -19,10 +19,11 @@ import numpy as np
 from surgeon.coupling.groups import Group, Link
 from surgeon.errors import BudgetError, InputError
 from surgeon.ops.ids import DimIds
+from surgeon.selection.amounts import matches, of_pattern
 from surgeon.selection.cost import Choice, ShapeModel, needed_blocks, nothing
 from surgeon.selection.knapsack import solve as knapsack
 from surgeon.selection.linked_groups import LinkedGroups, build, narrowed, sides, without_kept_heads
-from surgeon.selection.options import Request, matches, of_pattern
+from surgeon.selection.request import Request
 
 Costs = Mapping[str, Callable[[Choice], float]]
 _UNITS = {"macs": "MACs", "size": "bytes", "memory": "bytes of activations"}
@@ -56,7 +57,7 @@ def choose(
     """
     links = list(links)
     _check_patterns(request, groups)
-    groups = without_kept_heads(groups, request.heads, links)
+    groups = without_kept_heads(groups, request.options["heads"], links)
     if not groups:
         raise BudgetError(
             "the model has no group of channels that may leave",
@@ -74,8 +75,7 @@ def choose(
 
 def _check_patterns(request: Request, groups: list[Group]) -> None:
     names = {member.tensor for group in groups for member in group.members}
-    for name in ("ratio", "max_ratio"):
-        value = getattr(request, name)
+    for name, value in (("ratio", request.ratio), ("max_ratio", request.options["max_ratio"])):
         for pattern in value if isinstance(value, Mapping) else ():
             if not any(matches(pattern, tensor) for tensor in names):
                 raise InputError(
@@ -121,7 +121,9 @@ class _Planner:
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
             found = self._built(chosen, self._block)
-            if isinstance(self.request.round_to, str) and all(len(band.legal()) == 1 for band in found):
+            if isinstance(self.request.options["round_to"], str) and all(
+                len(band.legal()) == 1 for band in found
+            ):
                 found = self._built(chosen, self._narrowed)
             self._bands[key] = found
         return self._bands[key]
@@ -147,7 +149,7 @@ class _Planner:
         could leave a model otherwise, all may.
         """
         tensors = self.shapes.graph.tensors
-        if not isinstance(self.request.round_to, str):
+        if not isinstance(self.request.options["round_to"], str):
             return self.block
         if self._narrow:
             return self._narrowed(group)
@@ -156,7 +158,7 @@ class _Planner:
 
     def _relaxed(self) -> bool:
         """Whether smaller parts of groups may leave now than before; never where the user named the block."""
-        if self.request.round_to != "auto" or (self._narrow and self.block == 1):
+        if self.request.options["round_to"] != "auto" or (self._narrow and self.block == 1):
             return False
         if self._narrow:
             self.block //= 2

@@ -18,8 +18,10 @@ import numpy as np
 
 from surgeon.coupling.groups import Group, Link, reachable
 from surgeon.ops.ids import DimIds
+from surgeon.selection.amounts import of_pattern
 from surgeon.selection.cost import Choice
-from surgeon.selection.options import HEADS, Request, of_pattern
+from surgeon.selection.options import HEADS
+from surgeon.selection.request import Request
 
 
 @dataclasses.dataclass
@@ -189,8 +191,8 @@ def _band(
         max(len(np.unique(lane)) for lane in group.strata) / count
         for group, count in zip(groups, per, strict=True)
     )
-    caps = [of_pattern(request.max_ratio, group.producers, 1.0) for group in groups]
-    floor = max(min(1.0, request.min_channels / group.width) for group in groups)
+    caps = [of_pattern(request.options["max_ratio"], group.producers, 1.0) for group in groups]
+    floor = max(min(1.0, request.options["min_channels"] / group.width) for group in groups)
     kept = max(strata, steps * (1 - min(caps)) - 1e-9, steps * floor - 1e-9)
     ratio = None
     if not isinstance(request.ratio, float | int | None):
@@ -203,7 +205,7 @@ def _band(
         total,
         math.ceil(kept),
         blocks,
-        isinstance(request.round_to, str),
+        isinstance(request.options["round_to"], str),
         ratio,
         additive,
         needed,

@@ -325,7 +325,7 @@ def test_a_decision_on_a_width_is_mended_where_the_number_is_in_the_code() -> No
     model, x = DecidesHere(), torch.randn(2, 4)
     plan = surgeon.inspect(model, x).plan(0.5, round_to=1)
     small = plan.apply(model)
-    assert [(edit.kind, edit.old, edit.new) for edit in plan.edits or ()] == [("source", 8, 4)]
+    assert [(edit.kind, edit.old, edit.new) for edit in plan.edits] == [("source", 8, 4)]
     torch.testing.assert_close(small(x), small.b(small.a(x).relu()))
 
 

@@ -453,10 +453,10 @@ def test_attributes_of_parts_whose_methods_are_called_and_of_differences() -> No
     plan = surgery.plan(0.5, round_to=1)
     small = plan.apply(model)
     surgeon.verify(model, small, plan, x)
-    assert {(edit.module, edit.name, edit.new) for edit in plan.edits or () if edit.kind == "attribute"} >= {
+    assert {(edit.module, edit.name, edit.new) for edit in plan.edits if edit.kind == "attribute"} >= {
         ("", "heads", 2), ("bias", "sizes.2", 2), ("", "whole", small.a.out_features),
     }  # fmt: skip
-    assert all(edit.kind == "attribute" for edit in plan.edits or ())
+    assert all(edit.kind == "attribute" for edit in plan.edits)
 
 
 class Ranged(nn.Module):

@@ -93,7 +93,7 @@ def test_mending(motif: Motif) -> None:
     for ratio in (0.25, 0.5, 0.75):
         plan = surgeon.inspect(model, x).plan(ratio, criterion="random", seed=3)
         plan.apply(model)
-        names |= {edit.name for edit in plan.edits or ()}
+        names |= {edit.name for edit in plan.edits}
     assert names == set(motif.edits)
 
 

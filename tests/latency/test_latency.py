@@ -92,22 +92,22 @@ def test_attention_is_two_products() -> None:
 
 def test_the_table_is_measured_once(surgery: surgeon.Surgery, tmp_path: Path) -> None:
     first, again = table(tmp_path), table(tmp_path)
-    Predictor(surgery.shapes, first, 10.0, 8)
-    Predictor(surgery.shapes, again, 10.0, 8)
+    Predictor(surgery.shapes, nothing(surgery.solution), first, 10.0, 8)
+    Predictor(surgery.shapes, nothing(surgery.solution), again, 10.0, 8)
     assert first.measured > 0 == again.measured
     kept = json.loads(first.path.read_text())
     assert list(kept) == [first.target]
     assert "1 threads" in first.target
     (tmp_path / "table.json").write_text("damaged")
     third = table(tmp_path)
-    Predictor(surgery.shapes, third, 10.0, 8)
+    Predictor(surgery.shapes, nothing(surgery.solution), third, 10.0, 8)
     assert third.measured == first.measured
 
 
 def test_a_prediction_is_exact_where_time_is_bilinear(surgery: surgeon.Surgery, tmp_path: Path) -> None:
     """This machine's time is a surface of the kind that is fitted, and nothing else takes time."""
     whole = sum(by_macs(list(itertools.chain(*kernels(surgery.shapes, nothing(surgery.solution))))))
-    predict = Predictor(surgery.shapes, table(tmp_path), whole, 8)
+    predict = Predictor(surgery.shapes, nothing(surgery.solution), table(tmp_path), whole, 8)
     assert predict(nothing(surgery.solution)) == pytest.approx(whole)
     plan = surgery.plan({"*": 0.5}, round_to=8)
     small = surgeon.inspect(plan.apply(surgery.model), X)
@@ -236,7 +236,10 @@ class Simulated:
     """
 
     def __init__(self, surgery: surgeon.Surgery, path: Path, wrong: float, floor: float = 0.0) -> None:
-        self.surgery, self.predict = surgery, Predictor(surgery.shapes, table(path), 10.0, 1)
+        self.surgery, self.predict = (
+            surgery,
+            Predictor(surgery.shapes, nothing(surgery.solution), table(path), 10.0, 1),
+        )
         self.wrong, self.floor, self.measured, self.made = wrong, floor, list[float](), list[Any]()
 
     def measure(self, choice: Any) -> tuple[float, float, tuple[float, float]]:
@@ -247,12 +250,12 @@ class Simulated:
 
     def search(self, limit: float, **others: float) -> Any:
         from surgeon.selection.choose import choose
-        from surgeon.selection.options import Request
+        from surgeon.selection.request import Request
 
         def scores(group: Any) -> Any:
             return np.random.default_rng(len(group.name)).random(group.lanes.shape) + 1
 
-        request = Request(latency=f"{limit}ms", round_to=1, **others)
+        request = Request.of(latency=f"{limit}ms", round_to=1, **others)
         costs = {"latency": self.predict, **{kind: getattr(self.surgery.shapes, kind) for kind in others}}
 
         def chosen() -> Any:

@@ -163,9 +163,7 @@ def test_a_number_is_changed_where_it_stands(kind: type[Two]) -> None:
     plan = surgery.plan(0.5, round_to=1)
     small = plan.apply(model)
     surgeon.verify(model, small, plan, X)
-    assert [(edit.kind, edit.name, edit.old, edit.new) for edit in plan.edits or ()] == [
-        (*PLACES[kind], 16, 8)
-    ]
+    assert [(edit.kind, edit.name, edit.old, edit.new) for edit in plan.edits] == [(*PLACES[kind], 16, 8)]
     assert torch.equal(model(X), want) and kind().flat(torch.ones(2, 16)).shape == (2, 16)
     file = io.BytesIO()
     torch.save(small, file)

@@ -25,4 +25,4 @@ def wrong_cuts(model: nn.Module, plan: surgeon.Plan) -> Iterator[tuple[nn.Module
             wrong = {n: {d: list(k) for d, k in ds.items()} for n, ds in plan.kept.items()}
             wrong[name][dim] = sorted([*kept[1:], removed[0]])
             bad = dataclasses.replace(plan, kept=wrong)
-            yield shrink_module(model, bad.kept, bad.edits or ()), bad
+            yield shrink_module(model, bad.kept, bad.edits), bad

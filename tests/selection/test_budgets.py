@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surgeon
 from surgeon.errors import BudgetError, InputError
+from surgeon.selection.amounts import parse
 from surgeon.selection.cost import ShapeModel, nothing
-from surgeon.selection.options import Request, parse
+from surgeon.selection.request import Request
 
 
 class Stage(nn.Module):
@@ -335,9 +336,9 @@ def test_auto_gives_way_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_of_targets() -> None:
-    assert [Request(0.5, round_to=name).block("cpu") for name in ("npu", "cuda", 5)] == [32, 8, 5]
-    assert Request(0.5).block("cuda") == 8
-    assert Request(0.5).block("cpu") == (16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8)
+    assert [Request.of(0.5, round_to=name).block("cpu") for name in ("npu", "cuda", 5)] == [32, 8, 5]
+    assert Request.of(0.5).block("cuda") == 8
+    assert Request.of(0.5).block("cpu") == (16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8)
 
 
 @pytest.mark.parametrize("seed", range(3))

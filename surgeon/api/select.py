@@ -1,0 +1,123 @@
+"""select(found, request) -> Selection: the stages from scores to what leaves, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from surgeon import criteria
+from surgeon.api.reach_latency import reach
+from surgeon.coupling.groups import Group, Link, reachable
+from surgeon.criteria.combine import Criterion
+from surgeon.cut.cut import Cutter
+from surgeon.cut.inspected import Inspected
+from surgeon.errors import InputError
+from surgeon.graph.queries import check_values
+from surgeon.mend.config_model import ConfigModel
+from surgeon.mend.config_sync import restrict
+from surgeon.ops.ids import DimIds
+from surgeon.selection.choose import Costs, choose
+from surgeon.selection.cost import Choice
+from surgeon.selection.linked_groups import without_kept_heads
+from surgeon.selection.request import Request
+from surgeon.selection.selection import Selection
+
+
+def select(found: Inspected, request: Request) -> Selection:
+    """What leaves an inspected model.
+
+    Raises:
+        InputError, BudgetError: see `Surgery.plan`.
+    """
+    criterion = _criterion(found, request)
+    check_values(found.graph)
+    groups, links = (
+        found.groups_without(request.options["ignore"], request.options["ignore_inputs"]),
+        found.links,
+    )
+    if request.options["config_expressible"]:
+        if request.options["heads"] == "both":
+            request = request.but(heads="whole")
+        groups, links = expressible(found, groups, request.options["heads"])
+    criterion = _informed(criterion, found, groups, request)
+    block = request.block(_device(found))
+    scores = _scores(criterion, found)
+    additive = getattr(criterion, "additive", False)
+
+    def chosen(request: Request, costs: Costs | None = None) -> tuple[Choice, int]:
+        return choose(groups, scores, found.shapes, request, links, block, costs, additive)
+
+    said = request.said
+    if request.options["latency"] is None:
+        choice, used = chosen(request)
+    else:
+        (choice, used), said["measured"] = reach(found, request, chosen, _cut(found), block)
+    if isinstance(request.options["round_to"], str):
+        said["block"] = used
+    return Selection.of(found.shapes, choice, found.cost, said)
+
+
+def expressible(found: Inspected, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:
+    """The groups whose sizes the model's config says, tied where one number says several.
+
+    Raises:
+        InputError: no config says the sizes of this model.
+    """
+    config: ConfigModel | None = found.config
+    if config is None:
+        raise InputError(
+            "config_expressible needs a model whose class builds itself from its config",
+            where=type(found.model).__name__,
+            why="type(model)(model.config) does not give this architecture",
+            fix="leave config_expressible out, and keep the small model with surgeon.save(small, folder)",
+        )
+    more, without = restrict(config, without_kept_heads(groups, heads, found.links), found.graph.aliases)
+    links = [*found.links, *more]
+    without |= {g.name for g in found.groups} - {g.name for g in groups}
+    without = reachable(without, links)
+    return [g for g in groups if g.name not in without], links
+
+
+def _criterion(found: Inspected, request: Request) -> Criterion:
+    """Weights without values have no scores: their first channels stay."""
+    asked = request.options["criterion"]
+    named = "first" if found.without_values and isinstance(asked, str) else asked
+    return criteria.criterion(named, request.options["seed"])
+
+
+def _informed(criterion: Criterion, found: Inspected, groups: list[Group], request: Request) -> Criterion:
+    return criteria.prepare(
+        criterion,
+        seed=request.options["seed"],
+        model=found.model,
+        graph=found.graph,
+        propagation=found.propagation,
+        solution=found.solution,
+        groups=groups,
+        data=request.options["data"],
+        loss=request.options["loss"],
+    )
+
+
+def _scores(criterion: Criterion, found: Inspected) -> Callable[[Group], DimIds]:
+    """Scores of groups, each asked for once."""
+    known: dict[str, DimIds] = {}
+
+    def scores(group: Group) -> DimIds:
+        if group.name not in known:
+            known[group.name] = criteria.scores(criterion, group, found.graph.tensors)
+        return known[group.name]
+
+    return scores
+
+
+def _cut(found: Inspected) -> Callable[[Choice], nn.Module]:
+    """Small models of choices, to be measured."""
+    cutter = Cutter(found.model, found.runs, found.shapes)
+    return lambda choice: cutter.cut(Selection.of(found.shapes, choice, found.cost, {}))[0]
+
+
+def _device(found: Inspected) -> str:
+    """The type of device that holds the weights."""
+    return next((found.graph.tensors[name].device.type for name in found.shapes.parameters), "cpu")

@@ -1,0 +1,91 @@
+"""Selection -> (small module, Plan): slice, then find which numbers in the model's code must change.
+
+A plan needs no small module of its own: what the code needs changed is found on a rough copy, which has the
+small module's shapes and any of the model's values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from surgeon.cut.plan import Plan, carrying
+from surgeon.cut.slice import Slicer, rough_slice, shrink_module
+from surgeon.graph.graph import Graph
+from surgeon.mend.config_model import ConfigModel
+from surgeon.mend.config_sync import configure, unsaid
+from surgeon.mend.edits import Edit
+from surgeon.mend.mend import find_edits
+from surgeon.selection.cost import ShapeModel
+from surgeon.selection.selection import Selection
+
+
+class Cutter:
+    """Cuts a model as selections say.
+
+    Args:
+        model: only read.
+        runs: its recorded runs, the one in eval mode first.
+        shapes: of these runs.
+        config: what the model's config can say of its sizes; None if its class is not built from one.
+    """
+
+    def __init__(
+        self, model: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, config: ConfigModel | None = None
+    ) -> None:
+        self.model, self.runs, self.shapes, self.config = model, runs, shapes, config
+
+    @torch.inference_mode(mode=False)  # whatever the caller is in: the small model can be trained
+    def cut(self, selection: Selection) -> tuple[nn.Module, Plan]:
+        """The small model, and the plan that gives it.
+
+        Raises:
+            MendError: the model's code holds a size that cannot be changed.
+            PlanError: no config says what is left, and the request asks for one.
+        """
+        small = shrink_module(self.model, selection.kept)
+        plan = self._plan(selection, small)
+        return carrying(small, self.model, plan), plan
+
+    @torch.inference_mode(mode=False)
+    def plan(self, selection: Selection) -> Plan:
+        """The plan alone.
+
+        Raises:
+            MendError, PlanError: as `cut`.
+        """
+        return self._plan(selection, shrink_module(self.model, selection.kept, slicer=Slicer(rough_slice)))
+
+    def _plan(self, selection: Selection, small: nn.Module) -> Plan:
+        """The plan of what was sliced; its edits are made in `small`."""
+        edits = find_edits(small, self.runs, self.shapes, selection.choice)
+        return Plan(
+            kept=selection.kept,
+            hash=self.runs[0].hash,
+            macs=selection.cost.macs,
+            params=selection.cost.params,
+            size=selection.cost.size,
+            memory=selection.cost.memory,
+            macs_before=selection.before.macs,
+            params_before=selection.before.params,
+            edits=(*edits, *self._config_edits(selection, small)),
+            request=selection.request,
+        )
+
+    def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
+        if self.config is None or not selection.kept:
+            return ()
+        found = configure(self.config, small, self.runs, self.shapes, selection.choice)
+        if not isinstance(found, str):
+            return found
+        if selection.request.get("config_expressible"):
+            raise unsaid(found)
+        warnings.warn(
+            f"the config of {type(small).__name__} cannot say the new widths ({found}): keep the small model with "
+            "surgeon.save(small, folder), or plan with config_expressible=True",
+            stacklevel=5,
+        )
+        return ()
