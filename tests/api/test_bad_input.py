@@ -17,6 +17,7 @@ import surgeon
 from surgeon.errors import (
     BudgetError,
     CaptureError,
+    FileError,
     InputError,
     MendError,
     PlanError,
@@ -294,7 +295,7 @@ def test_a_plan_for_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_unwritable_paths(tmp_path: Path) -> None:
     plan = saved(tmp_path)[1]
     (tmp_path / "file").write_text("")
-    with pytest.raises(PlanError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         plan.save(tmp_path / "file" / "plan.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "plan.json"]
 
