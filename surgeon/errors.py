@@ -45,6 +45,10 @@ class CaptureError(SurgeonError):
     """The model could not be run and recorded on the example inputs."""
 
 
+class RuleError(SurgeonError):
+    """The rule of an op contradicts what the op gave."""
+
+
 class BudgetError(SurgeonError, ValueError):
     """The asked ratio or budget cannot be reached on this model."""
 

@@ -19,6 +19,7 @@ from surgeon.capture.traced_size import Follows
 from surgeon.graph.graph import HELD, Graph, spec
 from surgeon.graph.messages import source_line
 from surgeon.ops.ids import Constraints, DimIds, ValueIds
+from surgeon.ops.invariants import settled
 from surgeon.ops.table import Family, OpContext, family, op_name, rule_of
 
 Slot = tuple[str, int]
@@ -63,7 +64,7 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
             elif node.op == "placeholder":
                 axes[node] = {}
             elif node.op == "call_function":
-                axes[node] = rule_of(node)(OpContext(node, axes, constraints))
+                axes[node] = settled(node, rule_of(node)(OpContext(node, axes, constraints)), constraints)
                 for part in _parts(axes[node]):
                     constraints.value(part)
                 if not fed.isdisjoint(node.all_input_nodes):

@@ -75,18 +75,19 @@ def _want_split(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str,
 
 
 def _want_pad(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
-    pads, ndim = list(ctx["pad"]), len(ctx.out)
-    axes = shapes.propagation.axes[ctx.node]
-    old, small = ctx.out, shapes.shape(ctx.node, choice)
-    for i in range(len(pads) // 2):
-        dim = ndim - 1 - i
-        if dim in axes:
-            if pads[2 * i] > 0:
-                pads[2 * i] = _kept_before(shapes, choice, axes, dim, pads[2 * i])
-            if pads[2 * i + 1] > 0:
-                pads[2 * i + 1] = small[dim] - _kept_before(
-                    shapes, choice, axes, dim, old[dim] - pads[2 * i + 1]
-                )
+    pads, x = list(ctx["pad"]), ctx["self"]
+    for place, width in enumerate(pads):
+        node = ctx.node if width > 0 else x  # what a negative width cuts off is in the operand
+        axes = shapes.propagation.axes[node]
+        dim = len(ctx.out) - 1 - place // 2
+        if dim not in axes:
+            continue
+        if place % 2:
+            start = ctx.shape(node)[dim] - abs(width)
+            kept = shapes.shape(node, choice)[dim] - _kept_before(shapes, choice, axes, dim, start)
+        else:
+            kept = _kept_before(shapes, choice, axes, dim, abs(width))
+        pads[place] = kept if width > 0 else -kept
     return {"pad": pads}
 
 
@@ -153,9 +154,13 @@ _WANT: Mapping[str, Want] = {
 
 
 def wanted(node: fx.Node, shapes: ShapeModel, choice: Choice) -> dict[int, Any]:
-    """The sizes among an op's arguments, by position, as the small model must pass them."""
+    """The sizes among an op's arguments, by position, as the small model must pass them.
+
+    What is left to its default is no number of the code's, and needs no other.
+    """
     rule = _WANT.get(op_name(node)) if node.op == "call_function" else None
     if rule is None:
         return {}
     ctx = OpContext(node, shapes.propagation.axes, shapes.propagation.constraints)
-    return {ctx.arguments.places[name]: value for name, value in rule(shapes, choice, ctx).items()}
+    found = {ctx.arguments.places[name]: value for name, value in rule(shapes, choice, ctx).items()}
+    return {place: value for place, value in found.items() if place < len(node.args)}

@@ -125,7 +125,7 @@ def trilinear(ctx: OpContext) -> ValueIds:
 _LETTERS = "abcdefgh"
 
 
-@rule(Family.REDUCTION, "_cdist_forward", "_euclidean_dist")
+@rule(Family.REDUCTION, "_cdist_forward", "_euclidean_dist", mixes=lambda c: {"x1": [-1], "x2": [-1]})
 def distances(ctx: OpContext) -> ValueIds:
     """Distances of all rows of one matrix [..., i, k] from those of another [..., j, k]; leading dims are
     broadcast.
@@ -176,7 +176,14 @@ def linear(ctx: OpContext) -> ValueIds:
     return broadcast(ctx, [(out, ctx.out), (ctx.axes(bias), ctx.shape(bias))], ctx.out)
 
 
-@rule(Family.CONTRACTION, "convolution", "_convolution")
+def _windows(ctx: OpContext) -> dict[str, list[int]]:
+    """The spatial dims of the input that the kernel looks through, and all dims of the kernel."""
+    every = range(2, len(ctx.out))
+    seen = [d for d in every if not passes(ctx.arguments, ctx.shape(ctx["weight"]), d)]
+    return {"input": seen, "weight": list(every)}
+
+
+@rule(Family.CONTRACTION, "convolution", "_convolution", mixes=_windows)
 def convolution(ctx: OpContext) -> ValueIds:
     """Input [N, C, ...], weight [O, C/g, ...] (transposed: [C, O/g, ...]). Groups cut C and O into a grid
     with equal rows.
@@ -203,7 +210,6 @@ def convolution(ctx: OpContext) -> ValueIds:
         w_names = "goc"
     w_axes = reshape(ctx.constraints, w_axes, w_shape[:2], w_split)
     x_axes = reshape(ctx.constraints, x_axes, shape, in_shape)
-    x_axes = {d: _flatten_dims(ctx, t, fixed, 1) for d, t in x_axes.items()}
     out = contract(
         ctx,
         [(x_axes, (*in_shape[:3], *places), "ngc" + spatial), (w_axes, w_split, w_names)],
@@ -227,12 +233,6 @@ def passes(arguments: Arguments, weight: Any, dim: int) -> bool:
     return bool(
         weight[dim] == 1 and stride[(dim - 2) % len(stride)] == 1 and padding[(dim - 2) % len(padding)] == 0
     )
-
-
-def _flatten_dims(ctx: OpContext, track: np.ndarray, dims: list[int], offset: int) -> np.ndarray:
-    for dim in dims:
-        track = ctx.constraints.collapse(track, dim + offset)
-    return track
 
 
 @rule(Family.CONTRACTION, *FUSED_ATTENTION)
@@ -267,7 +267,7 @@ def attention(ctx: OpContext) -> Any:
     return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
 
 
-@rule(Family.CONTRACTION, "embedding")
+@rule(Family.CONTRACTION, "embedding", mixes=lambda c: {"weight": [0]})
 def embedding(ctx: OpContext) -> ValueIds:
     """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
     weight, index = ctx["weight"], ctx["indices"]
@@ -277,7 +277,7 @@ def embedding(ctx: OpContext) -> ValueIds:
     return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}
 
 
-@rule(Family.CONTRACTION, "_embedding_bag", "_embedding_bag_forward_only")
+@rule(Family.CONTRACTION, "_embedding_bag", "_embedding_bag_forward_only", mixes=lambda c: {"weight": [0]})
 def embedding_bag(ctx: OpContext) -> tuple[ValueIds, ...]:
     """As `embedding`, the rows of each bag put together; which were the greatest is of the same shape."""
     axes = ctx.freeze(ctx.axes(ctx["weight"]), [0], "is looked up by index")

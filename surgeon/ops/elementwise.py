@@ -64,6 +64,7 @@ def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tupl
     "_native_batch_norm_legit_no_training",
     "cudnn_batch_norm",
     "_batch_norm_no_update",
+    mixes=lambda c: {"input": set(range(len(c.out))) - {1}},
 )
 def batch_norm(ctx: OpContext) -> Any:
     """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""

@@ -30,6 +30,7 @@ The `Constraints` collects facts and never compares ids while it does; `solve` d
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -98,6 +99,8 @@ class Constraints:
         self._unowned = np.zeros(1 << 10, dtype=bool)
         self._read = np.zeros(1 << 10, dtype=bool)
         self.node: fx.Node | None = None
+        self._balanced: set[tuple[int, bytes]] = set()
+        self._even: dict[tuple[int, int], DimIds] = {}
         self._splits: dict[tuple[bytes, tuple[int, ...]], ValueIds] = {}
         self._cells: dict[bytes, DimIds] = {}
         self._factors: dict[bytes, tuple[DimIds, DimIds]] = {}
@@ -167,8 +170,17 @@ class Constraints:
         matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
         if not _ascending(matrix):
             matrix = np.unique(matrix, axis=0)
-        if len(matrix) > 1:
+        key = (len(matrix), hashlib.blake2b(np.ascontiguousarray(matrix)).digest())
+        if len(matrix) > 1 and matrix.shape[1] > 0 and key not in self._balanced:
+            self._balanced.add(key)
             self.balances.append(Balance(matrix, self.node))
+
+    def even(self, track: DimIds, dim: int) -> None:
+        """`balance`, once for each track of a value, and only where it varies along other dims."""
+        if track.size == track.shape[dim] or (id(track), dim) in self._even:
+            return
+        self._even[id(track), dim] = track  # kept alive, so that its id stays its own
+        self.balance(track, dim)
 
     def share(self, own: DimIds, other: DimIds) -> None:
         """How many there are of the one is computed from how many there are of the other."""

@@ -9,15 +9,23 @@ from __future__ import annotations
 import numpy as np
 from torch import fx
 
-from surgeon.ops.ids import ValueIds
+from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.table import Family, OpContext, beside, broadcast, op_name, rule
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 
 
-def sliced(axes: ValueIds, dim: int, start: int, stop: int, step: int = 1) -> ValueIds:
-    """Tracks of x[..., start:stop:step, ...] along `dim`."""
+def sliced(
+    constraints: Constraints, axes: ValueIds, dim: int, start: int, stop: int, step: int = 1
+) -> ValueIds:
+    """Tracks of x[..., start:stop:step, ...] along `dim`.
+
+    The slice starts and ends at one place in every row, so the rows lose equally many of the entries before it,
+    in it, and behind it.
+    """
     index = slice(start, stop, step)
+    for part in (slice(0, start), slice(start, stop), slice(stop, None)) if dim in axes else ():
+        constraints.even(axes[dim][(slice(None),) * dim + (part,)], dim)
     return {
         d: (t if t.shape[dim] == 1 and d != dim else t[(slice(None),) * dim + (index,)])
         for d, t in axes.items()
@@ -50,7 +58,7 @@ def slice_(ctx: OpContext) -> ValueIds:
     length = stop - start
     if dim in axes and step == 1 and _is_even(start, stop, size):
         _even_parts(ctx, axes, dim, length, size // length)
-    return _single(ctx, sliced(axes, dim, start, stop, step), dim, length)
+    return _single(ctx, sliced(ctx.constraints, axes, dim, start, stop, step), dim, length)
 
 
 def _is_even(start: int, stop: int, size: int) -> bool:
@@ -119,7 +127,10 @@ def split(ctx: OpContext) -> tuple[ValueIds, ...]:
         _even_parts(ctx, axes, dim, sizes[0], len(sizes))
     ends = np.cumsum(sizes)
     parts = zip(sizes, ends, strict=True)
-    return tuple(_single(ctx, sliced(axes, dim, int(end) - size, int(end)), dim, size) for size, end in parts)
+    return tuple(
+        _single(ctx, sliced(ctx.constraints, axes, dim, int(end) - size, int(end)), dim, size)
+        for size, end in parts
+    )
 
 
 @rule(Family.ELEMENTWISE, "glu")
@@ -129,7 +140,7 @@ def gated_linear_unit(ctx: OpContext) -> ValueIds:
     shape = ctx.shape(x)
     dim = int(ctx["dim"]) % len(shape)
     half = shape[dim] // 2
-    parts = [sliced(ctx.axes(x), dim, start, start + half) for start in (0, half)]
+    parts = [sliced(ctx.constraints, ctx.axes(x), dim, start, start + half) for start in (0, half)]
     return broadcast(ctx, [(part, ctx.out) for part in parts], ctx.out)
 
 
@@ -144,7 +155,7 @@ def _scattered(
     ctx: OpContext, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int
 ) -> ValueIds:
     axes, inner = dict(ctx.axes(base)), dict(ctx.axes(child))
-    window = sliced(axes, dim, start, stop, step)
+    window = sliced(ctx.constraints, axes, dim, start, stop, step)
     for d in set(axes) | set(inner):
         if d in window and d in inner:
             written = beside(ctx.constraints, [window[d], inner[d]])
@@ -157,7 +168,7 @@ def _scattered(
                 axes[d] = np.broadcast_to(
                     axes[d], [n if j != dim else axes[d].shape[dim] for j, n in enumerate(rows)]
                 ).copy()
-                sliced(axes, dim, start, stop, step)[d][...] = written
+                axes[d][(slice(None),) * dim + (slice(start, stop, step),)] = written
         elif ctx.shape(child)[d] > 1:
             for side in (axes, inner):
                 if d in side:
@@ -193,17 +204,19 @@ def constant_pad(ctx: OpContext) -> ValueIds:
         if not before and not after:
             continue
         low, high = max(0, -before), shape[dim] - max(0, -after)
-        axes = sliced(axes, dim, low, high)
+        axes = sliced(ctx.constraints, axes, dim, low, high)
         for d, track in list(axes.items()):
             if track.shape[dim] == 1 and d != dim:
                 continue
             if d != dim:  # rows of another dim's track: the new rows are nobody's either
                 ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
                 continue
-            rows = [n if j != dim else 1 for j, n in enumerate(track.shape)]
-            edges = [ctx.constraints.new((*rows[:dim], max(0, n), *rows[dim + 1 :])) for n in (before, after)]
-            for edge in edges:
+            edges = []
+            for width in (before, after):  # as wide in every row, so the same ids in all of them
+                edge = ctx.constraints.new(max(0, width))
                 ctx.constraints.mark_unowned(edge)
+                wide = edge.reshape([-1 if j == dim else 1 for j in range(ndim)])
+                edges.append(np.broadcast_to(wide, (*track.shape[:dim], edge.size, *track.shape[dim + 1 :])))
             axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
     return axes
 
@@ -264,13 +277,13 @@ def _gathered(ctx: OpContext, reason: str) -> ValueIds:
     return {d: beside(ctx.constraints, [own[d], other[d]]) for d in meet}
 
 
-@rule(Family.MOVEMENT, "unfold")
+@rule(Family.MOVEMENT, "unfold", mixes=lambda c: {"self": [c["dimension"]]})
 def unfold_dim(ctx: OpContext) -> ValueIds:
     """Sliding windows along one dim: that dim stays whole."""
     x = ctx["self"]
     dim = int(ctx["dimension"]) % max(1, len(ctx.shape(x)))
     axes = ctx.freeze(ctx.axes(x), [dim], "is unfolded into windows")
-    return {d: ctx.constraints.collapse(t, dim)[..., None] for d, t in axes.items()}
+    return {d: t[..., None] for d, t in axes.items()}
 
 
 @rule(Family.ELEMENTWISE, "index_add", "index_copy")

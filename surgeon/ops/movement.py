@@ -282,7 +282,7 @@ def shuffle(ctx: OpContext) -> ValueIds:
     return reshape(ctx.constraints, axes, tuple(grid[i] for i in order), ctx.out)
 
 
-@rule(Family.MOVEMENT, "im2col")
+@rule(Family.MOVEMENT, "im2col", mixes=lambda c: {"self": range(2, len(c.shape(c["self"])))})
 def unfold_image(ctx: OpContext) -> ValueIds:
     """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
     x = ctx["self"]
@@ -291,7 +291,7 @@ def unfold_image(ctx: OpContext) -> ValueIds:
     return {d: np.repeat(t, places, axis=1)[..., 0] if t.shape[1] > 1 else t[..., 0] for d, t in axes.items()}
 
 
-@rule(Family.MOVEMENT, "col2im")
+@rule(Family.MOVEMENT, "col2im", mixes=lambda c: {"self": [2]})
 def fold_image(ctx: OpContext) -> ValueIds:
     """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are
     one.
@@ -312,7 +312,4 @@ def fold_image(ctx: OpContext) -> ValueIds:
 def _without_places(ctx: OpContext, x: fx.Node) -> ValueIds:
     """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
     ndim = len(ctx.shape(x))
-    axes = ctx.freeze(ctx.axes(x), range(2, ndim), "is a spatial dim of an unfold")
-    for d in range(2, ndim):
-        axes = {k: ctx.constraints.collapse(t, d) for k, t in axes.items()}
-    return axes
+    return ctx.freeze(ctx.axes(x), range(2, ndim), "is a spatial dim of an unfold")

@@ -6,6 +6,7 @@ there (a mean, a softmax, a layer norm): the proof computes those over the entri
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
@@ -14,7 +15,7 @@ from surgeon.graph.queries import is_read
 from surgeon.ops.elementwise import per_channel
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, OpContext, broadcast, op_name, rule
+from surgeon.ops.table import Family, OpContext, along, broadcast, op_name, rule
 
 
 def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
@@ -36,7 +37,7 @@ def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: b
 
 @rule(
     Family.REDUCTION, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
-    "logsumexp", "any", "all", "prod", "nansum",
+    "logsumexp", "any", "all", "prod", "nansum", mixes=along,
 )  # fmt: skip
 def reduction(ctx: OpContext) -> Any:
     x, dims = ctx["self"], ctx.get("dim")
@@ -49,7 +50,23 @@ def reduction(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "max", "min", "argmax", "argmin", "median", "kthvalue", "mode")
+def _picked(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+    """Nothing is mixed of two operands that are compared entry by entry."""
+    return {} if isinstance(ctx.get("other"), fx.Node) else along(ctx)
+
+
+@rule(
+    Family.REDUCTION,
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "median",
+    "nanmedian",
+    "kthvalue",
+    "mode",
+    mixes=_picked,
+)
 def selection(ctx: OpContext) -> Any:
     """Pick one entry along a dim and tell its index: if that is read, the dim may not lose entries.
 
@@ -73,17 +90,17 @@ def selection(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+@rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", mixes=along)
 def softmax(ctx: OpContext) -> ValueIds:
     x = ctx["self"]
     dim = int(ctx["dim"]) % max(1, len(ctx.out))
     axes = dict(ctx.axes(x))
     if dim in axes:
         ctx.constraints.reduced(axes[dim])
-    return {d: (t if d == dim else ctx.constraints.collapse(t, dim)) for d, t in axes.items()}
+    return axes
 
 
-@rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "topk", "flip_sort")
+@rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", mixes=along)
 def ordered(ctx: OpContext) -> Any:
     """Entries along the dim depend on their order: that dim stays whole."""
     x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
@@ -93,18 +110,19 @@ def ordered(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r")
+@rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r", mixes=along)
 def fourier(ctx: OpContext) -> ValueIds:
     """Each result hangs on every entry along the dims and on its place: they stay whole."""
     x, ndim = ctx["self"], len(ctx.out)
     dims = [int(d) % ndim for d in ctx["dim"]]
-    axes = ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
-    for dim in dims:
-        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
-    return axes
+    return ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
 
 
-@rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def _last_dims(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+    return {"input": range(-len(ctx["normalized_shape"]), 0)}
+
+
+@rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", mixes=_last_dims)
 def layer_norm(ctx: OpContext) -> Any:
     """x [..., normalized_shape] normalised over the last dims, scaled by weight and bias of that shape."""
     x, shape = ctx["input"], ctx["normalized_shape"]
@@ -124,7 +142,7 @@ def layer_norm(ctx: OpContext) -> Any:
     return tuple(out if i == 0 else stats for i, _ in enumerate(spec)) if isinstance(spec, tuple) else out
 
 
-@rule(Family.REDUCTION, "native_group_norm", "group_norm")
+@rule(Family.REDUCTION, "native_group_norm", "group_norm", mixes=lambda c: {"input": range(1, len(c.out))})
 def group_norm(ctx: OpContext) -> Any:
     """x [N, C, ...] normalised over each of g groups of C/g channels: groups are rows, every row keeps
     equally many.
@@ -149,7 +167,11 @@ def group_norm(ctx: OpContext) -> Any:
     return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
 
 
-@rule(Family.REDUCTION, "_weight_norm_interface")
+def _all_but(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+    return {"v": set(range(len(ctx.out))) - {ctx["dim"] % len(ctx.out)}}
+
+
+@rule(Family.REDUCTION, "_weight_norm_interface", mixes=_all_but)
 def weight_norm(ctx: OpContext) -> Any:
     """v * g / |v|, the norm over all dims but one: g is [O, 1, ...] along that dim."""
     v, g = ctx["v"], ctx["g"]
@@ -168,20 +190,22 @@ _POOLS = {
 }  # fmt: skip
 
 
-@rule(Family.REDUCTION, *_POOLS)
+@rule(Family.REDUCTION, *_POOLS, mixes=lambda c: {"self|input": range(-_POOLS[op_name(c.node)], 0)})
 def pooling(ctx: OpContext) -> Any:
     """Windows over the last spatial dims; batch and channels pass."""
     name = op_name(ctx.node)
     x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
     spatial = range(ndim - _POOLS[name], ndim)
     axes = ctx.freeze(ctx.axes(x), spatial, f"is a spatial dim of {name}")
-    for dim in spatial:
-        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
     spec = ctx.node.meta["spec"]
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "grid_sampler_2d", "grid_sampler_3d")
+def _places(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+    return {"input": range(2, len(ctx.out)), "grid": [-1]}
+
+
+@rule(Family.REDUCTION, "grid_sampler_2d", "grid_sampler_3d", mixes=_places)
 def grid_sampler(ctx: OpContext) -> Any:
     """x is [N, C, spatial], the grid [N, spatial, 2 or 3]: each sample reads its own places; channels
     pass.
@@ -189,8 +213,6 @@ def grid_sampler(ctx: OpContext) -> Any:
     x, grid = ctx["input"], ctx["grid"]
     places = "is a place or a coordinate of grid_sample"
     axes = ctx.freeze(ctx.axes(x), range(2, len(ctx.shape(x))), "is a spatial dim of grid_sample")
-    for dim in range(2, len(ctx.shape(x))):
-        axes = {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
     own = ctx.freeze(ctx.axes(grid), range(1, len(ctx.shape(grid))), places)
     one = (1,) * (len(ctx.out) - 1)
     samples = broadcast(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import fx
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Spec, spec
 from surgeon.ops.ids import Constraints, ValueIds
+from surgeon.ops.invariants import joined_along
 
 
 class Family(enum.Enum):
@@ -31,6 +33,7 @@ class OpContext:
     def __init__(self, node: fx.Node, axes: Mapping[fx.Node, Any], constraints: Constraints) -> None:
         self.node, self._axes, self.constraints = node, axes, constraints
         self.arguments = arguments(node)
+        self._joined: dict[fx.Node, ValueIds] = {}
 
     def __getitem__(self, name: str) -> Any:
         """The value of an argument by its name in the op's schema, `dim` or `attn_bias|attn_mask`."""
@@ -41,8 +44,30 @@ class OpContext:
         return self.arguments.get(name)
 
     def axes(self, arg: Any) -> ValueIds:
-        """The tracks of an argument; none for a scalar or None."""
-        return self._axes.get(arg, {}) if isinstance(arg, fx.Node) else {}
+        """The tracks of an argument; none for a scalar or None.
+
+        Those of an operand whose entries the op mixes along some dims (see `rule`) do not vary along them.
+        """
+        if not isinstance(arg, fx.Node):
+            return {}
+        axes: ValueIds = self._axes.get(arg, {})
+        if arg not in self.mixed or not isinstance(axes, dict):
+            return axes
+        if arg not in self._joined:
+            self._joined[arg] = joined_along(self.constraints, axes, self.mixed[arg])
+        return self._joined[arg]
+
+    @cached_property
+    def mixed(self) -> dict[fx.Node, set[int]]:
+        """Operand -> the dims that the op sums, orders, normalises or looks through a window along."""
+        found: dict[fx.Node, set[int]] = {}
+        declared = _MIXES.get(op_name(self.node))
+        for name, dims in declared(self).items() if declared else ():
+            operand = self.get(name)
+            if isinstance(operand, fx.Node):
+                ndim = max(1, len(self.shape(operand)))
+                found.setdefault(operand, set()).update(int(d) % ndim for d in dims)
+        return found
 
     def shape(self, arg: Any) -> tuple[int, ...]:
         if not isinstance(arg, fx.Node):
@@ -69,20 +94,40 @@ class OpContext:
 
 
 Rule = Callable[[OpContext], Any]
+Mixes = Callable[[OpContext], Mapping[str, Iterable[int]]]  # name of an operand -> dims
 _RULES: dict[str, tuple[Family, Rule]] = {}
+_MIXES: dict[str, Mixes] = {}
 
 
-def rule(family: Family, *names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops by name, all overloads: `@rule(Family.MOVEMENT, "permute")`."""
+def rule(family: Family, *names: str, mixes: Mixes | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops by name, all overloads: `@rule(Family.MOVEMENT, "permute")`.
+
+    Args:
+        mixes: the dims of operands that the op sums, orders, normalises or looks through a window along. Mixing
+            joins what the other dims hold there, so the framework joins their ids across it before the rule runs.
+            Every reduction must say so.
+    """
+    if family is Family.REDUCTION and mixes is None:
+        raise ValueError(f"along which dims do {', '.join(names)} mix?")
 
     def register(function: Rule) -> Rule:
         for name in names:
             if name in _RULES:
                 raise ValueError(f"op {name} has two rules")
             _RULES[name] = (family, function)
+            if mixes is not None:
+                _MIXES[name] = mixes
         return function
 
     return register
+
+
+def along(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+    """Mixes along the argument `dim`: one dim, several, or all of them if none is given."""
+    dims = ctx.get("dim")
+    if isinstance(dims, int):
+        return {"self": [dims]}
+    return {"self": dims or range(len(ctx.shape(ctx["self"])))}
 
 
 FUSED_ATTENTION = (  # softmax(q k^T) v in one op, one for each backend; torch picks it as the model runs
