@@ -24,7 +24,7 @@ from benchmarks.accuracy.recover_tasks import Task
 from benchmarks.lib.cifar_data import data_parser
 from benchmarks.lib.results import keep, kept, markdown, write_result
 from surgeon.recovery import distill
-from surgeon.recovery.recover import split
+from surgeon.recovery.options import split
 
 REDUCTION, SEED = 2.1, 0
 STREAM, RATE, EPOCHS, STEPS = (

@@ -22,7 +22,8 @@ from surgeon.cut.plan import Plan
 from surgeon.errors import InputError, PathWarning
 from surgeon.graph.graph import Graph
 from surgeon.proof.verify import Proof, verify
-from surgeon.recovery.recover import batches_of, check_steps, recover
+from surgeon.recovery.options import batches_of, check_steps
+from surgeon.recovery.recover import recover
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 

@@ -36,7 +36,8 @@ from surgeon.cut.store import plain_state
 from surgeon.errors import ExportError, InputError
 from surgeon.files import load_weights
 from surgeon.onnx.export import export
-from surgeon.recovery.recover import DEFAULT, recover
+from surgeon.recovery.options import DEFAULT
+from surgeon.recovery.recover import recover
 from surgeon.report.text import count, table
 from surgeon.selection.options import SCOPES
 from surgeon.timing.bench import bench

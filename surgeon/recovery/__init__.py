@@ -3,6 +3,7 @@ back.
 """
 
 from surgeon.recovery.layerwise import Fit
-from surgeon.recovery.recover import DEFAULT, STEPS, Recovery, Step, batches_of, check_steps, recover
+from surgeon.recovery.options import DEFAULT, STEPS, batches_of, check_steps
+from surgeon.recovery.recover import Recovery, Step, recover
 
 __all__ = ["DEFAULT", "STEPS", "Fit", "Recovery", "Step", "batches_of", "check_steps", "recover"]

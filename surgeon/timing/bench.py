@@ -13,13 +13,10 @@ opened twice, the second time in the other order, and the two take turns.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
-import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +27,13 @@ from torch import nn
 from surgeon.capture.inputs import find_inputs, normalize
 from surgeon.errors import BenchError, SurgeonError
 from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
-from surgeon.timing.backends import FILE_BACKENDS, MODULE_BACKENDS, Runner, files_in, open_entry
+from surgeon.timing.backends import MODULE_BACKENDS, files_in, open_entry
+from surgeon.timing.file_backends import FILE_BACKENDS
+from surgeon.timing.sampling import CLOCKS, INTERVAL_ROUNDS, filled, placed, sample, twin, warm_up
 from surgeon.timing.table import Row, Table
 
 __all__ = ["Row", "Table", "bench", "cpu_name"]
 
-_SAMPLES = {50: 1, 90: 64, 99: 662}  # percentile -> fewest samples with which it is shown
-_INTERVAL_ROUNDS = 6  # below this not even a sign test can exclude 1 at 95 %: 2 * 0.5 ** 5 > 0.05
-_RESAMPLES = 1000
-_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-_WINDOW, _STABLE, _MOST_WARMUP, _MOST_SECONDS = (
-    5,
-    0.02,
-    50,
-    5.0,
-)  # of a warm-up: runs, difference of medians, limits
 _NOISY = 0.1  # spread of one entry's times from which the machine counts as noisy
 
 
@@ -85,8 +74,8 @@ def bench(
         BenchError: an entry, option or number is bad, a file is missing or damaged, a backend's package is
             not installed, or an entry does not run on the inputs.
     """
-    if clock not in _CLOCKS:
-        raise BenchError(f"unknown clock {clock!r}", fix=f"use one of {', '.join(_CLOCKS)}")
+    if clock not in CLOCKS:
+        raise BenchError(f"unknown clock {clock!r}", fix=f"use one of {', '.join(CLOCKS)}")
     _check_numbers(models, threads=threads, batch_size=batch_size, repeats=repeats, warmup=warmup)
     jobs = list(_jobs(models, backends))
     inputs = _inputs(models, example_inputs)
@@ -100,16 +89,16 @@ def bench(
             with _conditions(models, count) as used:
                 runners = [open_entry(*job, fitted, used, details) for job in jobs]
                 twins = [
-                    _twin(runner, job, fitted, used)
+                    twin(runner, job, fitted, used)
                     for runner, job in reversed([*zip(runners, jobs, strict=True)])
                 ][::-1]
-                warmed += [_warm(runner, warmup, clock) for runner in dict.fromkeys((*runners, *twins))]
-                times = _measure((runners, twins), repeats, clock)
+                warmed += [warm_up(runner, warmup, clock) for runner in dict.fromkeys((*runners, *twins))]
+                times = sample((runners, twins), repeats, clock)
             found = [
-                _filled(runner.row, times[i], None if i == 0 else times[0], seed)
+                filled(runner.row, times[i], None if i == 0 else times[0], seed)
                 for i, runner in enumerate(runners)
             ]
-            rows += [_placed(row, batch_size_of(fitted), used) for row in found]
+            rows += [placed(row, batch_size_of(fitted), used) for row in found]
             warned += _warnings(found, times)
     isa = torch.backends.cpu.get_cpu_capability()
     runtime = (
@@ -218,85 +207,11 @@ def _conditions(models: Mapping[str, Any], threads: int | None) -> Iterator[int]
         torch.set_num_threads(before)
 
 
-def _warm(runner: Runner, warmup: int | str, clock: str) -> int:
-    """Untimed runs; how many there were."""
-    if isinstance(warmup, int):
-        for _ in range(warmup):
-            runner.run()
-        return warmup
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < _MOST_WARMUP and time.perf_counter() - started < _MOST_SECONDS:
-        times.append(runner.timed(_CLOCKS[clock]))
-        if len(times) >= 2 * _WINDOW:
-            late, early = np.median(times[-_WINDOW:]), np.median(times[-2 * _WINDOW : -_WINDOW])
-            if abs(late - early) <= _STABLE * early:
-                break
-    return len(times)
-
-
-def _twin(runner: Runner, job: tuple[str, Any, str], inputs: Inputs, threads: int) -> Runner:
-    """Another session of a file; a module is what it is."""
-    return runner if runner.fed is None else open_entry(*job, inputs, threads, details=False)
-
-
-def _measure(
-    twins: tuple[Sequence[Runner], Sequence[Runner]], rounds: int, clock: str
-) -> np.ndarray[Any, Any]:
-    """Seconds of shape (entries, rounds); two rounds with the first session of each, two with the second, and
-    so on.
-    """
-    count = len(twins[0])
-    times = np.zeros((count, rounds))
-    for turn in range(rounds):
-        for index in range(count) if turn % 2 == 0 else reversed(range(count)):
-            times[index, turn] = twins[turn // 2 % 2][index].timed(_CLOCKS[clock])
-    return times
-
-
-def _filled(row: Row, times: np.ndarray[Any, Any], reference: np.ndarray[Any, Any] | None, seed: int) -> Row:
-    """The row with percentiles of `times` (seconds) and, if there is a reference, the paired ratio."""
-    count = len(times)
-    ratio = low = high = None
-    if reference is not None:
-        ratios = reference / np.maximum(times, 1e-12)
-        ratio = float(np.median(ratios))
-        if count >= _INTERVAL_ROUNDS:
-            low, high = _interval(ratios, seed)
-    shown: dict[str, Any] = {
-        f"p{q}": float(np.percentile(times, q)) * 1e3 for q, least in _SAMPLES.items() if count >= least
-    }
-    gain = low is not None and low > 1.0
-    return dataclasses.replace(row, samples=count, ratio=ratio, low=low, high=high, gain=gain, **shown)
-
-
-def _interval(ratios: np.ndarray[Any, Any], seed: int) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median: the wider of one over rounds and one over blocks of neighbouring
-    rounds.
-
-    What disturbs one round often lasts for the next ones (Politis and Romano 1992), which single rounds do
-    not show.
-    """
-    count = len(ratios)
-    generator = np.random.default_rng(seed)
-    ends = []
-    for length in (1, math.ceil(count ** (1 / 3))):
-        starts = generator.integers(0, count, (_RESAMPLES, -(-count // length)))
-        picks = ((starts[:, :, None] + np.arange(length)) % count).reshape(_RESAMPLES, -1)[:, :count]
-        ends.append(np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5)))
-    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
-
-
-def _placed(row: Row, batch_size: int, threads: int) -> Row:
-    rate = 1e3 * batch_size / row.p50 if batch_size and row.p50 > 0 else None
-    return dataclasses.replace(row, batch_size=batch_size, threads=threads, throughput=rate)
-
-
 def _warnings(rows: Sequence[Row], times: np.ndarray[Any, Any]) -> Iterator[str]:
     """A machine whose times spread, and ops that did not run where they were asked to."""
     quartiles = np.percentile(times, (25, 50, 75), axis=1)
     spread = float(np.median((quartiles[2] - quartiles[0]) / np.maximum(quartiles[1], 1e-12)))
-    if times.shape[1] >= _INTERVAL_ROUNDS and spread > _NOISY:
+    if times.shape[1] >= INTERVAL_ROUNDS and spread > _NOISY:
         yield (
             f"the machine is noisy: half of the times of an entry spread over {spread:.0%} of its median; "
             "measure again, or with more repeats"

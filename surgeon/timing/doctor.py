@@ -11,119 +11,23 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import io
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from surgeon.capture.inputs import normalize
 from surgeon.errors import FileError, InputError, SurgeonError
 from surgeon.files import silence
 from surgeon.onnx.compare import feeds
 from surgeon.onnx.file import SCOPES, head, open_session, read
-from surgeon.timing.ort_profile import REORDERS, OpTime, profile
-
-_INTENSE = (
-    4.0  # MACs per byte from which a core computes longer than it waits for memory: some 60 GMAC/s at 15 GB/s
-)
-_TINY = 0.01  # ms: an op that takes less is mostly the starting of it
-_MUCH = 0.2  # share of the time from which a cause is worth advice
-_SLOWER = 0.95  # share of the time before from which a layer has not become faster
-_SHOWN = 8
-_PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One op that ran, and what is to be said about it.
-
-    Attributes:
-        name: path of the module that it comes from, or the op's own name where the file does not say.
-        op, ms: kind and median milliseconds.
-        before_ms: of the op of the same name in the file before; None without one.
-        macs, bytes: multiply-accumulates, and bytes read and written, with the padding that ran.
-        widths: (in, out) channels of a convolution in the file; None for other ops.
-        fast: whether a convolution ran on the blocked path; None for other ops.
-        aligned: the nearest widths that are whole blocks, where the widths are not: ((below, above) in,
-            (below, above) out).
-    """
-
-    name: str
-    op: str
-    ms: float
-    before_ms: float | None
-    macs: int
-    bytes: int
-    widths: tuple[int, int] | None = None
-    fast: bool | None = None
-    aligned: tuple[tuple[int, int], tuple[int, int]] | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether it waits for memory rather than computes."""
-        return self.macs < _INTENSE * self.bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """What takes the time, why, and what to do.
-
-    Attributes:
-        path: the file.
-        ms, before_ms: medians of whole runs; None without a file before.
-        block: channels of a block on this machine.
-        layers: every op that ran, the slowest first.
-        advice: what to change, one line each; arguments can be pasted into `surgery.plan(...)`.
-    """
-
-    path: Path
-    ms: float
-    before_ms: float | None
-    block: int
-    layers: tuple[Layer, ...]
-    advice: tuple[str, ...]
-
-    def share(self, layers: Sequence[Layer]) -> float:
-        """Of the time of all ops."""
-        return sum(layer.ms for layer in layers) / max(sum(layer.ms for layer in self.layers), 1e-12)
-
-    def __str__(self) -> str:
-        before = "" if self.before_ms is None else f" ({self.before_ms:.3f} ms before)"
-        out = io.StringIO()
-        console = Console(file=out, width=130)
-        console.print(
-            f"{self.path}: {self.ms:.3f} ms a run{before}, blocks of {self.block} channels", soft_wrap=True
-        )
-        table = Table()
-        for title in ("op", "layer", "ms", "before", "share", "channels", "remarks"):
-            table.add_column(
-                title, justify="right" if title in ("ms", "before", "share") else "left", overflow="fold"
-            )
-        for layer in self.layers[:_SHOWN]:
-            was = "-" if layer.before_ms is None else f"{layer.before_ms:.3f}"
-            widths = "" if layer.widths is None else f"{layer.widths[0]} -> {layer.widths[1]}"
-            table.add_row(
-                layer.op,
-                layer.name,
-                f"{layer.ms:.3f}",
-                was,
-                f"{self.share([layer]):.0%}",
-                widths,
-                _remarks(layer),
-            )
-        console.print(table)
-        for line in self.advice:
-            console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
-        return out.getvalue().rstrip()
+from surgeon.timing.advice import PRODUCTS, advice_on
+from surgeon.timing.diagnosis import Diagnosis, Layer
+from surgeon.timing.ort_profile import OpTime, profile
 
 
 def doctor(
@@ -154,7 +58,7 @@ def doctor(
         known[layer.name] = known.get(layer.name, 0.0) + layer.ms
     ms, layers = _examined(Path(path), example_inputs, threads, runs, block, known)
     diagnosis = Diagnosis(Path(path), ms, None if was is None else was[0], block, layers, ())
-    return dataclasses.replace(diagnosis, advice=tuple(_advice(diagnosis)))
+    return dataclasses.replace(diagnosis, advice=tuple(advice_on(diagnosis)))
 
 
 def _examined(
@@ -227,7 +131,7 @@ def _origins(proto: Any) -> dict[str, Any]:
         source = made.get(node.input[0]) if node.input else None
         product = (
             source
-            if source is not None and source.op_type in _PRODUCTS and node.op_type not in _PRODUCTS
+            if source is not None and source.op_type in PRODUCTS and node.op_type not in PRODUCTS
             else node
         )
         found.setdefault(node.name, node)
@@ -266,86 +170,7 @@ def _around(width: int, block: int) -> tuple[int, int]:
 
 
 def _macs(op: OpTime) -> int:
-    if op.op not in _PRODUCTS or len(op.shapes) < 2:
+    if op.op not in PRODUCTS or len(op.shapes) < 2:
         return 0
     elements = op.written // 4
     return elements * (math.prod(op.shapes[1][1:]) if "Conv" in op.op else op.shapes[0][-1])
-
-
-def _remarks(layer: Layer) -> str:
-    said = []
-    if layer.fast is False:
-        said.append("off the fast path")
-    if layer.aligned is not None:
-        (a, b), (c, d) = layer.aligned
-        said.append(f"nearest whole blocks {_either(a, b)} -> {_either(c, d)}")
-    if layer.before_ms is not None and layer.ms > _SLOWER * layer.before_ms:
-        said.append("not faster than before")
-    if layer.op in REORDERS:
-        said.append("puts channels into blocks or back")
-    elif layer.waits:
-        said.append("waits for memory")
-    return "; ".join(said)
-
-
-def _either(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} or {high}"
-
-
-def _advice(found: Diagnosis) -> list[str]:
-    """What to change, the cause that takes most of the time first."""
-    odd = [layer for layer in found.layers if layer.aligned is not None]
-    slow = [layer for layer in odd if layer.fast is False]
-    worse = _not_faster(found)
-    waits = [layer for layer in found.layers if layer.waits and layer.ms >= _TINY]
-    tiny = [layer for layer in found.layers if layer.ms < _TINY]
-    started = max(found.ms - sum(layer.ms for layer in found.layers), 0.0) / max(found.ms, 1e-12)
-    causes: list[tuple[float, str]] = []
-    if odd:
-        what = f"{len(odd)} convolutions ({found.share(odd):.0%} of the time) have widths that are no whole blocks"
-        what += f", {len(slow)} of them off the fast path" if slow else ", which are padded and computed"
-        causes.append((found.share(odd), f"{what}: cut with round_to={found.block}"))
-    if worse:
-        names = ", ".join(repr(name) for name in worse[:_SHOWN])
-        share = found.share([layer for layer in found.layers if layer.name in worse])
-        causes.append(
-            (
-                share,
-                f"{len(worse)} layers are not faster than before ({share:.0%}): leave them whole with ignore=[{names}]",
-            )
-        )
-    if found.share(waits) > _MUCH:
-        kinds: dict[str, float] = defaultdict(float)
-        for layer in waits:
-            kinds[layer.op] += layer.ms
-        most = ", ".join(sorted(kinds, key=lambda kind: -kinds[kind])[:3])
-        text = f"{found.share(waits):.0%} of the time waits for memory (most of it {most}): fewer MACs alone do not help there; "
-        causes.append(
-            (
-                found.share(waits),
-                text + "cut the widest activations, or surgeon.quantize(...) to move fewer bytes",
-            )
-        )
-    if found.share(tiny) + started > _MUCH:
-        share = found.share(tiny) + started
-        text = f"{len(tiny)} ops of less than {_TINY * 1e3:.0f} us and starting them take {share:.0%}: "
-        causes.append(
-            (share, text + "use a larger batch, fewer layers rather than narrower ones, or CUDA graphs")
-        )
-    causes.sort(key=lambda cause: -cause[0])
-    return [text for _, text in causes] or [
-        "nothing stands out: the time is in products on the fast path; cut more of them"
-    ]
-
-
-def _not_faster(found: Diagnosis) -> list[str]:
-    """Paths of the layers with products that take as long as before, the slowest first."""
-    sums: dict[str, float] = defaultdict(float)
-    for layer in found.layers:
-        if layer.op in _PRODUCTS and layer.before_ms is not None:
-            sums[layer.name] += layer.ms
-    before = {layer.name: layer.before_ms for layer in found.layers if layer.before_ms is not None}
-    return sorted(
-        (name for name, ms in sums.items() if ms > _SLOWER * before[name] and ms >= _TINY),
-        key=lambda name: -sums[name],
-    )

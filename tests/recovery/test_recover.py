@@ -20,8 +20,9 @@ from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layerwise import RIDGES
 from surgeon.recovery.least_squares import Normal
 from surgeon.recovery.norms import reestimate
+from surgeon.recovery.options import STRONGER
 from surgeon.recovery.paired_run import Recording
-from surgeon.recovery.recover import STRONGER, recover
+from surgeon.recovery.recover import recover
 from surgeon.recovery.row_sampling import RowSample
 
 TINY = (1e-13,)  # a ridge that only breaks ties

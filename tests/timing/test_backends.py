@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from surgeon.errors import BenchError, MissingExtraError
 from surgeon.onnx.export import export
 from surgeon.timing import backends as runners
+from surgeon.timing import file_backends
 from surgeon.timing import ort_profile as profiled
 from surgeon.timing import table as bench_table
 from surgeon.timing.bench import bench
@@ -159,7 +160,7 @@ def test_cuda_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
             return 7.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    timed = runners.events(lambda: log.append("run"))
+    timed = file_backends.events(lambda: log.append("run"))
     assert timed(lambda: 1 / 0) == pytest.approx(0.007)  # the clock is not asked
     assert log == ["record", "run", "record", "synchronize"]
 
@@ -193,7 +194,7 @@ def test_bound_inputs_lie_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
             return (array.shape, device, number)
 
     monkeypatch.setattr(onnxruntime, "OrtValue", OrtValue)
-    runners._bound(Session(), {"x": np.ones((2, 3))})()
+    file_backends._bound(Session(), {"x": np.ones((2, 3))})()
     assert log == [("x", ((2, 3), "cuda", 0)), ("y", "cuda"), "run", "synchronized"]
 
 
@@ -202,9 +203,9 @@ def test_absent_packages_are_named(folder: Path, backend: str, monkeypatch: pyte
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BenchError, match=r"not installed(.|\n)*pip install onnxruntime-"):
         bench({"a": folder / "a.onnx"}, _X, backends=[backend])
-    provider = runners._PROVIDERS[backend][0]
+    provider = file_backends._PROVIDERS[backend][0]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
-    assert runners.providers_for(backend, "a") == [provider, "CPUExecutionProvider"]
+    assert file_backends.providers_for(backend, "a") == [provider, "CPUExecutionProvider"]
 
 
 def test_fallbacks_and_noise_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,16 +229,16 @@ def test_fallbacks_and_noise_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_warm_up_ends_when_times_are_stable(monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgeon.timing.bench import _warm
+    from surgeon.timing.sampling import warm_up
 
-    def runner(times: Any) -> runners.Runner:
+    def runner(times: Any) -> file_backends.Runner:
         left = iter(times)
-        return runners.Runner(Row("a", "x", None, 0), lambda: None, lambda clock: next(left))
+        return file_backends.Runner(Row("a", "x", None, 0), lambda: None, lambda clock: next(left))
 
-    assert _warm(runner([1.0] * 50), "stable", "wall") == 10
-    assert _warm(runner([9, 8, 7, 6, 5, 4, 3, 2, *[1.0] * 42]), "stable", "wall") == 16
-    assert _warm(runner([1.1**i for i in range(60)]), "stable", "wall") == 50
-    assert _warm(runner([]), 3, "wall") == 3
+    assert warm_up(runner([1.0] * 50), "stable", "wall") == 10
+    assert warm_up(runner([9, 8, 7, 6, 5, 4, 3, 2, *[1.0] * 42]), "stable", "wall") == 16
+    assert warm_up(runner([1.1**i for i in range(60)]), "stable", "wall") == 50
+    assert warm_up(runner([]), 3, "wall") == 3
 
 
 def test_the_blocked_path_is_seen(tmp_path: Path) -> None:

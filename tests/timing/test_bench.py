@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import BenchError
 from surgeon.onnx.export import export
+from surgeon.timing import sampling
 from surgeon.timing.bench import bench
 from surgeon.timing.table import Row, Table
 
@@ -56,7 +57,7 @@ class _Timed(nn.Module):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     fake = _Clock()
-    monkeypatch.setitem(module._CLOCKS, "wall", fake)
+    monkeypatch.setitem(sampling.CLOCKS, "wall", fake)
     return fake
 
 
@@ -110,7 +111,7 @@ def test_disturbances_that_last_widen_the_interval() -> None:
 
     def width(ratios: list[float]) -> float:
         times = np.array(ratios)
-        row = module._filled(Row("b", "x", None, 0), 1 / times, np.ones(len(times)), 0)
+        row = sampling.filled(Row("b", "x", None, 0), 1 / times, np.ones(len(times)), 0)
         return row.high - row.low
 
     generator = np.random.default_rng(0)

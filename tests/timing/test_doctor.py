@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError
 from surgeon.onnx.export import export
-from surgeon.timing.doctor import Diagnosis, Layer, _advice, _around, _remarks, doctor
+from surgeon.timing.advice import advice_on
+from surgeon.timing.diagnosis import Diagnosis, Layer, remarks_on
+from surgeon.timing.doctor import _around, doctor
 
 
 class _Net(nn.Module):
@@ -68,10 +70,10 @@ def _layer(name: str, ms: float, **facts: Any) -> Layer:
 
 def _found(*layers: Layer, ms: float | None = None) -> list[str]:
     total = sum(layer.ms for layer in layers) if ms is None else ms
-    return _advice(Diagnosis(Path("a"), total, None, 16, layers, ()))
+    return advice_on(Diagnosis(Path("a"), total, None, 16, layers, ()))
 
 
-def test_advice() -> None:
+def testadvice_on() -> None:
     fast = _layer("a", 5.0, widths=(32, 32), fast=True)
     odd = _layer("b", 3.0, widths=(19, 32), fast=False, aligned=((16, 32), (32, 32)))
     assert _found(fast) == ["nothing stands out: the time is in products on the fast path; cut more of them"]
@@ -95,9 +97,9 @@ def test_advice() -> None:
 
 def test_remarks_and_blocks() -> None:
     assert [_around(width, 16) for width in (3, 16, 19, 40)] == [(3, 16), (16, 16), (16, 32), (32, 48)]
-    text = _remarks(_layer("b", 3.0, before_ms=2.0, fast=False, aligned=((16, 32), (32, 32))))
+    text = remarks_on(_layer("b", 3.0, before_ms=2.0, fast=False, aligned=((16, 32), (32, 32))))
     assert text == "off the fast path; nearest whole blocks 16 or 32 -> 32; not faster than before"
-    assert _remarks(_layer("x", 1.0, op="ReorderInput", macs=0)) == "puts channels into blocks or back"
+    assert remarks_on(_layer("x", 1.0, op="ReorderInput", macs=0)) == "puts channels into blocks or back"
 
 
 def test_bad_input(files: Path, tmp_path: Path) -> None:
