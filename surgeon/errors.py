@@ -87,3 +87,7 @@ class BenchError(SurgeonError):
 
 class MissingExtraError(SurgeonError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class ProofWarning(UserWarning):
+    """What a proof took on trust, or could not show: numbers that follow a width, channels that were zero."""

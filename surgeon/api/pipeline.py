@@ -19,7 +19,7 @@ from surgeon.capture.paths.decisions import said
 from surgeon.capture.runs import record_runs
 from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.cut.plan import Plan
-from surgeon.errors import InputError, PathWarning
+from surgeon.errors import InputError, PathWarning, ProofWarning
 from surgeon.graph.graph import Graph
 from surgeon.proof.verify import Proof, verify
 from surgeon.recovery.options import batches_of, check_steps
@@ -103,6 +103,7 @@ def shrink(
 
     Warns:
         PathWarning: the model's code decided by a value, a size or a mode; see `Surgery.unseen`.
+        ProofWarning: numbers in the model's code follow the new widths, or the proof could not show all.
     """
     check(ratio, **options)  # before the model runs
     if recovery is not None:
@@ -121,7 +122,8 @@ def shrink(
         warnings.warn(_unseen(surgery.unseen), PathWarning, stacklevel=2)
     small, plan = surgery.cut(ratio, **options)
     if verify:
-        prove(model, small, plan, surgery)
+        for remark in prove(model, small, plan, surgery).not_shown:
+            warnings.warn(remark, ProofWarning, stacklevel=2)
     return small if batches is None else recover(small, plan, model, batches, steps=recovery).model
 
 

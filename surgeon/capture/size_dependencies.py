@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -91,9 +91,27 @@ class SizeMode(Sizes):
             self._follow(name, args, kwargs or {}, result)
         elif name in ("expand", "repeat", "expand_as") and isinstance(result, Tensor):
             self._repeat(name, args, kwargs or {}, result)
+        elif name == "lstm":
+            self._project(args[1], args[2])
         elif args and isinstance(args[0], Tensor):
             self._cut(name, args[0], list(args[1:]), kwargs or {})
         return result
+
+    def _project(self, state: Any, weights: Sequence[Tensor]) -> None:
+        """An LSTM's projection must stay narrower than what it projects (torch refuses others): both keep the
+        same share.
+
+        Args:
+            state: (what is given on, [.., projected or hidden size]; the cell, [.., hidden size]).
+            weights: of all layers and directions in a row; a projection is [projected size, hidden size].
+        """
+        projected, hidden = (part.shape[-1] for part in state)
+        if projected == hidden:
+            return
+        for weight in weights:
+            node = self.node_of(weight) if weight.shape == (projected, hidden) else None
+            if node is not None:
+                node.meta["follows"] = {0: Follows(node, 1)}
 
     def _cut(self, name: str, x: Tensor, args: list[Any], kwargs: Mapping[str, Any]) -> None:
         """Note the parts whose sizes were computed from other sizes."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from surgeon.cut.bindings import check_bindings
 from surgeon.cut.plan import Plan, carrying
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
 from surgeon.graph.graph import Graph
@@ -43,11 +44,14 @@ class Cutter:
         """The small model, and the plan that gives it.
 
         Raises:
-            MendError: the model's code holds a size that cannot be changed.
+            MendError: the model's code holds a size that cannot be changed, or a part of the original would
+                still be used.
             PlanError: no config says what is left, and the request asks for one.
         """
         small = shrink_module(self.model, selection.kept)
         plan = self._plan(selection, small)
+        check_bindings(self.model, small)
+        plan.warn()
         return carrying(small, self.model, plan), plan
 
     @torch.inference_mode(mode=False)
@@ -61,7 +65,8 @@ class Cutter:
 
     def _plan(self, selection: Selection, small: nn.Module) -> Plan:
         """The plan of what was sliced; its edits are made in `small`."""
-        edits = find_edits(small, self.runs, self.shapes, selection.choice)
+        mended = find_edits(small, self.runs, self.shapes, selection.choice)
+        rescaled = {"rescaled": [str(number) for number in mended.rescaled]} if mended.rescaled else {}
         return Plan(
             kept=selection.kept,
             hash=self.runs[0].hash,
@@ -71,8 +76,8 @@ class Cutter:
             memory=selection.cost.memory,
             macs_before=selection.before.macs,
             params_before=selection.before.params,
-            edits=(*edits, *self._config_edits(selection, small)),
-            request=selection.request,
+            edits=(*mended.edits, *self._config_edits(selection, small)),
+            request={**selection.request, **rescaled},
         )
 
     def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from surgeon.cut.bindings import check_bindings
 from surgeon.cut.optimizer_state import carry, check_optimizer
 from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
 from surgeon.cut.slice import shrink_module
-from surgeon.errors import FileError, PlanError
+from surgeon.errors import FileError, PlanError, ProofWarning
 from surgeon.files import read_file, write_atomically
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.edits import Edit
@@ -39,7 +41,8 @@ class Plan:
         size: bytes of parameters and stored buffers of the small model.
         memory: bytes of its activations that are alive at once, at most, for the example inputs.
         edits: changed sizes in the model's code.
-        request: what was asked for, for the reader.
+        request: what was asked for, for the reader; under "rescaled" what else changes in the model's code
+            because it counts the terms of a sum (1/sqrt(head_dim)).
     """
 
     kept: Mapping[str, Mapping[int, list[int]]]
@@ -65,17 +68,31 @@ class Plan:
 
         Raises:
             PlanError: the plan does not fit the model.
-            MendError: the model's code holds a size that cannot be changed.
+            MendError: the model's code holds a size that cannot be changed, or a part of the original would
+                still be used (by a hook's closure, say).
             InputError: the optimizer holds parameters that the model does not, or state that cannot be
                 sliced.
         """
         check_fit(self, model)
         if optimizer is not None:
             check_optimizer(optimizer, model)
-        small = carrying(shrink_module(model, self.kept, self.edits), model, self)
+        small = shrink_module(model, self.kept, self.edits)
+        check_bindings(model, small)
+        self.warn()
+        carrying(small, model, self)
         if optimizer is not None:
             carry(optimizer, model, small, self.kept)
         return small
+
+    def warn(self) -> None:
+        """Say which numbers of the model's code, beside sizes, change with the plan."""
+        if self.request.get("rescaled"):
+            warnings.warn(
+                "numbers in the model's code follow the new widths, which changes what it computes: "
+                + "; ".join(map(str, self.request["rescaled"])),
+                ProofWarning,
+                stacklevel=4,
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, atomically.

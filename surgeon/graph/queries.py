@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgeon.errors import InputError
-from surgeon.graph.graph import Graph
+from surgeon.graph.graph import Graph, Spec, spec
+
+_SMALL = 1 << 12  # entries of a value that may go into a number
 
 
 def read_tensors(graph: Graph) -> set[str]:
@@ -52,3 +57,26 @@ def is_read(node: fx.Node, output: int) -> bool:
     return any(
         user.target is operator.getitem and user.args[1] == output and user.users for user in node.users
     )
+
+
+def made_of_numbers(graph: Graph) -> dict[fx.Node, Tensor]:
+    """The small values that hang on nothing but numbers in the model's code."""
+    made: dict[fx.Node, Tensor] = {}
+    for node in graph.fx.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" and node.target not in graph.owned:
+            made[node] = graph.tensors[str(node.target)]
+        elif node.op != "call_function" or not inputs or any(n not in made for n in inputs):
+            continue
+        elif isinstance(node.meta["spec"], Spec) and math.prod(spec(node).shape) <= _SMALL:
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
+            made[node] = node.target(*args, **kwargs)
+    return made
+
+
+def number_in(item: Any, made: Mapping[fx.Node, Tensor]) -> float | None:
+    """A number that the model's code passed, perhaps as a tensor without dims that it made on the way."""
+    if isinstance(item, fx.Node):
+        value = made.get(item)
+        return None if value is None or value.dim() or value.is_complex() else float(value)
+    return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None

@@ -1,4 +1,6 @@
-"""The source of a module's own methods: which there are, what they name, the numbers in them."""
+"""The source of a module's own methods: which there are, what they name, the numbers in them and the names of
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -21,12 +23,27 @@ def methods(module: nn.Module) -> dict[str, Any]:
     """The methods and properties that the module's own classes define, by name; those of torch's classes are
     left out.
     """
+    return _methods(own_classes(module))
+
+
+def methods_as_written(module: nn.Module) -> dict[str, Any]:
+    """The same as the user wrote them, where numbers in the module's code were changed."""
+    return _methods(kind for kind in own_classes(module) if "_surgeon_edits" not in vars(kind))
+
+
+def _methods(kinds: Iterable[type]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for kind in own_classes(module):
+    for kind in kinds:
         for name, value in vars(kind).items():
             if not name.startswith("__") and _function(value) is not None:
                 found.setdefault(name, value)
     return found
+
+
+def is_traced(method: Any) -> bool:
+    """Whether a method is what torch.fx made of one."""
+    function = _function(method)
+    return function is not None and function.__code__.co_filename.startswith(TRACED)
 
 
 def own_classes(module: nn.Module) -> list[type]:
@@ -61,6 +78,43 @@ def numbers(method: Any) -> Iterator[tuple[int, tuple[str, int], int]]:
         code = function.__code__
         for which, node in enumerate(found.numbers):
             yield which, (code.co_filename, code.co_firstlineno + node.lineno - 2), int(found.text(node), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """The name of a whole number in a method, where it is read.
+
+    Attributes:
+        which: it is of all names that the method reads.
+        text: the name as it stands, such as "self.width", "self.sizes[1]" or "n".
+        file, line: where it stands.
+        value: the number; None for a local name, of which nothing is known before it runs.
+    """
+
+    which: int
+    text: str
+    file: str
+    line: int
+    value: int | None
+
+
+def uses(method: Any, module: Any) -> Iterator[Use]:
+    """Names of whole numbers in a method, as they stand.
+
+    Args:
+        module: of which it is a method; attributes are read there. Global names are left out.
+    """
+    function = _function(method)
+    found = None if function is None else _source(function)
+    if function is None or found is None:
+        return
+    code, owner = function.__code__, None if isinstance(method, staticmethod) else module
+    for which, node in enumerate(found.uses):
+        value = _value(function, owner, node)
+        if type(value) is int or (value is _UNKNOWN and isinstance(node, ast.Name)):
+            known = value if type(value) is int else None
+            line = code.co_firstlineno + node.lineno - 2
+            yield Use(which, found.text(node), code.co_filename, line, known)
 
 
 # -- functions and what is around them -----------------------------------------------------------------------
@@ -123,6 +177,17 @@ class _Source:
         ]
         return sorted(found, key=lambda node: (node.lineno, node.col_offset))
 
+    @property
+    def uses(self) -> list[ast.expr]:
+        """Names, attributes of names and items of those, each as far as it goes, that are read and not
+        called.
+        """
+        found = [node for statement in self.parsed.body for node in _read(statement)]
+        return sorted(
+            (node for node in found if node.lineno == node.end_lineno),
+            key=lambda node: (node.lineno, node.col_offset),
+        )
+
     def _is_there(self, node: ast.Constant) -> bool:
         """Whether the number is where the parser says; of one in an f-string some versions of Python do not
         know.
@@ -131,13 +196,58 @@ class _Source:
             return node.lineno == node.end_lineno and int(self.text(node), 0) == node.value
         return False
 
-    def text(self, node: ast.Constant) -> str:
+    def text(self, node: ast.expr) -> str:
         return self.lines[node.lineno - 2][node.col_offset : node.end_col_offset].decode()
 
-    def with_number(self, node: ast.Constant, new: int) -> str:
+    def with_number(self, node: ast.expr, new: int) -> str:
         lines, at = list(self.lines), node.lineno - 2
         lines[at] = lines[at][: node.col_offset] + str(new).encode() + lines[at][node.end_col_offset :]
         return b"".join(lines).decode()
+
+
+_UNKNOWN = object()
+
+
+def _read(node: ast.AST) -> Iterator[ast.expr]:
+    if isinstance(node, ast.Call) and _is_path(node.func):
+        children: Iterable[ast.AST] = (*node.args, *node.keywords)
+    elif isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef | ast.JoinedStr):
+        return  # names mean something else there, or have no place in the text
+    elif isinstance(node, ast.expr) and _is_path(node):
+        if isinstance(getattr(node, "ctx", None), ast.Load):
+            yield node
+        return
+    else:
+        children = ast.iter_child_nodes(node)
+    for child in children:
+        yield from _read(child)
+
+
+def _is_path(node: ast.AST) -> bool:
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.slice, ast.Constant) and _is_path(node.value)
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_path(node.value))
+
+
+def _value(function: types.FunctionType, module: Any, node: ast.expr) -> Any:
+    """What a path stands for; `_UNKNOWN` if it begins with a local name, or with nothing that is there."""
+    try:
+        if isinstance(node, ast.Attribute):
+            owner = _value(function, module, node.value)
+            return owner if owner is _UNKNOWN else getattr(owner, node.attr)
+        if isinstance(node, ast.Subscript):
+            owner = _value(function, module, node.value)
+            return owner if owner is _UNKNOWN else owner[node.slice.value]  # type: ignore[attr-defined]  # a constant
+        assert isinstance(node, ast.Name)
+        code = function.__code__
+        if node.id in code.co_varnames[: min(code.co_argcount, 1)]:
+            return module
+        if node.id in code.co_freevars:
+            return (function.__closure__ or ())[code.co_freevars.index(node.id)].cell_contents
+        local = node.id in code.co_varnames or node.id in code.co_cellvars
+        return _UNKNOWN if local else None  # a global name is no number of the module's own
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return _UNKNOWN
 
 
 def _source(function: types.FunctionType) -> _Source | None:

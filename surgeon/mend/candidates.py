@@ -3,7 +3,7 @@ wrong.
 
 For each module with notes an integer attribute of it, or of one that holds it, that explains most of them;
 else several attributes at once, because code computes with them; else a number in the source of its methods,
-or in its traced forward. Whether that was right shows when the model is run.
+or in its traced forward, or the name of one at one place. Whether that was right shows when the model is run.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgeon.capture.aligned_run import ALIKE
-from surgeon.graph.source_code import methods, numbers, own_classes
+from surgeon.graph.source_code import Use, methods_as_written, numbers, own_classes, uses
 from surgeon.mend.attribute_path import OF_TORCH
-from surgeon.mend.edits import Edit
-from surgeon.mend.size_check import Note
+from surgeon.mend.edits import Edit, edits_of
+from surgeon.mend.refused import Refused
+from surgeon.mend.size_check import COMPARISONS, Note
 from surgeon.mend.traced_forward import foreign, literals, versions
 
 _TRIALS = 8  # of attributes that may have to change together
 
 
-def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, str]]) -> list[Edit]:
+def propose(small: nn.Module, notes: list[Note], refused: Refused) -> list[Edit]:
     """For each module with notes an attribute of it, else several; else of those that hold it; else a number
     in its code.
     """
@@ -41,9 +42,7 @@ def propose(small: nn.Module, notes: list[Note], refused: set[tuple[str, str, st
     return list(edits.values())
 
 
-def _proposed(
-    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]
-) -> list[Edit]:
+def _proposed(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> list[Edit]:
     widths = {size for tensor in small.get_submodule(path).parameters() for size in tensor.shape}
     own, owners = [path], _owners(path)
     one = (
@@ -69,7 +68,7 @@ def _attribute(
     small: nn.Module,
     owners: list[str],
     notes: list[Note],
-    refused: set[tuple[str, str, str]],
+    refused: Refused,
     widths: set[int],
     exact: bool = False,
 ) -> Edit | None:
@@ -98,7 +97,7 @@ def _attribute(
 
 
 def _apart_by(
-    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]], widths: set[int]
+    small: nn.Module, path: str, notes: list[Note], refused: Refused, widths: set[int]
 ) -> Edit | None:
     """An attribute to which the code adds a number, or takes one away: what is left of a width, or the rest
     to be padded.
@@ -135,7 +134,7 @@ def _owners(path: str) -> list[str]:
 
 
 def _together(
-    small: nn.Module, path: str, owners: list[str], notes: list[Note], refused: set[tuple[str, str, str]]
+    small: nn.Module, path: str, owners: list[str], notes: list[Note], refused: Refused
 ) -> list[Edit]:
     """Attributes that hold the old numbers, all changed at once: where each alone was refused, code may
     compute with several.
@@ -145,7 +144,11 @@ def _together(
         return []
     held = [(owner, name, value) for owner in owners for name, value in integers(small.get_submodule(owner))]
     candidates = [
-        [Edit(owner, "attribute", name, got, want) for owner, name, value in held if value == got]
+        [
+            Edit(owner, "attribute", name, got, want)
+            for owner, name, value in held
+            if value == got and (owner, "attribute", name) not in refused.barred
+        ]
         for got, want in changes
     ]
     candidates = [found for found in candidates if found]  # others may be sums of those
@@ -159,9 +162,7 @@ def _together(
     return []
 
 
-def _below_it(
-    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]
-) -> Edit | None:
+def _below_it(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
     """An attribute of a module inside this one that holds the very number, if this one's code names it."""
     outer = small.get_submodule(path)
     methods = [
@@ -183,11 +184,11 @@ def _explains(note: Note, value: int, new: int) -> bool:
     return note.got * new == note.want * value and (note.got % value == 0 or value % note.got == 0)
 
 
-def _in_code(
-    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]]
-) -> Edit | None:
-    """A number in the source of the module's methods that is the old size, else one in its traced forward."""
-    one = _source(small, path, notes, refused)
+def _in_code(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
+    """A number in the source of the module's methods that is the old size, or one use of its name, else one in
+    its traced forward.
+    """
+    one = _source(small, path, notes, refused) or _use(small, path, notes, refused)
     if one is not None:
         return one
     try:
@@ -197,9 +198,7 @@ def _in_code(
     return _traced(next(iter(found.values())), path, notes, refused)
 
 
-def _traced(
-    traced: fx.GraphModule, path: str, notes: list[Note], refused: set[tuple[str, str, str]]
-) -> Edit | None:
+def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: Refused) -> Edit | None:
     others = foreign(traced)
     known = [(name, value) for name, value in literals(traced) if (path, "literal", name) not in refused]
     for note in notes:
@@ -221,7 +220,7 @@ def _traced(
 
 
 def _source(
-    small: nn.Module, path: str, notes: list[Note], refused: set[tuple[str, str, str]], near: float = math.inf
+    small: nn.Module, path: str, notes: list[Note], refused: Refused, near: float = math.inf
 ) -> Edit | None:
     """A number in the source of the module's methods: of those that are the old size the nearest to the line
     that was noted, at most `near` lines away.
@@ -229,9 +228,11 @@ def _source(
     Else one of which the code passes a multiple, on that very line (not with `near` = 0: weaker evidence than
     an attribute is).
     """
+    module = small.get_submodule(path)
+    changed = {edit.name: edit.new for edit in edits_of(module) if edit.kind == "source"}
     known = [
-        (*where, f"{name}:{which}", value)
-        for name, method in methods(small.get_submodule(path)).items()
+        (*where, f"{name}:{which}", changed.get(f"{name}:{which}", value))
+        for name, method in methods_as_written(module).items()
         for which, where, value in numbers(method)
         if (path, "source", f"{name}:{which}") not in refused
     ]
@@ -249,6 +250,46 @@ def _source(
         if solved is not None and solved[0] != value:
             return Edit(path, "source", name, value, solved[0])
     return None
+
+
+def _use(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
+    """One use of a named number in the module's methods: where the name's number has another meaning as well
+    that must stay.
+
+    Those that are the old size on the noted line come first, then local names and numbers of which the code
+    passes a multiple there, then others, the nearest first.
+    """
+    module = small.get_submodule(path)
+    changed = {edit.name for edit in edits_of(module) if edit.kind == "use"}
+    best: tuple[tuple[int, int], Edit] | None = None
+    for name, method in methods_as_written(module).items():
+        for use in uses(method, module):
+            place = f"{name}:{use.which}:{use.text}"
+            hidden = any(part.startswith("__") for part in use.text.split("."))
+            if hidden or place in changed or (path, "use", place) in refused:
+                continue
+            for note in notes:
+                found = _replacing(use, note)
+                if found is not None and (best is None or (found[0], use.which) < best[0]):
+                    edit = Edit(path, "use", place, use.value or note.got, found[1])
+                    best = (found[0], use.which), edit
+    return None if best is None else best[1]
+
+
+def _replacing(use: Use, note: Note) -> tuple[int, int] | None:
+    """(how weak the evidence is, the number) to put in place of a use; None if it explains nothing."""
+    if note.op in COMPARISONS and "." not in use.text:  # a local or a global name may be decided by elsewhere
+        return None
+    file, line = note.source or ("", 0)
+    away = abs(use.line - line) if use.file == file else _FAR
+    if use.value == note.got:
+        return 3 * away, note.want
+    if use.value is None:
+        return (1, note.want) if away == 0 else None
+    solved = _solved(note, use.value) if use.value > 0 else None
+    if solved is None or solved[0] == use.value:
+        return None
+    return 3 * away + 2, solved[0]
 
 
 _FAR = 1 << 30

@@ -12,16 +12,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from surgeon.errors import MendError, PlanError
-from surgeon.graph.source_code import methods
+from surgeon.graph.source_code import is_traced, methods, methods_as_written
 from surgeon.mend.attribute_path import number_at, set_path
-from surgeon.mend.source_edit import changed
+from surgeon.mend.source_edit import changed, with_use
 from surgeon.mend.traced_forward import calls, constants, counterpart, methods_of, versions
+
+IN_SOURCE = ("source", "use")  # kinds of edits of the source of a method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Edit:
         kind: "attribute" (`name` is a path such as "num_heads", "config.hidden_size" or
             "normalized_shape.0"), "literal" (`name` is "function:occurrence:position" of a call in the
             module's forward), "operand" (so it is; the operand at that position takes the place of the call's
-            result) or "source" (`name` is "method:which" of the whole numbers in the source of one of its
-            methods).
+            result), "source" (`name` is "method:which" of the whole numbers in the source of one of its
+            methods, as the user wrote it) or "use" ("method:which:self.width", of the names that a method
+            reads: the new number takes the place of that one use of the old one).
         old, new: the number before and after; for "operand" they mean nothing.
     """
 
@@ -54,6 +57,7 @@ _FORMS = {
     "literal": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
     "operand": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
     "source": r"[^\W\d]\w*:\d{1,6}",
+    "use": r"[^\W\d]\w*:\d{1,6}:[^\W\d]\w*(\.\w+|\[[^]\n]{1,80}\]){0,7}",
 }  # of an edit's name, by kind
 
 
@@ -125,7 +129,15 @@ def _multihead(m: Any) -> dict[str, Any]:
 def _recurrent(m: Any) -> dict[str, Any]:
     gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
     sizes = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_hh_l0.shape[0] // gates}
-    return sizes | ({"proj_size": m.weight_hr_l0.shape[0]} if m.proj_size else {})
+    if m.proj_size:
+        sizes["proj_size"] = m.weight_hr_l0.shape[0]
+        if sizes["proj_size"] >= sizes["hidden_size"]:
+            raise MendError(
+                f"an LSTM cannot project {sizes['hidden_size']} channels to {sizes['proj_size']}",
+                why="torch wants proj_size < hidden_size",
+                fix="remove the same share of both, or keep the layer with ignore=[...]",
+            )
+    return sizes
 
 
 _LAYERS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Any]]], ...] = (
@@ -221,23 +233,66 @@ def rewrite(module: nn.Module, edit: Edit) -> None:
     methods whose numbers changed: it stays the user's class, trains, deep-copies and pickles (by making the
     edits again).
     """
-    if edit.kind == "source":
+    if edit.kind in IN_SOURCE:
         _rewrite_source(module, edit)
     else:
         _rewrite_forward(module, edit)
 
 
 def _rewrite_source(module: nn.Module, edit: Edit) -> None:
-    name, which = edit.name.split(":")
-    known = methods(module)
-    if name not in known:
+    """Compile the method anew from what the user wrote, with all numbers that were changed in it.
+
+    So which number it is does not hang on what else was changed. Numbers come before names, and of names the
+    last first: each change leaves the count of those that are still to change as it is.
+    """
+    method = edit.name.partition(":")[0]
+    known = methods_as_written(module)
+    if method not in known:
         raise _misfit(edit, "there is no such method")
+    if method in vars(type(module)) and is_traced(vars(type(module))[method]):
+        raise _misfit(edit, "its traced forward was changed already")
+    changes: dict[tuple[str, str], Edit] = {}
+    for each in (*edits_of(module), edit):
+        if each.kind in IN_SOURCE and each.name.partition(":")[0] == method:
+            first = changes.get((each.kind, each.name), each)
+            changes[each.kind, each.name] = dataclasses.replace(each, old=first.old)
+    new = known[method]
     try:
-        new = changed(known[name], int(which), edit.old, edit.new)
+        for each in sorted(changes.values(), key=_order):
+            _, which, *text = each.name.split(":")
+            if each.kind == "source":
+                new = changed(new, int(which), each.old, each.new)
+            else:
+                new = with_use(new, int(which), "".join(text), each.new)
     except ValueError as error:
         raise _misfit(edit, str(error)) from error
+    current = methods(module)
     before = vars(type(module)) if "_surgeon_edits" in vars(type(module)) else {}
-    _become(module, {**{key: known[key] for key in known if key in before}, name: new}, edit)
+    _become(module, {**{key: current[key] for key in current if key in before}, method: new}, edit)
+
+
+def _order(edit: Edit) -> tuple[bool, int]:
+    return edit.kind == "use", -int(edit.name.split(":")[1])
+
+
+def edits_of(module: nn.Module) -> tuple[Edit, ...]:
+    """The edits of its code that a module's class was made with."""
+    found: tuple[Edit, ...] = getattr(type(module), "_surgeon_edits", ())
+    return found
+
+
+def undo_edits(model: nn.Module, edits: Collection[Edit]) -> None:
+    """Put back what edits changed, whatever else was changed since."""
+    for edit in edits:
+        if edit.kind == "attribute":
+            apply_edit(model, dataclasses.replace(edit, old=edit.new, new=edit.old))
+    for path in {edit.module for edit in edits if edit.kind != "attribute"}:
+        module = model.get_submodule(path)
+        gone = [dataclasses.replace(edit, module="") for edit in edits if edit.module == path]
+        left = [edit for edit in edits_of(module) if edit not in gone]
+        module.__class__ = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+        for edit in left:
+            rewrite(module, edit)
 
 
 def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
@@ -294,7 +349,7 @@ def _leave_out(call: fx.Node, operand: fx.Node) -> None:
 def _become(module: nn.Module, own: Mapping[str, Callable[..., Any]], edit: Edit) -> None:
     """Give the module other methods, as a subclass of its class."""
     base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
-    edits = (*getattr(type(module), "_surgeon_edits", ()), dataclasses.replace(edit, module=""))
+    edits = (*edits_of(module), dataclasses.replace(edit, module=""))
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _unpickle, (base, edits), self.__dict__, None, None, _set_state

@@ -1,4 +1,4 @@
-"""find_edits(small, runs, shapes, choice) -> edits: which numbers in the model's code must change with the
+"""find_edits(small, runs, shapes, choice) -> Mended: which numbers in the model's code must change with the
 new widths.
 
 Evidence, not names: the small model is run once under a mode that compares each op with the recorded run. A
@@ -11,197 +11,128 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import fx, nn
+from torch import nn
 
 from surgeon.capture.aligned_run import repeated
 from surgeon.coupling.groups import outputs_of_tensors
 from surgeon.errors import MendError
-from surgeon.graph.graph import Graph, Spec, spec
-from surgeon.graph.tensors import named_tensors
-from surgeon.mend.candidates import integers, propose
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.graph.graph import Graph, spec
+from surgeon.mend.candidates import propose
+from surgeon.mend.constants import Constant, Judge, changed_rates, to_blame
+from surgeon.mend.edits import Edit, apply_edit, undo_edits
 from surgeon.mend.expected_sizes import wanted
-from surgeon.mend.size_check import COMPARISONS, Note, compare, of_ones
+from surgeon.mend.refused import Refused
+from surgeon.mend.size_check import COMPARISONS, Findings, Note, check, compare, of_ones
+from surgeon.mend.trials import reached, try_edits
 from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
-_PAIRS = 4  # second attributes that are tried with a first one
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
-def find_edits(
-    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice
-) -> tuple[Edit, ...]:
+@dataclasses.dataclass(frozen=True)
+class Mended:
+    """What was changed in a small model's code.
+
+    Attributes:
+        edits: sizes.
+        rescaled: other numbers that changed with them, because they count the terms of a sum that lost some
+            (1/sqrt(head_dim)).
+    """
+
+    edits: tuple[Edit, ...]
+    rescaled: tuple[Constant, ...] = ()
+
+
+def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice) -> Mended:
     """Find the edits and make them in `small`, which is the copy that `shrink_module` gave.
+
+    Of edits that explain the sizes those are made that change no other number: an attribute that is a scale
+    as well stays what it is, and the number is put in its place where it is a size.
 
     Args:
         runs: the recorded runs of the original: in eval mode, and in training mode where that runs other
             layers.
 
     Raises:
-        MendError: the model's code holds a size that neither an attribute nor a literal explains.
+        MendError: the model's code holds a size that neither an attribute nor a literal explains, or another
+            number in it would change with a size.
     """
-    edits = list(_layer_edits(small, runs, shapes, choice))
-    for edit in edits:
+    first = list(_layer_edits(small, runs, shapes, choice))
+    for edit in first:
         apply_edit(small, edit)
-    if not any(_may_differ(small, graph, shapes, choice) for graph in runs):
-        return tuple(edits)
-    notes = compare(small, runs, shapes, choice)
-    refused: set[tuple[str, str, str]] = set()
+    judge = Judge(runs, shapes, choice)
+    edits, refused, found = list[Edit](), Refused(), check(small, runs, shapes, choice)
+    rates = found.rates
+
+    def look() -> Findings:
+        now = check(small, runs, shapes, choice)
+        return dataclasses.replace(now, constants=[*now.constants, *changed_rates(rates, now.rates)])
+
     for _ in range(_ROUNDS):
-        if not notes:
-            return tuple(edits)
-        trial = propose(small, notes, refused)
+        wrong = [] if found.notes else [c for c in found.constants if not judge.counts(c)]
+        blamed = to_blame(small, edits, wrong, lambda: _reaching_the_end(look())) if wrong else []
+        if blamed:
+            undo_edits(small, blamed)
+            refused.bar(blamed, wrong)
+            edits, found = [edit for edit in edits if edit not in blamed], look()
+        if not found.notes:
+            return Mended((*first, *edits), judge.following(found.constants))
+        trial = propose(small, found.notes, refused)
         if not trial:
             break
-        before = _reached(notes)
-        kept, notes = _tried(small, trial, notes, refused, lambda: compare(small, runs, shapes, choice))
+        before = reached(found.notes)
+        kept, found = try_edits(small, trial, found, refused, look)
         edits += kept
-        if _reached(notes) > before:  # what showed nothing, because the code stopped before it, may help now
-            refused.clear()
+        # What showed nothing, because the code stopped before it, may help now.
+        refused.forget(None if reached(found.notes) > before else {edit.module for edit in kept})
+    _refuse(found.notes, refused, small, runs, shapes, choice)
+    return Mended((*first, *edits))
+
+
+def _reaching_the_end(found: Findings) -> list[Constant] | None:
+    """The changed constants of a run that came to its end."""
+    return None if reached(found.notes) < sys.maxsize else found.constants
+
+
+def _refuse(
+    notes: list[Note],
+    refused: Refused,
+    small: nn.Module,
+    runs: Sequence[Graph],
+    shapes: ShapeModel,
+    choice: Choice,
+) -> None:
+    """Raise what says which sizes are left; not if they are comparisons that change nothing.
+
+    Raises:
+        MendError: see there.
+    """
     where = "; ".join(str(n) for n in notes[:3])
-    if notes and all(
-        note.op in COMPARISONS for note in notes
-    ):  # perhaps the code does the same whatever it finds
+    if all(note.op in COMPARISONS for note in notes):  # perhaps the code does the same whatever it finds
         try:
             notes = compare(small, runs, shapes, choice, comparisons=False)
         except MendError as error:
             raise MendError(
                 error.what, where=f"{where}; {error.where}", why=error.why, fix=error.fix
             ) from error
-    if notes:
-        raise MendError(
-            f"the model's code holds {len(notes)} sizes that could not be changed",
-            where=where,
-            why="no integer attribute of the module and no number in its methods or its traced forward explains them"
-            + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
-            fix="compute the size from the tensor's shape in the model's forward, or keep "
-            f"the layers that give these channels, ignore={_layers(notes, runs, shapes, choice) or '[...]'}"
-            + of_ones(
-                (call for graph in runs for call in repeated(graph)[: notes[-1].reached + 1]), shapes, choice
-            ),
-        )
-    return tuple(edits)
-
-
-def _tried(
-    small: nn.Module,
-    trial: list[Edit],
-    notes: list[Note],
-    refused: set[tuple[str, str, str]],
-    look: Callable[[], list[Note]],
-) -> tuple[list[Edit], list[Note]]:
-    """Make the edits of a trial that help, and tell what is left to change; the others are undone and
-    refused.
-    """
-    made, undo = _make(small, trial, refused)
-    after: list[Note] = []
-    try:
-        after = look()
-        worse = _worse(notes, after, made)
-    except MendError:  # one of them leads the code astray
-        worse = made
-    if worse and len(made) == 1:
-        together = _with_others(small, made[0], notes, after, look)
-        if together is not None:
-            return together
-    undo(worse)
-    if len(worse) == len(made) > 1:
-        return _apart(small, made, notes, refused, look)
-    refused |= {(edit.module, edit.kind, edit.name) for edit in worse}
-    return [edit for edit in made if edit not in worse], look() if worse else after
-
-
-def _apart(
-    small: nn.Module,
-    edits: list[Edit],
-    notes: list[Note],
-    refused: set[tuple[str, str, str]],
-    look: Callable[[], list[Note]],
-) -> tuple[list[Edit], list[Note]]:
-    """Find out which edits of a trial help. Of those that are alike (one class, one change) all are refused
-    if two are.
-    """
-    families: dict[tuple[type, str, str, int, int], list[Edit]] = defaultdict(list)
-    for edit in edits:
-        families[type(small.get_submodule(edit.module)), edit.kind, edit.name, edit.old, edit.new].append(
-            edit
-        )
-    kept: list[Edit] = []
-    for first, *rest in families.values():
-        found, notes = _tried(small, [first], notes, refused, look)
-        if not found and len(rest) > 1:
-            found, notes = _tried(small, [rest.pop()], notes, refused, look)
-            if not found:
-                refused |= {(edit.module, edit.kind, edit.name) for edit in rest}
-                rest = []
-        kept += found
-        if rest:
-            found, notes = _tried(small, rest, notes, refused, look)
-            kept += found
-    return kept, notes
-
-
-def _with_others(
-    small: nn.Module, edit: Edit, before: list[Note], after: list[Note], look: Callable[[], list[Note]]
-) -> tuple[list[Edit], list[Note]] | None:
-    """Change numbers for the sizes that an edit made wrong: code that divides a width by a number of heads
-    needs both changed.
-    """
-    inside = f"{edit.module}." if edit.module else ""
-    new = [note for note in after if note not in before and f"{note.module}.".startswith(inside)]
-    refused = {(edit.module, edit.kind, edit.name)}  # what was refused alone may be right together
-    for _ in range(_PAIRS):
-        trial = [
-            found
-            for found in propose(small, new, refused)
-            if (found.module, found.kind) == (edit.module, "attribute")
-        ]
-        if not trial:
-            return None
-        made, undo = _make(small, trial, refused)
-        try:
-            notes = look()
-            if not _worse(before, notes, [edit, *made]):
-                return [edit, *made], notes
-        except MendError:  # it leads the code astray
-            pass
-        undo(made)
-        refused |= {(found.module, found.kind, found.name) for found in made}
-    return None
-
-
-def _make(
-    small: nn.Module, trial: list[Edit], refused: set[tuple[str, str, str]]
-) -> tuple[list[Edit], Callable[[list[Edit]], None]]:
-    """Make the edits that can be made; which they are, and what undoes some of them."""
-    before = {edit: type(small.get_submodule(edit.module)) for edit in trial}
-    made = [edit for edit in trial if _applied(small, edit, refused)]
-
-    def undo(edits: list[Edit]) -> None:
-        for edit in reversed(edits):
-            if edit.kind != "attribute":  # it changed the module's class
-                small.get_submodule(edit.module).__class__ = before[edit]
-            else:
-                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
-
-    return made, undo
-
-
-def _applied(small: nn.Module, edit: Edit, refused: set[tuple[str, str, str]]) -> bool:
-    """Make the edit; False if its place (shared with other modules, say) has changed meanwhile."""
-    try:
-        apply_edit(small, edit)
-    except MendError:
-        refused.add((edit.module, edit.kind, edit.name))
-        return False
-    return True
+    if not notes:
+        return
+    raise MendError(
+        f"the model's code holds {len(notes)} sizes that could not be changed",
+        where=where,
+        why=refused.why()
+        or "no integer attribute of the module and no number in its methods or its traced forward explains them"
+        + (f"; the code stopped with {notes[-1].stopped}" if notes[-1].stopped else ""),
+        fix="compute the size from the tensor's shape in the model's forward, or keep "
+        f"the layers that give these channels, ignore={_layers(notes, runs, shapes, choice) or '[...]'}"
+        + of_ones(
+            (call for graph in runs for call in repeated(graph)[: notes[-1].reached + 1]), shapes, choice
+        ),
+    )
 
 
 def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: ShapeModel, choice: Choice) -> list[str]:
@@ -226,62 +157,6 @@ def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: ShapeModel, ch
             found.append(name.rpartition(".")[0] or name)
             gone[atoms] = False
     return list(dict.fromkeys(found))
-
-
-def _may_differ(small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice) -> bool:
-    """Whether the model's own code gives a size that must change, or decides on sizes; else a run could find
-    nothing.
-    """
-    for node in graph.fx.nodes:
-        if "decided" in node.meta and isinstance(node.meta["spec"], Spec):
-            small_shape = shapes.shape(node, choice)
-            if any(small_shape[dim] != node.meta["spec"].shape[dim] for dim in node.meta["decided"]):
-                return True
-    for call in graph.calls:
-        for position, new in wanted(call.node, shapes, choice).items():
-            old: Any = call.node.args[position]
-            changed = (
-                [a != b and a != -1 for a, b in zip(old, new, strict=True)]
-                if isinstance(new, list)
-                else [old != new]
-            )
-            if (
-                any(changed)
-                and not call.node.meta.get("derived")
-                and not _own_layer(small.get_submodule(call.module), call.node)
-            ):
-                return True
-    return _keeps_old_sizes(small, graph)
-
-
-def _keeps_old_sizes(small: nn.Module, graph: Graph) -> bool:
-    """Whether a module of the user's holds a number that was a size of its own tensors: its code may pass it
-    to a function.
-    """
-    for name, tensor in named_tensors(small):
-        path, _, _ = name.rpartition(".")
-        module = small.get_submodule(path)
-        old = graph.tensors[name].shape if name in graph.owned else tensor.shape
-        if tensor.shape == old or isinstance(
-            module, torch.jit.ScriptModule
-        ):  # compiled code reads no attribute anew
-            continue
-        if type(module).forward.__module__.startswith("torch.nn."):
-            continue
-        gone = {a for a, b in zip(old, tensor.shape, strict=True) if a != b}
-        if any(value in gone for _, value in integers(module)):
-            return True
-    return False
-
-
-def _own_layer(module: nn.Module, node: fx.Node) -> bool:
-    """Whether one of torch's own layers passes this size, from a number that is set beside its tensors."""
-    kinds = tuple(kind for kind, op in _LAYER_NUMBERS if op == op_name(node))
-    if op_name(node) == "native_layer_norm":
-        kinds = (nn.LayerNorm,)
-    elif op_name(node) == "view":  # from the shapes of its inputs and the number of heads
-        kinds = (nn.MultiheadAttention,)
-    return isinstance(module, kinds) and type(module).forward.__module__.startswith("torch.nn.")
 
 
 _LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {
@@ -334,30 +209,3 @@ def _layer_edits(
                 old, new = getattr(module, name), wanted(call.node, shapes, choice)[position]
                 if old != new:
                     yield Edit(call.module, "attribute", name, old, new)
-
-
-def _worse(before: list[Note], after: list[Note], trial: list[Edit]) -> list[Edit]:
-    """Edits after which the modules below them have no fewer notes; all notes count for parts that had none
-    of their own.
-
-    All of them if the code stops now that ran to its end before, or stops earlier: it was noted less far. If
-    it goes on now where it stopped before, what is noted after that place does not count.
-    """
-    reached = _reached(before)
-    if _reached(after) < reached:
-        return trial
-    after = [note for note in after if note.call <= reached]
-
-    def scope(edit: Edit) -> str:
-        return edit.module if _below(before, edit.module) else ""
-
-    return [edit for edit in trial if _below(after, scope(edit)) >= _below(before, scope(edit))]
-
-
-def _reached(notes: list[Note]) -> int:
-    """The op that the code came to before it stopped."""
-    return min((note.reached for note in notes), default=sys.maxsize)
-
-
-def _below(notes: list[Note], path: str) -> int:
-    return sum(n.module == path or n.module.startswith(f"{path}.") or not path for n in notes)

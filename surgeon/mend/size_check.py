@@ -8,13 +8,15 @@ a number that the code compares a size with and found equal to it before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgeon.capture.aliasing import getitem
@@ -25,9 +27,12 @@ from surgeon.capture.size_tracing import Sizes, looking_inside_functional
 from surgeon.capture.traced_size import CheckedInt
 from surgeon.capture.value_dependent import replay
 from surgeon.errors import MendError
+from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Call, Graph, Spec, spec
 from surgeon.graph.messages import source_line
+from surgeon.graph.queries import made_of_numbers
 from surgeon.graph.tensors import named_tensors
+from surgeon.mend.constants import Constant, Rate, changed_constants
 from surgeon.mend.expected_sizes import wanted
 from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel
@@ -81,17 +86,51 @@ def compare(
         MendError: the small model takes another path through its code, or an op gives a shape that was not
             predicted.
     """
-    return [note for graph in runs for note in _compare_one(small, graph, shapes, choice, comparisons)]
+    return check(small, runs, shapes, choice, comparisons).notes
 
 
-def _compare_one(
-    small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice, comparisons: bool
-) -> list[Note]:
-    mode = _Comparer(small, graph, shapes, choice)
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a run of the small model showed: sizes that are wrong, and other numbers that changed."""
+
+    notes: list[Note]
+    constants: list[Constant]
+    rates: list[Rate] = dataclasses.field(default_factory=list)
+
+
+def check(
+    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice, comparisons: bool = True
+) -> Findings:
+    """As `compare`; tells of numbers that are no sizes and differ from the recorded ones, too."""
+    found = Findings([], [])
+    for graph in runs:
+        mode = _Comparer(small, graph, shapes, choice)
+        with _buffers_kept(small):
+            found.notes.extend(_compare_one(small, graph, mode, comparisons))
+        found.constants.extend(mode.constants)
+        found.rates.extend(mode.rates)
+    return found
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a run in eval mode writes into buffers."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _compare_one(small: nn.Module, graph: Graph, mode: _Comparer, comparisons: bool) -> list[Note]:
     with quiet_run(small, 0, graph.training, dict(graph.answers)), mode.stack:
         try:
             with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
                 output_of(small, graph.args, graph.kwargs)
+            mode.ended()
         except MendError as error:
             if not mode.notes:  # else: mend what is known, then look again
                 raise
@@ -150,7 +189,10 @@ class _SmallSizes(Sizes):
         return self.comparer.product(number, run)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in ("reshape", "view"):
+        name = getattr(func, "__name__", "").rstrip("_")
+        if name.endswith("dropout") and len(args) > 1:  # (input, rate, training), by torch's layers as well
+            self.comparer.rates.append(Rate(self.comparer.stack.owner, source_line(user_line()), args[1]))
+        if name not in ("reshape", "view"):
             return super().__torch_function__(func, types, args, kwargs)
         try:
             return func(*args, **(kwargs or {}))
@@ -164,6 +206,10 @@ class _Comparer(AlignedRun):
         super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
         self.notes: list[Note] = []
+        self.constants: list[Constant] = []
+        self.rates: list[Rate] = []
+        self.made = made_of_numbers(graph)
+        self.ran: list[tuple[Any, Any, Any]] = []  # ops inside of a product, with their arguments
         self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
         self.inside = False  # a product, whose ops are torch's matter
         self.used = _used(graph)
@@ -201,7 +247,7 @@ class _Comparer(AlignedRun):
         """
         if self.at == len(self.calls) or self.calls[self.at].within != number:
             return run()
-        self.inside = True
+        self.inside, self.ran = True, []
         try:
             out = run()
         except Exception:  # noqa: BLE001  # whatever torch raises, the op that does is found now
@@ -209,11 +255,12 @@ class _Comparer(AlignedRun):
             return run()
         finally:
             self.inside = False
-        last = (
-            self.at
-            + sum(1 for _ in itertools.takewhile(lambda call: call.within == number, self.calls[self.at :]))
-            - 1
-        )
+        calls = [*itertools.takewhile(lambda call: call.within == number, self.calls[self.at :])]
+        last = self.at + len(calls) - 1
+        if len(calls) == len(self.ran) and all(same(c, r[0]) for c, r in zip(calls, self.ran, strict=True)):
+            for call, (op, args, kwargs) in zip(calls, self.ran, strict=True):
+                self._hold_constants(call, op, args, kwargs)
+        self.ran = []
         self._check(self.calls[last], out)
         self._know(out, spec(self.calls[last].node).shape)
         self.at = last + 1
@@ -221,8 +268,10 @@ class _Comparer(AlignedRun):
 
     def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if self.inside:
+            self.ran.append((func, args, kwargs))
             return func(*args, **kwargs) if out is None else out
         call = self._match(func, args)
+        self._hold_constants(call, func, args, kwargs)
         args = self._corrected(call, list(args))
         out = None
         if "decision" in call.node.meta:  # the small model is to take the same path
@@ -239,6 +288,10 @@ class _Comparer(AlignedRun):
                 self._know(tensor, was.shape)
         self.at += 1
         return out
+
+    def _hold_constants(self, call: Call, op: Any, args: Any, kwargs: Any) -> None:
+        sizes = wanted(call.node, self.shapes, self.choice)
+        self.constants += changed_constants(call, Arguments(op, args, kwargs), self.made, sizes)
 
     def _match(self, func: Any, args: Any) -> Call:
         name = alike(func)
@@ -260,6 +313,21 @@ class _Comparer(AlignedRun):
             why=f"it ran {name} here; a decision in the code depends on a size that changed",
             fix="keep the layer with ignore=[...], or make the decision in __init__" + self._of_ones(),
         )
+
+    def ended(self) -> None:
+        """The run came to its end: so should it in the record. A slice that takes everything may be missing.
+
+        Raises:
+            MendError: ops are left.
+        """
+        left = next((call for call in self.calls[self.at :] if op_name(call.node) != "slice"), None)
+        if left is not None:
+            raise MendError(
+                "the small model takes another path through its code than the original",
+                where=f"{op_name(left.node)} in module '{left.module}' {source_line(left.source)}".rstrip(),
+                why="it ended before this op; a loop or a decision in the code depends on a size that changed",
+                fix="keep the layer with ignore=[...], or make the decision in __init__" + self._of_ones(),
+            )
 
     def _of_ones(self) -> str:
         return of_ones(self.calls[: self.at + 1], self.shapes, self.choice)

@@ -1,7 +1,8 @@
-"""Numbers in the source of a module's own methods: to look for one, and to change it.
+"""Numbers in the source of a module's own methods, and names of numbers: to change one.
 
-A method is compiled anew from its source with one number changed; all else stays as the user wrote it:
-comments, loops, decisions, both modes, what `super()` and closures mean, annotations, decorators.
+A method is compiled anew from its source with one number changed, or with a number in place of a name; all
+else stays as the user wrote it: comments, loops, decisions, both modes, what `super()` and closures mean,
+annotations, decorators.
 """
 
 from __future__ import annotations
@@ -28,6 +29,21 @@ def changed(method: Any, which: int, old: int, new: int) -> Any:
     if which >= len(found.numbers) or int(found.text(found.numbers[which]), 0) not in (old, new):
         raise ValueError(f"it is not number {which} of {function.__qualname__}")
     return _around(method, _compiled(function, found, found.numbers[which], new))
+
+
+def with_use(method: Any, which: int, text: str, new: int) -> Any:
+    """The method with a number in place of one of its `uses` of a named one.
+
+    Raises:
+        ValueError: this name does not stand there, or there is no source.
+    """
+    function = _function(method)
+    found = None if function is None else _source(function)
+    if function is None or found is None:
+        raise ValueError(f"the source of {getattr(method, '__qualname__', method)} cannot be read")
+    if which >= len(found.uses) or found.text(found.uses[which]) != text:
+        raise ValueError(f"{text!r} is not name {which} of {function.__qualname__}")
+    return _around(method, _compiled(function, found, found.uses[which], new))
 
 
 def _around(method: Any, new: types.FunctionType) -> Any:
@@ -63,7 +79,7 @@ def _like(
 
 
 def _compiled(
-    function: types.FunctionType, source: _Source, number: ast.Constant, new: int
+    function: types.FunctionType, source: _Source, number: ast.expr, new: int
 ) -> types.FunctionType:
     """The function from its source with another number."""
     names = function.__code__.co_freevars
@@ -105,5 +121,5 @@ def _compiled(
 _files = itertools.count()
 
 
-def _with(number: ast.Constant, new: int, nodes: Any, values: Any) -> list[Any]:
+def _with(number: ast.expr, new: int, nodes: Any, values: Any) -> list[Any]:
     return [new if node is number else value for node, value in zip(nodes, values, strict=True)]

@@ -58,6 +58,8 @@ class ExportReport:
         folds: what was fused.
         compared: how the file was run: "as it is", or (bfloat16: the CPU has no kernels) "in float32" with
             the same weights.
+        limit: the largest error that was allowed; above 1e-4 (float16: 1e-2) it is 16 times what moves if
+            each number of the model and its inputs is moved in the last bit.
     """
 
     path: Path
@@ -69,11 +71,15 @@ class ExportReport:
     macs: int | None = None
     folds: FoldReport | None = None
     compared: str = "as it is"
+    limit: float = 1e-4
 
     def __str__(self) -> str:
         file = f"{self.path}: {self.size_bytes:,} bytes, {self.params:,} params, opset {self.opset}"
         batches = ", ".join(map(str, self.batch_sizes))
-        return f"{file}; ONNX Runtime differs from torch by {self.error:.1e} (batch {batches})"
+        return (
+            f"{file}; ONNX Runtime differs from torch by {self.error:.1e} "
+            f"(at most {self.limit:.0e} is allowed; batch {batches})"
+        )
 
 
 def export(
@@ -143,10 +149,10 @@ def export(
             sizes = [with_batch(inputs, size) for size in batches]
             if not dynamic_batch and dynamic_shapes is not None:
                 sizes += larger(ready, inputs, proto)
-            compared, error = compare(expected, draft, sizes)
+            agreement = compare(expected, draft, sizes)
             report = ExportReport(
-                target, 0, params_of(proto), error, tuple(batch_size_of(s) for s in sizes), opset_of(proto), macs, folds(ready),
-                compared,
+                target, 0, params_of(proto), agreement.error, tuple(batch_size_of(s) for s in sizes), opset_of(proto), macs,
+                folds(ready), agreement.how, agreement.limit,
             )  # fmt: skip
             _describe(draft, proto, report, model)
             report = dataclasses.replace(report, size_bytes=size_on_disk(draft, proto))

@@ -13,18 +13,21 @@ from surgeon.capture.aliasing import getitem
 from surgeon.capture.value_dependent import DRAWN, draws, replay
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import as_real, named_tensors, tensor_leaves
 from surgeon.ops import masks
 from surgeon.ops.masked_op import Op, leak, nest, saturates, wide
 from surgeon.ops.masked_products import BY_FAMILY, SEMANTICS
 from surgeon.ops.masks import Mask
+from surgeon.ops.sums import fed_by_inputs, follows, scales, sum_of, summed_operands
 from surgeon.ops.table import Family, family, op_name
+from surgeon.proof.second_look import carries_nothing, empty_along
 
 TOLERANCE = 1e-9
 
 Value = tuple[Tensor, Mask]
-Rescaled = dict[fx.Node, tuple[int | str, float, float]]  # the place of a number, as recorded, as it is now
+Rescaled = dict[fx.Node, tuple[str, float, float]]  # the name of an argument, as recorded, as it is now
 
 
 class Reference:
@@ -37,21 +40,21 @@ class Reference:
         results: Mapping[fx.Node, Tensor],
         exact: Mapping[fx.Node, Tensor] | None = None,
         leaking: bool = False,
+        filled: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.graph, self.plan, self.rescaled, self.results = graph, plan, rescaled, results
         self.exact = exact or {}  # constants of the model's code, not rounded to the recorded dtype
-        self.inner, self.compared = 0.0, 0
-        self.first_bad: fx.Node | None = None
+        self.errors: dict[fx.Node, float] = {}  # of the products that were compared, in the order of the run
+        self.present: dict[fx.Node, Tensor] = {}  # what is there of them, if it is kept
+        self.keeps = False
         self.leaking = leaking  # something is added to what saturating activations give
-        self.hidden: dict[
-            fx.Node, Tensor
-        ] = {}  # what contractions read -> which of the present channels are zero throughout
-        self.fed = {node for _, node in graph.inputs}  # what the inputs decide
-        for node in graph.fx.nodes:
-            if not self.fed.isdisjoint(node.all_input_nodes):
-                self.fed.add(node)
+        # What contractions read -> which of its channels carry nothing; of weights along the summed dim.
+        self.hidden: dict[tuple[fx.Node, int], Tensor] = {}
+        self.fed = fed_by_inputs(graph)
+        self.terms: dict[tuple[fx.Node, int], int] = {}  # of sums: how many entries of a dim are present
         own = dict(named_tensors(model))
         self.tensors = {**graph.tensors, **{n: t for n, t in own.items() if n in graph.owned}}
+        self.tensors |= {name: tensor for name, tensor in (filled or {}).items() if name in graph.owned}
         self.values: dict[fx.Node, Any] = {}
         self.last = {n: user for user in graph.fx.nodes for n in user.all_input_nodes}
 
@@ -81,24 +84,43 @@ class Reference:
         data, mask = value[0] if isinstance(value, list) else value
         got = self.results[node]
         want = data[masks.full(mask, data.shape)] if mask else data.flatten()
+        if self.keeps:
+            self.present[node] = want.clone()
+            return
         same = want.numel() == got.numel()
-        error = distance(str(node), want, (), got.flatten()) if same else math.inf
-        self.compared += 1
-        self.inner = max(self.inner, error)
-        if not error <= TOLERANCE and self.first_bad is None:
-            self.first_bad = node
+        self.errors[node] = distance(str(node), want, (), got.flatten()) if same else math.inf
+
+    def _count_terms(self, node: fx.Node) -> None:
+        """Note how many entries of what an op sums over are present."""
+        made = sum_of(node, self.fed)
+        if made is not None:
+            data, mask = self.values[made.value]
+            for dim in made.dims:
+                self.terms[made.value, dim] = int(masks.counted(mask, data.shape, [dim]).max())
+
+    def unexplained(self) -> tuple[fx.Node, float, float] | None:
+        """A number that differs in the small model's code and scales no sum that lost a like share of its
+        terms; with what it was and is.
+        """
+        for node, (name, before, after) in self.rescaled.items():
+            if scales(op_name(node), name) and not follows(
+                node, before, after, self.fed, lambda value, dim: self.terms[value, dim]
+            ):
+                return node, before, after
+        return None
 
     def _look(self, node: fx.Node) -> None:
-        """Note the channels of what an op reads that are zero throughout."""
+        """Note the channels of what an op reads that carry nothing."""
         for used in node.all_input_nodes:
             value = self.values[used]
-            if used not in self.fed or used in self.hidden or isinstance(value, list):
-                continue
-            data, mask = value
-            others = [d for d in range(data.dim()) if not masks.varies(mask, [d])]
-            if mask and data.numel():
-                alive = (data != 0).any(dim=others, keepdim=True) if others else data != 0
-                self.hidden[used] = masks.full(mask, alive.shape) & ~alive
+            if used in self.fed and (used, -1) not in self.hidden and not isinstance(value, list):
+                data, mask = value
+                if mask and data.numel():
+                    self.hidden[used, -1] = carries_nothing(data, mask)
+        for used, dim in summed_operands(node):
+            data, mask = self.values[used]
+            if used not in self.fed and (used, dim) not in self.hidden and masks.varies(mask, [dim]):
+                self.hidden[used, dim] = empty_along(data, mask, dim)
 
     def _slot(self, name: str) -> Value:
         tensor = self.tensors[name].detach()
@@ -113,14 +135,9 @@ class Reference:
     def _call(self, node: fx.Node) -> Any:
         args, kwargs = list(node.args), dict(node.kwargs)
         if node in self.rescaled:
-            place, _, after = self.rescaled[node]
-            given: Any = kwargs if isinstance(place, str) else args
-            number = given[place]
-            if isinstance(number, fx.Node):
-                data, mask = self.values[number]
-                self.values[number] = torch.full_like(data, after), mask
-            else:
-                given[place] = after
+            self._rescale(node, args, kwargs)
+        if self.rescaled:
+            self._count_terms(node)
         name = op_name(node)
         if node.target is getitem:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
@@ -135,6 +152,19 @@ class Reference:
         if self.leaking and saturates(name) and result[0].is_floating_point():
             result = result[0] + leak(call.data(args[0])), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
+
+    def _rescale(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Put the small model's number in place of the recorded one."""
+        name, _, after = self.rescaled[node]
+        place = arguments(node).places[name]
+        number = args[place] if place < len(args) else kwargs.get(name)
+        if isinstance(number, fx.Node):
+            data, mask = self.values[number]
+            self.values[number] = torch.full_like(data, after), mask
+        elif place < len(args):
+            args[place] = after
+        else:
+            kwargs[name] = after
 
 
 def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:

@@ -25,12 +25,14 @@ from surgeon.capture.meta_run import PlainMode
 from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.size_tracing import Sizes, looking_inside_functional
 from surgeon.capture.value_dependent import DRAWN, decides, draws, replay
-from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
-from surgeon.graph.graph import Call, Graph, Spec, spec
+from surgeon.graph.arguments import Arguments, arguments
+from surgeon.graph.graph import Call, Graph, spec
+from surgeon.graph.queries import made_of_numbers, number_in
 from surgeon.graph.tensors import named_tensors, tensor_leaves
 from surgeon.ops.masked_op import in_float64, leak, saturates, wide, widened
-from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.ops.sums import scales
+from surgeon.ops.table import Family, family, op_name
 from surgeon.proof.reference import Rescaled
 
 _OPTIONAL = {
@@ -43,7 +45,6 @@ _OPTIONAL = {
     "as_strided",
     "_to_copy",
 }  # compute nothing
-_SMALL = 1 << 12  # entries of a value that may go into a number
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
 
@@ -58,6 +59,10 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class DoesNotRunError(ProofError):
+    """The small model stopped with an error."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One op of the small model's run: its name, the numbers among its arguments, its result if it is a
@@ -67,7 +72,7 @@ class Step:
     """
 
     name: str
-    constants: dict[int | str, float]
+    constants: dict[str, float]
     result: Tensor | None
     within: int
 
@@ -105,7 +110,7 @@ class _Upgrade(PlainMode):
             result = wide(result)
         if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(
-                Step(name.rstrip("_"), _constants(args, kwargs), self._kept(name, result), self.within)
+                Step(name.rstrip("_"), _constants(func, args, kwargs), self._kept(name, result), self.within)
             )
             self.at += 1
         return result
@@ -178,32 +183,43 @@ def _dtypes(node: fx.Node) -> list[torch.dtype]:
     return [spec(n).dtype for n in node.all_input_nodes]
 
 
-def _constants(args: Any, kwargs: Any) -> dict[int | str, float]:
-    """The numbers among an op's arguments by position or name, those in tensors without dims too."""
-    numbers: dict[int | str, float] = {}
-    for place, item in (*enumerate(args), *kwargs.items()):
+def _constants(func: Any, args: Any, kwargs: Any) -> dict[str, float]:
+    """The numbers among an op's arguments by name, those in tensors without dims too."""
+    numbers: dict[str, float] = {}
+    for name, item in Arguments(func, args, kwargs).items():
         single = isinstance(item, Tensor) and item.dim() == 0 and not item.is_complex()
         if single or (isinstance(item, int | float) and not isinstance(item, bool)):
-            numbers[place] = float(item)
+            numbers[name] = float(item)
     return numbers
 
 
 Trace = tuple[list[tuple[str, Tensor]], list["Step"], dict[fx.Node, Tensor]]
 
 
-def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: bool = False) -> Trace:
+def run_small(
+    small: nn.Module,
+    graph: Graph,
+    args: Any,
+    kwargs: Any,
+    leaking: bool = False,
+    filled: Mapping[str, Tensor] | None = None,
+) -> Trace:
     """The small model's outputs, its steps, and numbers of its code that are not rounded.
 
     Args:
-        leaking: something is added to what saturating activations give (see `absence.leak`).
+        leaking: something is added to what saturating activations give (see `leak`).
+        filled: numbers to take in place of those of some tensors.
     """
     with torch.no_grad():
         twin = copy.deepcopy(small)._apply(wide)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)
+        value = (filled or {}).get(name, tensor)
         if attribute in module.__dict__:
-            module.__dict__[attribute] = wide(tensor)
+            module.__dict__[attribute] = wide(value)
+        elif value is not tensor:
+            tensor.data.copy_(value)
     mode = _Upgrade(graph, leaking)
     with (
         float64(),
@@ -215,7 +231,7 @@ def run_small(small: nn.Module, graph: Graph, args: Any, kwargs: Any, leaking: b
         try:
             output = output_of(twin, args, kwargs)
         except Exception as error:
-            raise ProofError(
+            raise DoesNotRunError(
                 f"the small model does not run: {type(error).__name__}: {error}",
                 why="the plan does not fit the model's code",
                 fix="make the plan anew with surgery.plan(...)",
@@ -275,66 +291,25 @@ def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
     return found
 
 
-def rescaled_constants(graph: Graph, steps: Mapping[fx.Node, Step], plan: Plan) -> Rescaled:
-    """Constants that differ between the two runs by a power of a share that the plan keeps: node -> (place,
-    old, new).
+def changed_constants(graph: Graph, steps: Mapping[fx.Node, Step]) -> Rescaled:
+    """Numbers that scale what an op computes and that differ between the two runs: node -> (place, old, new).
+
+    Whether they may is for the reference to say, which knows what stays of the sums that they scale.
     """
-    shares: set[float] = set()
-    for name, dims in plan.kept.items():
-        for dim, kept in dims.items():
-            shares.add(len(kept) / graph.tensors[name].shape[dim])
     found: Rescaled = {}
-    made = _made(graph)
+    made = made_of_numbers(graph)
     for node, step in steps.items():
+        given = arguments(node)
         for place, after in step.constants.items():
-            if family(step.name) is not Family.ELEMENTWISE and (
-                place != "scale" or step.name not in FUSED_ATTENTION
-            ):
+            before = number_in(given[place], made) if place in given else None
+            if before is None or math.isclose(before, after, rel_tol=_ROUNDED):
                 continue
-            before = _number(node.kwargs.get(place) if isinstance(place, str) else node.args[place], made)
-            if before is None:
-                continue
-            if (
-                before > 0
-                and after > 0
-                and abs(after / before - 1) > 1e-12
-                and _explained(before, after, shares)
-            ):
+            exact = before in _EPSILONS and after == _FINEST  # torch takes the dtype's where none is given
+            if exact or scales(op_name(node), place):
                 found[node] = (place, before, after)
     return found
 
 
-def _number(item: Any, made: Mapping[fx.Node, Tensor]) -> float | None:
-    """A number that the model's code passed, perhaps as a tensor without dims that it made on the way."""
-    if isinstance(item, fx.Node):
-        value = made.get(item)
-        return None if value is None or value.dim() or value.is_complex() else float(value)
-    return float(item) if isinstance(item, int | float) and not isinstance(item, bool) else None
-
-
-def _made(graph: Graph) -> dict[fx.Node, Tensor]:
-    """The small values that hang on nothing but numbers in the model's code."""
-    made: dict[fx.Node, Tensor] = {}
-    for node in graph.fx.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "get_attr" and node.target not in graph.owned:
-            made[node] = graph.tensors[str(node.target)]
-        elif node.op != "call_function" or not inputs or any(n not in made for n in inputs):
-            continue
-        elif isinstance(node.meta["spec"], Spec) and math.prod(spec(node).shape) <= _SMALL:
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
-            made[node] = node.target(*args, **kwargs)
-    return made
-
-
+_ROUNDED = 1e-6  # numbers of the recorded run may have been rounded to float32
 _FINEST = torch.finfo(torch.float64).eps
 _EPSILONS = {torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-
-
-def _explained(before: float, after: float, shares: set[float]) -> bool:
-    if before in _EPSILONS and after == _FINEST:  # torch takes the dtype's epsilon where none is given
-        return True
-    ratio = after / before
-    return any(
-        abs(ratio / share**power - 1) < 1e-9 for share in shares for power in (-1, -0.5, -0.25, 0.25, 0.5, 1)
-    )

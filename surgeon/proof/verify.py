@@ -5,34 +5,37 @@ indices are absent: whoever sums over channels reads absent ones as zero, and wh
 does so over those that are present. Nothing here knows of ids, groups or slicing; only the graph and
 `plan.kept` enter, so a wrong tie, a wrong slice or a wrongly changed size shows up as a difference.
 
-A run shows nothing of channels that are zero in it. So models with ReLUs or kin are run once more, with
-activations that leak: the size of its input is added to what each gives. What stays zero is counted. A run in
-eval mode shows nothing of what only the training mode runs, so that run is compared as well where it differs.
+A run shows nothing of channels that are zero in it. So models with ReLUs or kin, or with weights that are
+zero, are run once more: with activations that leak (the size of its input is added to what each gives) and
+random numbers in place of those weights. What still carries nothing is counted. A run in eval mode shows
+nothing of what only the training mode runs, so that run is compared as well where it differs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon.capture.runs import further_runs, record_runs
 from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
-from surgeon.graph.queries import read_tensors
 from surgeon.graph.tensors import named, named_tensors
 from surgeon.ops.masked_op import saturates, wide, widened
+from surgeon.ops.sums import scales
 from surgeon.ops.table import op_name
 from surgeon.proof.reference import TOLERANCE, Reference, distance
-from surgeon.proof.small_run import float64, line_up, rescaled_constants, run_small
+from surgeon.proof.rounding import FACTOR, Limits, limits
+from surgeon.proof.second_look import filled, shown
+from surgeon.proof.small_run import DoesNotRunError, changed_constants, float64, line_up, run_small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +48,16 @@ class Proof:
             attention). It counts where an output hides what happened before it, as a classifier that was
             initialised to zero does.
         compared: how many contractions were compared; 0 if the two runs do not line up op by op.
-        tolerance: the error up to which the cut counts as right.
-        rescaled: constants that the model derives from a width, such as 1/sqrt(head_dim): (place, before,
-            after). The reference uses the value after the cut.
-        hidden: channels that were zero wherever a contraction read them, so that nothing shows whether they
-            are the right ones.
-        unread: tensors that were cut and that no run of the proof read.
+        tolerance: the error up to which the cut counts as right, the largest one where values have limits of
+            their own: 1e-9, more where rounding alone moves the original so far.
+        rescaled: numbers of the model's code that follow a width, such as 1/sqrt(head_dim): (place, before,
+            after). Each scales a sum over a dim that lost such a share of its entries (or the root of it).
+            The reference uses the value after the cut.
+        hidden: channels that carried nothing wherever a contraction read them (zeros, or one number that
+            others carry as well), so that nothing shows whether they are the right ones.
+        unread: tensors that were cut and of which no run of the proof shows anything: nothing reads them, or
+            what does reaches no output and no product.
+        hidden_at: how many of the hidden channels each value has.
     """
 
     errors: Mapping[str, float]
@@ -60,26 +67,32 @@ class Proof:
     rescaled: tuple[tuple[str, float, float], ...] = ()
     hidden: int = 0
     unread: tuple[str, ...] = ()
+    hidden_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def error(self) -> float:
         """The largest error of all outputs and inner results."""
         return max(*self.errors.values(), self.inner)
 
+    @property
+    def not_shown(self) -> tuple[str, ...]:
+        """What the proof could not show, in sentences."""
+        said = []
+        if self.hidden:
+            where = ", ".join(f"{place} ({count})" for place, count in self.hidden_at.items())
+            said.append(f"{self.hidden} channels were zero throughout, which shows nothing of them: {where}")
+        if self.unread:
+            said.append(f"nothing is shown of tensors that no run read: {', '.join(self.unread)}")
+        return tuple(said)
+
     def __str__(self) -> str:
         text = f"proof: max relative error {self.error:.1e} in float64"
         text += f" over {len(self.errors)} outputs and {self.compared} products"
-        text += (
-            f"; {len(self.rescaled)} width-dependent constants follow the new widths" if self.rescaled else ""
-        )
-        text += (
-            f"; {self.hidden} channels were zero throughout, which shows nothing of them"
-            if self.hidden
-            else ""
-        )
-        return text + (
-            f"; nothing is shown of tensors that no run read: {', '.join(self.unread)}" if self.unread else ""
-        )
+        if self.tolerance > TOLERANCE:
+            text += f" (allowed {self.tolerance:.0e}: {FACTOR} times what rounding changes in the original)"
+        if self.rescaled:
+            text += f"; {len(self.rescaled)} width-dependent constants follow the new widths"
+        return "; ".join((text, *self.not_shown))
 
 
 class _OverflowError(ProofError):
@@ -93,7 +106,7 @@ def verify(
     example_inputs: Any = None,
     *,
     graph: Graph | Sequence[Graph] | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> Proof:
     """Prove the surgery, in float64, eval mode. Takes about two forward passes of the original; with
     activations that are zero for many inputs (ReLU and kin) twice as many, because a channel that is zero
@@ -107,6 +120,8 @@ def verify(
         example_inputs: as for `inspect`, several calls too; floating-point inputs are replaced by random ones of the same shape
             unless the model's control flow reads values.
         graph: the recorded run of `model`, if there is one already; or several, that in eval mode first.
+        tolerance: the largest relative error that is allowed. None: 1e-9, or, value by value, 16 times what
+            moves if each of the original's numbers is moved in the last bit, up to 1e-3.
 
     Raises:
         PlanError: the plan does not fit the original.
@@ -118,32 +133,57 @@ def verify(
         runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs
     else:
         runs = further_runs(model, [graph]).graphs if isinstance(graph, Graph) else tuple(graph)
-    unread = set(plan.kept).difference(*map(read_tensors, runs))
-    proofs = [_looked(model, small, plan, run, tolerance) for run in runs]
+    looks = [_looked(model, small, plan, run, tolerance) for run in runs]
+    unread = set(plan.kept).difference(*(look.shown for look in looks))
+    proofs = [look.proof for look in looks]
+    hidden = Counter[str]()
+    for proof in proofs:
+        hidden.update(proof.hidden_at)
     return Proof(
         {path: error for proof in proofs for path, error in proof.errors.items()},
-        tolerance,
+        max(proof.tolerance for proof in proofs),
         max(proof.inner for proof in proofs),
         sum(proof.compared for proof in proofs),
         tuple(dict.fromkeys(said for proof in proofs for said in proof.rescaled)),
-        sum(proof.hidden for proof in proofs),
+        sum(hidden.values()),
         tuple(sorted(unread)),
+        dict(hidden),
     )
 
 
-def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolerance: float) -> Proof:
-    """One recorded run compared, and compared again with activations that leak, if it has some that give
-    zeros.
-    """
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """A proof of one recorded run, and the names of the tensors that it shows something of."""
+
+    proof: Proof
+    shown: set[str]
+
+
+def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolerance: float | None) -> _Look:
+    """One recorded run compared, and compared again if it has activations or weights that give zeros."""
     proof, run = _compared(model, small, plan, graph, tolerance)
     hidden = run.hidden
-    if any(saturates(op_name(node)) for node in graph.fx.nodes if node.op == "call_function"):
-        with contextlib.suppress(_OverflowError):  # then the first run is all there is to see
-            again, leaky = _compared(model, small, plan, graph, tolerance, leaking=True)
-            hidden = {node: found & leaky.hidden[node] for node, found in hidden.items()}
+    fill = filled(model, plan.kept)
+    leaking = any(saturates(op_name(node)) for node in graph.fx.nodes if node.op == "call_function")
+    if leaking or fill:
+        with contextlib.suppress(
+            _OverflowError, DoesNotRunError
+        ):  # then the first run is all there is to see
+            again, second = _compared(model, small, plan, graph, tolerance, leaking, fill)
+            hidden = {place: found & second.hidden[place] for place, found in hidden.items()}
             worse = {path: max(error, again.errors[path]) for path, error in proof.errors.items()}
-            proof = dataclasses.replace(proof, errors=worse, inner=max(proof.inner, again.inner))
-    return dataclasses.replace(proof, hidden=sum(int(found.sum()) for found in hidden.values()))
+            proof = dataclasses.replace(
+                proof,
+                errors=worse,
+                inner=max(proof.inner, again.inner),
+                tolerance=max(proof.tolerance, again.tolerance),
+            )
+    counts = Counter[str]()
+    for (node, _), found in hidden.items():
+        counts[where(node)] += int(found.sum())
+    counts = +counts
+    proof = dataclasses.replace(proof, hidden=counts.total(), hidden_at=dict(counts))
+    return _Look(proof, shown(graph, run.results.keys()))
 
 
 def _compared(
@@ -151,20 +191,24 @@ def _compared(
     small: nn.Module,
     plan: Plan,
     graph: Graph,
-    tolerance: float,
+    tolerance: float | None,
     leaking: bool = False,
+    fill: Mapping[str, Tensor] | None = None,
 ) -> tuple[Proof, Reference]:
-    """One run of both, on random inputs if the model's control flow reads no values; `leaking`: with
-    activations that do.
+    """One run of both, on random inputs if the model's control flow reads no values.
+
+    Args:
+        leaking: with activations that leak.
+        fill: numbers of the original to take in place of those of some tensors.
     """
     args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
-    outputs, trace, exact = run_small(small, graph, args, kwargs, leaking)
+    outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, _kept(model, plan, fill or {}))
     outputs = named(outputs, graph.named or None)
     with float64():
         steps = line_up(graph, trace)
-        rescaled = rescaled_constants(graph, steps, plan)
+        rescaled = changed_constants(graph, steps)
         results = {n: step.result for n, step in steps.items() if step.result is not None}
-        run = Reference(model, graph, plan, rescaled, results, exact if steps else {}, leaking)
+        run = Reference(model, graph, plan, rescaled, results, exact if steps else {}, leaking, fill)
         reference = run.run(args, kwargs)
     if [path for path, _ in reference] != [path for path, _ in outputs]:
         raise ProofError(
@@ -180,30 +224,84 @@ def _compared(
                 why="it overflows in the original as well",
                 fix="pass example_inputs for which the model gives numbers",
             )
-        errors[path + graph.label] = distance(path, want, mask, got)
-    said = tuple((where(node), before, after) for node, (_, before, after) in rescaled.items())
-    proof = Proof(errors, tolerance, run.inner, run.compared, said)
-    if not proof.error <= tolerance:
-        worst = max(errors, key=lambda p: errors[p] if errors[p] == errors[p] else math.inf)
+        errors[path] = distance(path, want, mask, got)
+    _check_constants(run)
+    said = tuple(
+        (where(node), before, after)
+        for node, (place, before, after) in rescaled.items()
+        if scales(op_name(node), place)
+    )
+    allowed = Limits(tolerance or TOLERANCE)
+    if tolerance is None and not _within(allowed, run.errors, errors):
+
+        def again(results: Mapping[fx.Node, Tensor], tensors: Mapping[str, Tensor]) -> Reference:
+            return Reference(model, graph, plan, rescaled, results, run.exact, leaking, tensors)
+
+        own = {n: t for n, t in {**dict(named_tensors(model)), **(fill or {})}.items() if n in graph.owned}
+        with float64():
+            allowed = limits(again, TOLERANCE, [*results], own, args, kwargs)
+    if not _within(allowed, run.errors, errors):
+        raise _differs(allowed, run.errors, errors)
+    inner = max(run.errors.values(), default=0.0)
+    named_errors = {path + graph.label: error for path, error in errors.items()}
+    return Proof(named_errors, allowed.highest, inner, len(run.errors), said), run
+
+
+def _within(allowed: Limits, products: Mapping[fx.Node, float], outputs: Mapping[str, float]) -> bool:
+    return allowed.first_above(products) is None and allowed.worst_above(outputs) is None
+
+
+def _differs(allowed: Limits, products: Mapping[fx.Node, float], outputs: Mapping[str, float]) -> ProofError:
+    """What to say of errors of which at least one is too large."""
+    node, path = allowed.first_above(products), allowed.worst_above(outputs)
+    error, limit = 0.0, allowed.usual
+    if node is not None:
+        error, limit = products[node], allowed.products.get(node, allowed.usual)
+    elif path is not None:
+        error, limit = outputs[path], allowed.outputs.get(path, allowed.usual)
+    measured = f", {FACTOR} times what rounding changes in the original" if limit > allowed.usual else ""
+    return ProofError(
+        f"the small model does not compute what the plan says: relative error {error:.2e} (allowed {limit:.0e}{measured})",
+        where=where(node) if node is not None else f"output '{path}'",
+        why="the plan removes different channels from tensors that belong together, or the small model was changed since",
+        fix="make the plan with surgery.plan(...); if it was, please report the model: this is a bug in surgeon",
+    )
+
+
+def _check_constants(run: Reference) -> None:
+    """Refuse numbers that changed in the small model's code and should not have."""
+    found = run.unexplained()
+    if found is not None:
+        node, before, after = found
         raise ProofError(
-            f"the small model does not compute what the plan says: relative error {proof.error:.2e} (allowed {tolerance:.0e})",
-            where=where(run.first_bad) if run.first_bad is not None else f"output '{worst}'",
-            why="the plan removes different channels from tensors that belong together, or the small model was changed since",
-            fix="make the plan with surgery.plan(...); if it was, please report the model: this is a bug in surgeon",
+            f"a number in the small model's code became {after:.6g} where the original has {before:.6g}",
+            where=where(node),
+            why="it scales no sum over a dim that lost such a share of its entries",
+            fix="make it a number of its own, set in __init__, or keep the layer with ignore=[...]",
         )
-    return proof, run
+
+
+def _kept(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the plan keeps of tensors, by their names in the model; it names a tied tensor once."""
+    found: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name, tensor in named_tensors(model):
+        tied = first.setdefault(id(tensor), name)
+        if name not in tensors:
+            continue
+        part = tensors[name].detach()
+        for dim, kept in plan.kept.get(name, plan.kept.get(tied, {})).items():
+            part = part.index_select(dim, torch.as_tensor(kept, device=part.device))
+        found[name] = part
+    return found
 
 
 def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan) -> None:
     """Every tensor of the small model is the original's at the kept indices, bit for bit: runs would not see
     dead channels.
     """
-    cut, first = dict(named_tensors(small)), dict[int, str]()
-    for name, tensor in named_tensors(model):
-        want = tensor.detach()
-        tied = first.setdefault(id(tensor), name)  # a plan names a tied tensor once
-        for dim, kept in plan.kept.get(name, plan.kept.get(tied, {})).items():
-            want = want.index_select(dim, torch.as_tensor(kept, device=want.device))
+    cut = dict(named_tensors(small))
+    for name, want in _kept(model, plan, dict(named_tensors(model))).items():
         got = cut.get(name)
         if got is None or got.shape != want.shape or not torch.equal(got.detach(), want):
             raise ProofError(
