@@ -19,17 +19,18 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError
 
 _DRAFT = ".surgeon-"  # begins the names of folders of what is not finished
 _LOCK = ".surgeon.lock"
+_CLAIM = ".surgeon.claim"  # in a draft: the file that its process holds a lock on
 _PATIENCE = 120.0  # seconds that a writer waits for another one to put its files in place
 _CANNOT_WRITE = "choose a path that can be written"
 
@@ -98,16 +99,17 @@ def put(source: Path, target: Path) -> None:
         FileError: the place cannot be written.
     """
     try:
-        _sync(source)
+        sync(source)
         with contextlib.suppress(FileNotFoundError):
             os.chmod(source, stat.S_IMODE(target.stat().st_mode))
         os.replace(source, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise unwritable(target, error) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -146,10 +148,10 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 def _claimed(draft: Path) -> int | None:
     """A handle that holds the draft's lock; None if its process lives, or it is gone."""
     try:
-        handle = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(draft / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:  # it is gone, or another user's
         return None
-    if _lock(handle, draft / "lock"):
+    if _lock(handle, draft / _CLAIM):
         return handle
     os.close(handle)
     return None
@@ -230,13 +232,13 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
             if there.st_size > limit:
                 raise OSError(f"the file has {there.st_size:,} bytes; at most {limit:,} are read")
             with open(handle, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
+                data = file.read(there.st_size + 1)
         finally:
             os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise FileError("cannot read the file", where=str(path), why=str(error)) from error
-    if len(data) > limit:
-        raise FileError("cannot read the file", where=str(path), why=f"it grew beyond {limit:,} bytes")
+    if len(data) != there.st_size:
+        raise FileError("cannot read the file", where=str(path), why="it changed while it was read")
     return data
 
 
@@ -254,17 +256,41 @@ def silence() -> Iterator[None]:
         logging.disable(level)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Strictly; only a tied tensor may be in the file under one of its names."""
+def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file, both of one version of it.
+
+    Raises:
+        InputError: the file is missing, damaged, or none.
+    """
     try:
-        loaded = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        if path.exists() and not path.is_file():
+            raise OSError("this is no regular file")
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(
             "cannot read the weights",
             where=str(path),
-            why=str(error),
+            why=str(error)[:400],
             fix="pass a safetensors file, as safetensors.torch.save_file(model.state_dict(), path) writes it",
         ) from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Strictly; only a tied tensor may be in the file under one of its names.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit.
+    """
+    fill(model, read_weights(path)[1], path)
+
+
+def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors of a file into a model, as `load_weights` does.
+
+    Raises:
+        InputError: they do not fit.
+    """
     try:
         missing, unexpected = model.load_state_dict(loaded, strict=False)
     except RuntimeError as error:

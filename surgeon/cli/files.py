@@ -5,17 +5,16 @@ inputs.
 from __future__ import annotations
 
 import contextlib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from surgeon.cli.arrays import read_arrays
 from surgeon.errors import InputError, SurgeonError
 from surgeon.onnx.methods import METHODS, RANGES
 from surgeon.onnx.quantize import quantize
@@ -98,15 +97,10 @@ def batches_in(path: Path, size: int) -> list[Any]:
     """Inputs of `size` rows each: tensors of a .npy file, dicts of a .npz file.
 
     Raises:
-        InputError: the file cannot be read, holds objects, or its arrays differ in length.
+        InputError: the file cannot be read, holds something else than numbers, or its arrays differ in length.
     """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        counts = {len(array) for array in arrays.values()}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        fix = "pass a file written by numpy.save (one input) or numpy.savez (inputs by name), with rows along dim 0"
-        raise InputError("cannot read the data", where=str(path), why=str(error), fix=fix) from error
+    arrays = read_arrays(path)
+    counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or not counts.copy().pop():
         raise InputError(
             "the arrays have no or different numbers of rows",

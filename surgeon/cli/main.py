@@ -13,14 +13,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 import typer
 from rich.console import Console
@@ -32,10 +28,11 @@ from surgeon.api.surgery import Surgery
 from surgeon.cli.files import batches_in, register, reported
 from surgeon.cli.models import build
 from surgeon.cut.plan import Plan
-from surgeon.cut.store import plain_state
-from surgeon.errors import ExportError, InputError
-from surgeon.files import load_weights
+from surgeon.cut.store import WEIGHTS, publish, write
+from surgeon.errors import ExportError, FileError, InputError
+from surgeon.files import draft_folder, load_weights
 from surgeon.onnx.export import export
+from surgeon.onnx.file import is_weights_of
 from surgeon.recovery.options import DEFAULT
 from surgeon.recovery.recover import recover
 from surgeon.report.text import count, table
@@ -62,6 +59,7 @@ _InputDtype = Annotated[_Dtype, typer.Option(help="Dtype of --input")]
 _Weights = Annotated[
     Path | None, typer.Option(help="A safetensors file with all the weights; else they are random")
 ]
+ONNX = "model.onnx"
 _WIDTH = 130  # of tables that go to a file or a pipe
 _Seed = Annotated[int, typer.Option(help="Of random weights, random inputs and criterion random")]
 
@@ -150,9 +148,10 @@ def shrink(
     distill: Annotated[
         bool, typer.Option("--distill", help="Also train on the data, towards what the model gives now")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for small.safetensors, plan.json and model.onnx")] = Path(
-        "surgeon-out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder that surgeon.load reads, with model.onnx"),
+    ] = Path("surgeon-out"),
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx")] = True,
     measure: Annotated[
         bool, typer.Option("--bench/--no-bench", help="Measure the latency before and after")
@@ -198,24 +197,20 @@ def shrink(
                 )
                 small = found.model
             with _stage("export"):
-                files = _write(
-                    net, small, plan, surgery, draft, onnx=onnx, fused=fused, original=onnx and measure
-                )
+                files = _write(net, small, surgery, draft, onnx=onnx, fused=fused, original=onnx and measure)
             timed = None
             if measure:
                 with _stage("measure"):
                     timed = bench(
                         {"original, torch": net, "small, torch": small, **files}, _inputs_of(surgery)
                     )
-            for name in ("original.onnx", "original.onnx.data"):  # only there to be measured
-                (draft / name).unlink(missing_ok=True)
+            for file in [*draft.glob("original.onnx*")]:  # only there to be measured
+                file.unlink()
         _print_result(net, small, plan, timed)
         typer.echo(str(proof))
         if found is not None:
             typer.echo(str(found))
-        typer.echo(
-            f"written: {', '.join(['small.safetensors', 'plan.json'] + ['model.onnx'] * onnx)} in {out}"
-        )
+        typer.echo(f"written: {', '.join([WEIGHTS, 'plan.json'] + [ONNX] * onnx)} in {out}")
 
 
 # -- what is printed -----------------------------------------------------------------------------------------
@@ -272,33 +267,33 @@ def _megabytes(model: nn.Module) -> float:
 
 @contextlib.contextmanager
 def _draft_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder in `out` whose files move to `out` if all went well; else nothing stays behind.
+    """A hidden folder in `out` whose files take the places of those of an earlier run if all went well; else
+    nothing stays behind.
 
     Raises:
         InputError: `out` cannot be written.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with contextlib.ExitStack() as stack:
+        with _writing(out):
+            draft = stack.enter_context(draft_folder(out))
+        yield draft
+        with _writing(out):
+            publish(draft, out, stale=lambda name: name == ONNX or is_weights_of(name, ONNX))
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".surgeon-") as draft:
-            yield Path(draft)
-            for file in sorted(
-                Path(draft).iterdir(), reverse=True
-            ):  # an ONNX file's weights before the file that names them
-                os.replace(file, out / file.name)
-    except OSError as error:
+        yield
+    except FileError as error:
         fix = "choose a folder that can be written"
-        raise InputError("cannot write to --out", where=str(out), why=str(error), fix=fix) from error
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: it holds the results
-                folder.rmdir()
+        why = f"{error.where}: {error.why}"
+        raise InputError("cannot write to --out", where=str(out), why=why, fix=fix) from error
 
 
 def _write(
     model: nn.Module,
     small: nn.Module,
-    plan: Plan,
     surgery: Surgery,
     draft: Path,
     *,
@@ -307,13 +302,12 @@ def _write(
     original: bool,
 ) -> dict[str, Path]:
     """All files into the draft folder; the ONNX files by the names to measure them under."""
-    (draft / "small.safetensors").write_bytes(safetensors.torch.save(plain_state(small)))
-    plan.save(draft / "plan.json")
+    write(small, draft)
     files = {}
     inputs = _inputs_of(surgery)
     for name, file, module in (
         ("original, ONNX", "original.onnx", model),
-        ("small, ONNX", "model.onnx", small),
+        ("small, ONNX", ONNX, small),
     ):
         if onnx and (original or module is small):
             files[name] = draft / file

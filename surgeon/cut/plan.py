@@ -144,8 +144,17 @@ class Plan:
 
 def carrying(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
     """The small model with the plans that led to it from an original, for `surgeon.save`: the model's own, and this one."""
-    small.__dict__["_surgeon_plans"] = (*model.__dict__.get("_surgeon_plans", ()), plan)
+    small.__dict__[PLANS] = (*plan_texts(model), plan.to_json())
     return small
+
+
+PLANS = "_surgeon_plans"  # of a module: the texts of the plans that cut it; texts, so that it pickles without surgeon
+
+
+def plan_texts(model: nn.Module) -> tuple[str, ...]:
+    """The plans that cut a model, as JSON, the first one first."""
+    found: tuple[str, ...] = model.__dict__.get(PLANS, ())
+    return found
 
 
 def check_fit(plan: Plan, model: nn.Module) -> None:

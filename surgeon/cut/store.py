@@ -3,57 +3,127 @@ weights; no pickle.
 
 The class need not know how to build itself smaller: `load` builds the original and replays the plans, so that
 per-layer widths, which no configuration can say, come back as they were.
+
+One file is the truth: `model.safetensors` holds the weights and, in its metadata, the plans and which modules were
+in training mode. It takes its place by one rename, so that a folder is always what one save wrote. `plan.json` is the
+same plan for people and for `Plan.load`; it goes before new weights come and comes after them.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from surgeon.cut.plan import Plan
+from surgeon.cut.plan import Plan, plan_texts
 from surgeon.errors import InputError, PlanError
-from surgeon.files import load_weights, write_atomically
+from surgeon.files import draft_folder, fill, locked, put, read_weights, regular_target, sync, unwritable
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
+_PLANS = re.compile(r"plan(-[1-9]\d*)?\.json")
+_MODES = "surgeon.training"
+_LARGEST_HEADER = 90_000_000  # bytes: safetensors reads no header of more than 100 MB
+_ATTEMPTS = 20
 
 
 def save(small: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write `plan.json` (`plan-2.json`, ... for a model that was cut several times) and `model.safetensors`.
+    """Write `model.safetensors`, which `load` reads, and `plan.json` (`plan-2.json`, ... for a model that was cut
+    several times), which says the same plan in plain text.
+
+    Whatever happens meanwhile, the folder holds what one save wrote: the earlier or this one.
 
     Args:
         small: what `shrink` or `Plan.apply` gave, trained or recovered since, perhaps.
-        folder: made if it is not there; files of these names are replaced, each atomically.
+        folder: made if it is not there; files of these names are replaced.
 
     Raises:
         InputError: the model was not made by surgeon, or its state holds something else than tensors.
         FileError: the folder cannot be written.
     """
-    plans: tuple[Plan, ...] = getattr(small, "_surgeon_plans", ())
-    if not plans:
+    path = Path(folder)
+    if not plan_texts(small):
         raise InputError(
             "this model carries no plan",
             where=type(small).__name__,
             why="surgeon.save keeps what surgeon.shrink and Plan.apply gave; fused models and plain models hold no plan",
             fix="save the small model before fusing it, or use safetensors.torch.save_model for other models",
         )
-    path = Path(folder)
-    data = safetensors.torch.save(plain_state(small))
-    for number, plan in enumerate(plans):
-        plan.save(path / _name(number))
-    write_atomically(path / _WEIGHTS, data)
-    for stale in range(len(plans), len(plans) + 100):  # of an earlier save
-        if not (path / _name(stale)).exists():
-            break
-        (path / _name(stale)).unlink()
+    state = plain_state(small)
+    with draft_folder(path) as draft:
+        write(small, draft, state)
+        publish(draft, path)
     return path
 
 
+def write(small: nn.Module, draft: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the files of a save into a folder of its own.
+
+    Raises:
+        InputError: the state holds something else than tensors, or the plans are too large.
+        FileError: the folder cannot be written.
+    """
+    texts = plan_texts(small)
+    metadata = {_key(number): text for number, text in enumerate(texts)} | {_MODES: json.dumps(_modes(small))}
+    if sum(map(len, metadata.values())) > _LARGEST_HEADER:
+        raise InputError(
+            "the plans of this model are too large for one safetensors file", where=type(small).__name__,
+            fix="make one plan of them: surgery.compose([...])",
+        )  # fmt: skip
+    tensors = dict(plain_state(small) if state is None else state)
+    try:
+        safetensors.torch.save_file(tensors, draft / WEIGHTS, {"format": "pt", **metadata})
+        _order_header(draft / WEIGHTS)
+        for number, text in enumerate(texts):
+            (draft / _name(number)).write_text(text)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise unwritable(draft.parent, error) from error
+
+
+def _order_header(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, so that equal models are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else it says its texts in another way, and stays as it is
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def publish(draft: Path, folder: Path, stale: Callable[[str], bool] = lambda name: False) -> None:
+    """Put the files that `write` wrote, and others beside them, in the places of those of an earlier save.
+
+    What belongs to the earlier weights (plans, and files for whose names `stale` says so) goes first; the new
+    weights come next, all else after them. So files of two saves never stand side by side.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    regular_target(folder / WEIGHTS)
+    others = sorted((file for file in draft.iterdir() if not file.name.startswith(".surgeon")), reverse=True)
+    with locked(folder):
+        try:
+            for file in [*folder.iterdir()]:
+                if _PLANS.fullmatch(file.name) or stale(file.name):
+                    file.unlink()
+            sync(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        put(draft / WEIGHTS, folder / WEIGHTS)
+        for file in others:  # an ONNX file's weights before the file that names them
+            if file.name != WEIGHTS:
+                put(file, folder / file.name)
+
+
 def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
-    """The model that `save` wrote.
+    """The model that `save` wrote, in the mode (training or eval) of each module and the dtypes that it had.
 
     Args:
         folder: where.
@@ -71,18 +141,99 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn
             why="buffers that are not saved (position tables, say) are needed as the model makes them",
             fix="make the model on the CPU",
         )
-    if not (path / _name(0)).exists():
-        raise PlanError(
-            "there is no saved model",
-            where=str(path),
-            fix="pass a folder that surgeon.save(small, folder) wrote",
-        )
-    number = 0
-    while (path / _name(number)).exists():
-        model = Plan.load(path / _name(number)).apply(model)
-        number += 1
-    load_weights(model, path / _WEIGHTS)
+    plans, modes, tensors = _read(path)
+    for plan in plans:
+        model = plan.apply(model)
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if name in own and own[name].dtype != tensor.dtype:
+            own[name].data = own[name].data.to(tensor.dtype)
+    fill(model, tensors, path / WEIGHTS)
+    _set_modes(model, modes, path / WEIGHTS)
     return model
+
+
+def _read(folder: Path) -> tuple[list[Plan], Any, dict[str, Tensor]]:
+    """(plans, modes, weights) of one save, though others may be writing."""
+    for _ in range(_ATTEMPTS):
+        before = _stamp(folder)
+        if before is None:
+            break
+        metadata, tensors = read_weights(folder / WEIGHTS)
+        plans = _plans(metadata, folder / WEIGHTS)
+        try:
+            _check_texts(folder, plans)
+        except PlanError:
+            if _stamp(folder) != before:  # another save came between the two
+                continue
+            raise
+        return plans, _modes_in(metadata, folder / WEIGHTS), tensors
+    raise PlanError(
+        "there is no saved model",
+        where=str(folder),
+        fix="pass a folder that surgeon.save(small, folder) wrote",
+    )
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What tells one save in a folder from another; None without one."""
+    try:
+        found = (folder / WEIGHTS).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _plans(metadata: Mapping[str, str], where: Path) -> list[Plan]:
+    plans: list[Plan] = []
+    while _key(len(plans)) in metadata:
+        plans.append(Plan.from_json(metadata[_key(len(plans))], where=f"{where}: {_key(len(plans))}"))
+    if not plans:
+        raise PlanError(
+            "these weights hold no plan", where=str(where), why="surgeon.save did not write this file, or an older one did",
+            fix='apply the plan and load the weights yourself: small = Plan.load("plan.json").apply(model); '
+            "small.load_state_dict(safetensors.torch.load_file(path))",
+        )  # fmt: skip
+    return plans
+
+
+def _check_texts(folder: Path, plans: Iterable[Plan]) -> None:
+    """Refuse a `plan.json` that says something else than the weights do: somebody changed or moved one of them."""
+    for number, plan in enumerate(plans):
+        path = folder / _name(number)
+        if path.exists() and Plan.load(path) != plan:
+            raise PlanError(
+                "the plan in this folder is not that of the weights", where=str(path),
+                why=f"{WEIGHTS} was saved with another one",
+                fix=f"remove {path.name} (the weights hold their own plan), or save the model anew",
+            )  # fmt: skip
+
+
+def _modes(model: nn.Module) -> dict[str, Any]:
+    return {
+        "training": model.training,
+        "except": [name for name, module in model.named_modules() if module.training != model.training],
+    }
+
+
+def _modes_in(metadata: Mapping[str, str], where: Path) -> Any:
+    try:
+        found = json.loads(metadata.get(_MODES, ""))
+        if isinstance(found["training"], bool) and all(isinstance(name, str) for name in found["except"]):
+            return found
+        why = "it holds other things"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    raise PlanError("the weights do not say in which mode the modules were", where=str(where), why=why)
+
+
+def _set_modes(model: nn.Module, modes: Any, where: Path) -> None:
+    modules = dict(model.named_modules())
+    for name in modes["except"]:
+        if name not in modules:
+            raise PlanError(f"the model has no module {name[:100]!r}", where=f"{where}: {_MODES}")
+    for name, module in modules.items():
+        module.training = modes["training"] != (name in modes["except"])
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -106,3 +257,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _name(number: int) -> str:
     return "plan.json" if number == 0 else f"plan-{number + 1}.json"
+
+
+def _key(number: int) -> str:
+    return f"surgeon.{_name(number).removesuffix('.json')}"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from surgeon.capture.capture import capture
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.cut.plan import Plan
+from surgeon.cut.plan import PLANS, Plan, plan_texts
 from surgeon.errors import CaptureError, FuseError
 from surgeon.fusion import constants, products
 from surgeon.fusion.fold import Fold, Foldable, counted, set_module
@@ -126,8 +126,8 @@ def folds(fused: nn.Module) -> FoldReport | None:
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that cut a model, or the model that it was fused from; () if it was not cut."""
-    found: tuple[Plan, ...] = model.__dict__.get("_surgeon_plans", model.__dict__.get(_CUT_BY, ()))
-    return found
+    texts = plan_texts(model) or model.__dict__.get(_CUT_BY, ())
+    return tuple(Plan.from_json(text, type(model).__name__) for text in texts)
 
 
 def fusable_pairs(model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
@@ -172,8 +172,8 @@ def _copied(model: nn.Module) -> nn.Module:
             fix="let copy.deepcopy(model) work",
         ) from error
     if isinstance(fused, nn.Module):  # capture refuses anything else
-        fused.__dict__[_CUT_BY] = plans_of(model)
-        fused.__dict__.pop("_surgeon_plans", None)  # they make the unfused model
+        fused.__dict__[_CUT_BY] = plan_texts(model)
+        fused.__dict__.pop(PLANS, None)  # they make the unfused model
     return fused
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgeon.errors import InputError
-from surgeon.files import write_atomically
+from surgeon.errors import FileError, InputError
+from surgeon.files import draft_folder, locked, put, read_file, regular_target
 from surgeon.graph.graph import spec
 from surgeon.latency.kernels import Choice, Kernel, Shapes, kernels, time_by_onnxruntime, time_by_torch
 from surgeon.ops.ids import DimIds
@@ -30,6 +31,8 @@ from surgeon.timing.bench import cpu_name
 
 RUNTIMES = ("onnxruntime", "torch")
 _SHARES = (1.0, 0.5, 0.25)  # of each width: where a kernel is timed
+_LARGEST = 64 << 20  # bytes of a table
+_LONGEST = 1e9  # milliseconds
 _TOGETHER = 24  # kernels timed in one session
 
 
@@ -77,27 +80,54 @@ class LatencyTable:
 
     @cached_property
     def known(self) -> dict[str, float]:
-        """Milliseconds that were measured for this target, by kernel."""
+        """Milliseconds by kernel, of this target."""
         return dict(self._file().get(self.target, {}))
 
-    def _file(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # none yet, or a damaged one: it is only a cache
+    def _file(self) -> dict[str, dict[str, float]]:
+        """What the file holds: milliseconds by target and kernel. Of a damaged file what is sound: all else is
+        measured anew.
+        """
+        if not self.path.exists():
             return {}
-        return found if isinstance(found, dict) else {}
+        try:
+            found = json.loads(read_file(self.path, _LARGEST))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, FileError):
+                raise
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(times, dict) for times in found.values()):
+            warnings.warn(f"{self.path} is damaged: kernels are measured anew", stacklevel=4)
+            return {}
+        sound = {
+            target: {k: ms for k, ms in times.items() if _is_time(ms)} for target, times in found.items()
+        }
+        if sound != found:
+            warnings.warn(f"{self.path} holds times that are none: these are measured anew", stacklevel=4)
+        return sound
 
     def times(self, wanted: Iterable[Kernel]) -> None:
-        """Time what the table does not hold yet, and keep it."""
+        """Time what the table does not hold yet, and keep it, with what others measured meanwhile.
+
+        Raises:
+            FileError: the table cannot be read or written.
+        """
         todo = [kernel for kernel in dict.fromkeys(wanted) if kernel.key not in self.known]
+        new: dict[str, float] = {}
         for first in range(0, len(todo), _TOGETHER):
             some = todo[first : first + _TOGETHER]
-            self.known.update(zip((kernel.key for kernel in some), self._time(some), strict=True))
-            self.measured += len(some)
-        if todo:
+            new.update(zip((kernel.key for kernel in some), self._time(some), strict=True))
+        self.known.update(new)
+        self.measured += len(new)
+        if new:
+            self._keep(new)
+
+    def _keep(self, new: Mapping[str, float]) -> None:
+        place = regular_target(self.path)
+        with draft_folder(place.parent) as draft, locked(place.parent):
             everything = self._file()
-            everything[self.target] = {**everything.get(self.target, {}), **self.known}
-            write_atomically(self.path, json.dumps(everything, indent=0).encode())
+            everything[self.target] = {**everything.get(self.target, {}), **new}
+            (draft / "table").write_text(json.dumps(everything, indent=0))
+            put(draft / "table", place)
 
     def _time(self, todo: Sequence[Kernel]) -> list[float]:
         if self._timer is not None:
@@ -105,6 +135,10 @@ class LatencyTable:
         if self.runtime == "onnxruntime":
             return time_by_onnxruntime(todo, self.threads)
         return time_by_torch(todo, self.threads, self.device, self.dtype)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LONGEST
 
 
 class Predictor:

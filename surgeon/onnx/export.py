@@ -34,7 +34,17 @@ from surgeon.fusion.fuse import fuse as fold
 from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx import compare as agree
 from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
-from surgeon.onnx.file import INLINE_LIMIT, SCOPES, draft_of, head, opset_of, params_of, read, size_on_disk
+from surgeon.onnx.file import (
+    INLINE_LIMIT,
+    SCOPES,
+    draft_of,
+    head,
+    name_by_content,
+    opset_of,
+    params_of,
+    read,
+    size_on_disk,
+)
 from surgeon.onnx.validate import ANY_BATCH, compare, larger
 from surgeon.selection.cost import macs_of
 
@@ -47,7 +57,7 @@ class ExportReport:
     """What was written and how well it agrees.
 
     Attributes:
-        path: the ONNX file; weights of more than 2 GB lie in `<path>.data` next to it.
+        path: the ONNX file; weights of more than 2 GB lie in `<path>.<digest>.data` next to it.
         size_bytes: size on disk, weights included.
         params: elements of the file's floating-point tensors, scalars left out; what is folded in is part of
             them.
@@ -155,7 +165,8 @@ def export(
                 folds(ready), agreement.how, agreement.limit,
             )  # fmt: skip
             _describe(draft, proto, report, model)
-            report = dataclasses.replace(report, size_bytes=size_on_disk(draft, proto))
+            name_by_content(draft)
+            report = dataclasses.replace(report, size_bytes=size_on_disk(draft))
     except FileError as problem:
         raise ExportError(problem.what, where=problem.where, why=problem.why, fix=problem.fix) from problem
     return report

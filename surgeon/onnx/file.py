@@ -8,14 +8,16 @@ gives a `FileError`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
-import tempfile
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import FileError
+from surgeon.files import draft_folder, locked, put, regular_target, unwritable
 
 _WRITE_ANEW = "write it anew with surgeon.export(model, path)"
 SCOPES = "pkg.torch.onnx.name_scopes"  # a node's modules, the outermost first, then its own name
@@ -47,7 +49,7 @@ def read(path: str | os.PathLike[str], weights: bool = False) -> Any:
         raise FileError(
             "this is not an ONNX file", where=str(path), why="it holds no graph with outputs", fix=_WRITE_ANEW
         )
-    for file, needed in _external(proto).items():
+    for file, needed in _external(proto, str(path)).items():
         found = (path.parent / file).stat().st_size if (path.parent / file).is_file() else -1
         if found < needed:
             state = "is missing" if found < 0 else f"has {found:,} of {needed:,} bytes"
@@ -76,15 +78,44 @@ def _check_there(path: Path) -> None:
         )
 
 
-def _external(proto: Any) -> dict[str, int]:
-    """External file name -> bytes that it has to have."""
+def _external(proto: Any, where: str = "") -> dict[str, int]:
+    """External file name -> bytes that it has to have.
+
+    Raises:
+        FileError: a tensor's data lie elsewhere than beside the file, or are not described by numbers.
+    """
     needed: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
+    for tensor in _tensors(proto.graph):
         if tensor.data_location == _EXTERNAL:
             entry = {item.key: item.value for item in tensor.external_data}
-            end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-            needed[entry["location"]] = max(end, needed.get(entry["location"], 0))
+            name, offset, length = (
+                entry.get("location", ""),
+                entry.get("offset", "0"),
+                entry.get("length", "0"),
+            )
+            if (
+                not name
+                or name in (".", "..")
+                or Path(name).name != name
+                or not (offset + length).isdecimal()
+            ):
+                raise FileError(
+                    "this ONNX file names no file of weights beside it", where=where,
+                    why=f"tensor {tensor.name[:80]!r}: location {name[:80]!r}, offset {offset[:30]}, length {length[:30]}",
+                    fix=_WRITE_ANEW,
+                )  # fmt: skip
+            needed[name] = max(int(offset) + int(length), needed.get(name, 0))
     return needed
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every tensor that a graph holds: initializers, attributes, and those of the graphs in it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def size_on_disk(path: Path, proto: Any = None) -> int:
@@ -148,30 +179,74 @@ def open_session(
 
 @contextlib.contextmanager
 def draft_of(target: Path) -> Iterator[Path]:
-    """A path in a temporary folder beside `target`; its files take their places if all went well, else
+    """A path in a hidden folder beside `target`; its file takes the place of `target` if all went well, else
     nothing stays behind.
 
+    External weights get names that their contents say (`<name>.<digest>.data`) and are there before the file that
+    names them: whatever happens meanwhile, `target` and its weights are the earlier ones or the new ones. Then the
+    earlier weights go.
+
     Raises:
-        FileError: `target` is a folder or cannot be written.
+        FileError: `target` is no regular file or cannot be written.
     """
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as drafts:
-            yield Path(drafts) / target.name
-            for file in sorted(
-                Path(drafts).iterdir(), reverse=True
-            ):  # the weights before the file that names them
-                os.replace(file, target.parent / file.name)
-    except OSError as problem:
-        fix = "choose a path that can be written"
-        raise FileError("cannot write the file", where=str(target), why=str(problem), fix=fix) from problem
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # not there, or not empty: it holds the result
-                folder.rmdir()
+    place = regular_target(target)
+    with draft_folder(place.parent) as folder:
+        draft = folder / place.name
+        try:
+            yield draft
+            names = name_by_content(draft)
+        except OSError as problem:
+            raise unwritable(target, problem) from problem
+        with locked(place.parent):
+            for name in names:
+                put(folder / name, place.parent / name)
+            put(draft, place)
+            _remove_weights(place, names)
+
+
+def is_weights_of(name: str, file: str) -> bool:
+    """Whether a name is one of external weights of an ONNX file of this name."""
+    own = name.startswith(f"{file}.") and _DIGEST.fullmatch(name, len(file))
+    return name == f"{file}.data" or bool(own)
+
+
+_DIGEST = re.compile(r"\.[0-9a-f]{16}\.data$")
+
+
+def name_by_content(draft: Path) -> list[str]:
+    """Rename a draft's external weights (those that are not named so yet), and say so in the file; their names.
+
+    Raises:
+        FileError: the draft is no whole ONNX file.
+    """
+    proto = read(draft)
+    names = {
+        name: name if _DIGEST.search(name) else f"{draft.name}.{_digest_of(draft.parent / name)}.data"
+        for name in _external(proto, str(draft))
+    }
+    if all(old == new for old, new in names.items()):
+        return list(names)
+    for tensor in _tensors(proto.graph):
+        for item in tensor.external_data:
+            if item.key == "location":
+                item.value = names[item.value]
+    for old, new in names.items():
+        os.rename(draft.parent / old, draft.parent / new)
+    draft.write_bytes(proto.SerializeToString())
+    return list(names.values())
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _remove_weights(place: Path, named: Sequence[str]) -> None:
+    """Remove external weights of this file's name that it does not name (any more)."""
+    for file in [*place.parent.iterdir()]:
+        if is_weights_of(file.name, place.name) and file.name not in named:
+            with contextlib.suppress(OSError):  # another's, or gone already
+                file.unlink()
 
 
 def head(text: str) -> str:

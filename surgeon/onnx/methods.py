@@ -89,7 +89,7 @@ def _static(source: Path, draft: Path, feeds: list[dict[str, Array]], request: R
         def get_next(self) -> dict[str, Array] | None:
             return next(self.left, None)
 
-    with tempfile.TemporaryDirectory(dir=draft.parent.parent, prefix=f".{draft.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=draft.parent) as folder:
         ready = Path(folder) / "ready.onnx"
         large = size_on_disk(source) > INLINE_LIMIT
         quant_pre_process(

@@ -20,7 +20,7 @@ from surgeon.files import silence
 from surgeon.onnx import compare as agree
 from surgeon.onnx import saturation
 from surgeon.onnx.compare import Array
-from surgeon.onnx.file import draft_of, head, open_session, read, size_on_disk
+from surgeon.onnx.file import draft_of, head, name_by_content, open_session, read, size_on_disk
 from surgeon.onnx.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
 from surgeon.onnx.methods import METHODS, RANGES, WRITERS, Request
 
@@ -107,6 +107,10 @@ def quantize(
     """
     source, target = Path(path), Path(out)
     proto = read(source)
+    if target.exists() and target.samefile(source):
+        raise InputError(
+            "the quantised file would replace the float one", where=str(target), fix="choose another name"
+        )
     given, tests = _checked(proto, batches, test_batches, method, ranges, ignore)
     request = _request(method, ranges, per_channel, reduce_range, ignore)
     before = _Runner(source, "the float file")
@@ -130,8 +134,9 @@ def quantize(
         after = _Runner(draft, "the quantised file")
         gap, layers = output_error(before.session, after.session, checks), layer_losses(source, draft, checks)
         scores = (None, None) if evaluate is None else (evaluate(before), evaluate(after))
-        sizes = size_on_disk(source, proto), size_on_disk(draft, small)
         del after  # it holds the file open
+        name_by_content(draft)
+        sizes = size_on_disk(source, proto), size_on_disk(draft)
     bits = 16 if method == "fp16" else 8 - request.reduce_range
     saturates = bits == 8 and saturation.products_saturate()
     return QuantizeReport(

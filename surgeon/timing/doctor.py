@@ -9,10 +9,10 @@ ops of a few microseconds cost what starting them costs.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,16 @@ def _layer(op: OpTime, node: Any, proto: Any, block: int, known: dict[str, float
 
 def _path(node: Any) -> str:
     """The module's path if the file says it, else the node's name."""
-    scopes: list[str] = next(
-        (ast.literal_eval(item.value) for item in node.metadata_props if item.key == SCOPES), []
+    said = next((item.value for item in node.metadata_props if item.key == SCOPES), "")
+    scopes = (
+        [name[1:-1] for name in re.findall(_QUOTED, said)] if re.fullmatch(_LIST, said[:_LONGEST]) else []
     )
-    return str(scopes[-2]) if len(scopes) > 1 and scopes[-2] else str(node.name)
+    return scopes[-2] if len(scopes) > 1 and scopes[-2] else str(node.name)
+
+
+_QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
+_LIST = rf"\[(({_QUOTED})(, ({_QUOTED}))*)?\]"  # of texts, as Python prints one
+_LONGEST = 1 << 16
 
 
 def _around(width: int, block: int) -> tuple[int, int]:

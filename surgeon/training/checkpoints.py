@@ -7,11 +7,13 @@ checksum; what follows are tensors, numbers and texts, which `torch.load(weights
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import random
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,12 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.errors import InputError
-from surgeon.files import write_atomically
+from surgeon.cut.plan import Plan, plan_texts
+from surgeon.errors import FileError, InputError
+from surgeon.files import read_file, write_atomically
 from surgeon.graph.tensors import architecture
 
 _MAGIC = b"surgeon-training-1\n"
 _DIGEST = 32
+_LARGEST = 1 << 40  # bytes
 
 
 def save_checkpoint(
@@ -51,9 +55,9 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
     """
     fix = "pass another path, or remove the file to train from the start"
     try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError("cannot read the checkpoint", where=str(path), why=str(error), fix=fix) from error
+        raw = read_file(path, _LARGEST)
+    except FileError as error:
+        raise InputError("cannot read the checkpoint", where=str(path), why=error.why, fix=fix) from error
     start = len(_MAGIC) + _DIGEST
     if not raw.startswith(_MAGIC):
         raise InputError("this file is no checkpoint of surgeon.finetune", where=str(path), fix=fix)
@@ -61,11 +65,7 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
         raise InputError(
             "the checkpoint is damaged", where=str(path), why="its checksum does not match", fix=fix
         )
-    try:
-        found: dict[str, Any] = torch.load(io.BytesIO(raw[start:]), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        why = "it holds something else than tensors, numbers and texts (state of a module or optimizer of your own, perhaps)"
-        raise InputError("this checkpoint cannot be loaded", where=str(path), why=why, fix=fix) from error
+    found = _loaded(raw[start:], str(path), fix)
     theirs = found["identity"]
     differences = [
         f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
@@ -83,16 +83,75 @@ def load_checkpoint(path: str | os.PathLike[str], identity: Mapping[str, Any]) -
     return state
 
 
+def _loaded(data: bytes, where: str, fix: str) -> dict[str, dict[str, Any]]:
+    """The two parts of a checkpoint, without running what a pickle says."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                raise ValueError("its members are compressed, which torch.save never does")
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        why = "it holds something else than tensors, numbers and texts (state of a module or optimizer of your own, perhaps)"
+        raise InputError("this checkpoint cannot be loaded", where=where, why=why, fix=fix) from error
+    except _DAMAGED as error:
+        why = f"{type(error).__name__}: {str(error)[:300]}"
+        raise InputError("this checkpoint cannot be loaded", where=where, why=why, fix=fix) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(part), dict) for part in ("identity", "state")
+    ):
+        why = "it holds no identity and state of a training"
+        raise InputError("this checkpoint cannot be loaded", where=where, why=why, fix=fix)
+    return found
+
+
+@contextlib.contextmanager
+def restoring(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What cannot be put back, because a state of the right identity lacks it or holds something else, is the
+    checkpoint's fault.
+    """
+    try:
+        yield
+    except _DAMAGED as error:
+        raise InputError(
+            "this checkpoint does not hold the state of this run",
+            where=str(path),
+            why=f"{type(error).__name__}: {str(error)[:300]}",
+            fix="remove the file to train from the start",
+        ) from error
+
+
+def check_progress(state: Mapping[str, Any]) -> None:
+    """Whether a state says how far a training came.
+
+    Raises:
+        ValueError: it does not; TypeError, KeyError: the same.
+    """
+    kept, best, stopped = state["kept"]
+    done, sums = state["progress"]
+    numbers = [*sums, *(value for epoch in state["history"] for value in epoch if value is not None)]
+    sound = (
+        isinstance(kept, int) and isinstance(stopped, str) and isinstance(done, int) and done >= 0
+        and len(sums) == 4 and all(len(epoch) == 5 for epoch in state["history"])
+        and all(isinstance(number, int | float) for number in numbers)
+        and (best is None or (isinstance(best[0], int | float) and isinstance(best[1], dict)))
+    )  # fmt: skip
+    if not sound:
+        raise ValueError("its history or progress is none")
+
+
+# what torch.load and the load_state_dicts of models and optimizers raise on other data than they wrote
+_DAMAGED = (
+    EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 def identity_of(model: nn.Module) -> dict[str, str]:
     """What tells models apart that a checkpoint may not mix up: their tensors' names and shapes, and what was
     cut to make them."""
     cuts = hashlib.sha256()
-    for plan in model.__dict__.get("_surgeon_plans", ()):
-        kept = {
-            name: {dim: list(map(int, index)) for dim, index in dims.items()}
-            for name, dims in plan.kept.items()
-        }
-        cuts.update(repr((plan.hash, sorted(kept.items()))).encode())
+    for text in plan_texts(model):
+        plan = Plan.from_json(text, type(model).__name__)
+        cuts.update(repr((plan.hash, sorted(plan.kept.items()))).encode())
     return {"model": architecture(model), "plans": cuts.hexdigest()[:16]}
 
 

@@ -19,10 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from surgeon.errors import InputError
 from surgeon.training.batches import placed, seed_all
 from surgeon.training.checkpoints import (
+    check_progress,
     identity_of,
     load_checkpoint,
     random_states,
     restore_random_states,
+    restoring,
     save_checkpoint,
 )
 from surgeon.training.ema import Average
@@ -117,7 +119,9 @@ class Loop:
         )
         try:
             if self.checkpoint is not None and Path(self.checkpoint).exists():
-                self._load(load_checkpoint(self.checkpoint, self._identity))
+                state = load_checkpoint(self.checkpoint, self._identity)
+                with restoring(self.checkpoint):
+                    self._load(state)
             wrapped = self.processes.wrapped(self.model)
             with objective.ready(), progress_bar(self.epochs * self.length, self.processes.is_main) as tell:
                 while len(self.history) < self.epochs and not self.stopped:
@@ -254,10 +258,14 @@ class Loop:
             self.average.load_state_dict(state["average"])
         if self.regularizer is not None:
             self.regularizer.load_state_dict(state["regularizer"])
+        check_progress(state)
         self.history = [Epoch(*epoch) for epoch in state["history"]]
         self.epoch_kept, self._best, self.stopped = state["kept"]
         self._done, self._sums = state["progress"]
         self._random = state["random"]
+        restore_random_states(
+            self._random
+        )  # to see that it can be; every epoch begins with a seed of its own
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

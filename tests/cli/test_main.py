@@ -5,6 +5,7 @@ nothing behind.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,17 @@ def test_shrink_writes_files_that_fit_together(source: Path, tmp_path: Path) -> 
     out = tmp_path / "deep" / "out"
     done = run("shrink", f"{source}:Net", "--input", "1,3,8,8", "--out", out)
     assert done.exit_code == 0, done.output
-    assert {file.name for file in out.iterdir()} == {"small.safetensors", "plan.json", "model.onnx"}
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "plan.json", "model.onnx"}
     for word in ("params", "MACs", "size (MB)", "median latency, ONNX", "proof: max relative error", "8"):
         assert word in done.stdout
     assert "weights are random" in done.stderr
 
     small = Plan.load(out / "plan.json").apply(made(source))
     assert small.conv.out_channels == 8
-    small.load_state_dict(load_file(out / "small.safetensors"), strict=True)
+    small.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     x = torch.randn(4, 3, 8, 8)
+    loaded = surgeon.load(out, lambda: made(source))
+    assert not loaded.training and torch.equal(loaded(x), small(x))
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
@@ -108,7 +111,7 @@ def test_weights_from_safetensors(source: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "random" not in done.stderr
     plan = Plan.load(tmp_path / "out" / "plan.json")
-    state = load_file(tmp_path / "out" / "small.safetensors")
+    state = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(state["conv.weight"], model.conv.weight[plan.kept["conv.weight"][0]])
 
 
@@ -122,7 +125,7 @@ def test_tied_weights(source: Path, tmp_path: Path, names: tuple[str, ...]) -> N
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     small = Plan.load(tmp_path / "out" / "plan.json").apply(made(source, "Tied"))
-    small.load_state_dict(load_file(tmp_path / "out" / "small.safetensors"), strict=True)
+    small.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
     assert small.out.weight is small.embed.weight
     assert small.embed.weight.shape == (20, 12)
 
@@ -150,7 +153,7 @@ def test_options_reach_the_plan(source: Path, tmp_path: Path) -> None:
 def test_the_seed_decides(source: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("shrink", f"{source}:Net", *QUICK, "--seed", seed, "--out", tmp_path / name).exit_code == 0
-    first, same, other = ((tmp_path / name / "small.safetensors").read_bytes() for name in "abc")
+    first, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert first == same != other
 
 
@@ -179,7 +182,7 @@ def test_data_win_accuracy_back(source: Path, tmp_path: Path, flags: tuple[str, 
     )
     steps = ("refit", "batch_norm", "distill")[: 2 + len(flags)]
     wanted = surgeon.recover(plan.apply(model), plan, model, batches, steps=steps)
-    state = load_file(tmp_path / "out" / "small.safetensors")
+    state = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in wanted.model.state_dict().items():
         assert torch.equal(state[name], value), name
     assert not torch.equal(state["head.weight"], plan.apply(model).head.weight)
@@ -282,11 +285,27 @@ def test_a_failure_halfway_leaves_earlier_results_alone(
 
     monkeypatch.setattr(
         cli, "_export", fails
-    )  # after small.safetensors and plan.json were written to the draft
+    )  # after model.safetensors and plan.json were written to the draft
     done = run("shrink", f"{source}:Net", "--input", "1,3,8,8", "--ratio", "0.25", "--out", out)
     assert done.exit_code == 1
     assert "made to fail" in done.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_second_run_leaves_nothing_of_the_first(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("shrink", f"{source}:Net", "--no-bench", "--input", "1,3,8,8", "--out", out).exit_code == 0
+    for name in (
+        "model.onnx.data",
+        f"model.onnx.{'a' * 16}.data",
+        "plan-2.json",
+        "model.onnx.notes",
+        "mine.txt",
+    ):
+        (out / name).write_text("{}")
+    assert run("shrink", f"{source}:Net", *QUICK, "--ratio", "0.25", "--out", out).exit_code == 0
+    assert sorted(os.listdir(out)) == ["mine.txt", "model.onnx.notes", "model.safetensors", "plan.json"]
+    assert surgeon.load(out, lambda: made(source)).conv.out_channels == 12
 
 
 @pytest.mark.parametrize(

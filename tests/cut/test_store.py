@@ -5,11 +5,15 @@ included.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from motifs import Flatten, Tied
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgeon
@@ -92,6 +96,97 @@ def saved(folder: Path) -> Path:
     return surgeon.save(surgeon.shrink(Net().eval(), 0.5, example_inputs=X, round_to=1), folder)
 
 
+def test_modes_and_dtypes_come_back(tmp_path: Path) -> None:
+    small = surgeon.shrink(Net().eval(), 0.5, example_inputs=X, round_to=1)
+    for mode in (True, False):
+        small.train(mode).n.train(not mode)
+        surgeon.save(small, tmp_path)
+        back = surgeon.load(tmp_path, Net)
+        assert [m.training for m in back.modules()] == [m.training for m in small.modules()]
+    surgeon.save(small.half(), tmp_path)
+    back = surgeon.load(tmp_path, Net)
+    assert {p.dtype for p in back.parameters()} == {torch.float16}
+    assert {n: b.dtype for n, b in back.named_buffers() if n != "table"} == {
+        n: b.dtype for n, b in small.named_buffers() if n != "table"
+    }
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    small = surgeon.shrink(Net().eval(), 0.5, example_inputs=X, round_to=1)
+    texts = {
+        surgeon.save(small, tmp_path / str(n)).joinpath("model.safetensors").read_bytes() for n in range(6)
+    }
+    assert len(texts) == 1
+
+
+def test_a_plan_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """Same widths, other channels: each file is whole, and they are not of one model."""
+    for seed in (0, 1):
+        small = surgeon.shrink(Net().eval(), 0.5, example_inputs=X, round_to=1, criterion="random", seed=seed)
+        surgeon.save(small, tmp_path / str(seed))
+    plan = tmp_path / "1" / "plan.json"
+    plan.write_bytes((tmp_path / "0" / "plan.json").read_bytes())
+    with pytest.raises(PlanError, match="not that of the weights"):
+        surgeon.load(tmp_path / "1", Net)
+    plan.unlink()
+    assert torch.equal(surgeon.load(tmp_path / "1", Net)(X), small(X))
+    save_file(small.state_dict(), tmp_path / "1" / "model.safetensors")
+    with pytest.raises(PlanError, match="hold no plan"):
+        surgeon.load(tmp_path / "1", Net)
+
+
+def test_modes_that_are_none(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    for modes in ("", "x", "[]", "[" * 100_000, '{"training": 1}', '{"training": true, "except": ["none"]}'):
+        save_file(load_file(path), path, {**metadata, "surgeon.training": modes})
+        with pytest.raises(PlanError, match=r"in which mode|no module 'none'"):
+            surgeon.load(tmp_path, Net)
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    """One byte changed or the end missing: an error of the family, or a model whose weights differ by that byte."""
+    path = saved(tmp_path) / "model.safetensors"
+    (tmp_path / "plan.json").unlink()
+    whole, places = path.read_bytes(), range(0, path.stat().st_size, 41)
+    assert len(places) > 50
+    for place in places:
+        for data in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xA5]) + whole[place + 1 :]):
+            path.write_bytes(data)
+            try:
+                assert isinstance(surgeon.load(tmp_path, Net), Net)
+            except SurgeonError as error:
+                assert str(tmp_path) in str(error) or "Net" in str(error)
+
+
+PICKLED = """
+import sys
+sys.modules["surgeon"] = None
+import torch
+model = torch.load(sys.argv[1], weights_only=False)
+assert type(model) is torch.nn.Sequential, type(model)
+print(tuple(model(torch.randn(2, 6)).shape), model[0].out_features)
+"""
+
+
+def test_a_model_whose_code_is_as_it_was_unpickles_without_surgeon(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    for number, small in enumerate(
+        (
+            surgeon.shrink(model, 0.5, example_inputs=torch.randn(2, 6), round_to=1),
+            surgeon.inspect(model, torch.randn(2, 6)).plan(0.5, round_to=1).apply(model),
+        )
+    ):
+        torch.save(small, tmp_path / f"{number}.pt")
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PICKLED, str(tmp_path / f"{number}.pt")],
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split("\n")[0] == "(2, 3) 4", done.stderr
+
+
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no saved model"):
         surgeon.load(tmp_path, Net)
@@ -103,6 +198,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(SurgeonError, match="cannot read the weights"):
         surgeon.load(tmp_path, Net)
+    saved(tmp_path)
     body = json.loads((tmp_path / "plan.json").read_text())
     body["kept"]["a.weight"]["0"] = [0]
     (tmp_path / "plan.json").write_text(json.dumps(body))

@@ -17,6 +17,7 @@ from surgeon.errors import ExportError, InputError
 from surgeon.fusion.fuse import fuse
 from surgeon.onnx.compare import relative_error
 from surgeon.onnx.export import export
+from surgeon.onnx.file import is_weights_of
 
 module = importlib.import_module("surgeon.onnx.export")  # the package may name the function as the module
 
@@ -230,12 +231,21 @@ def test_large_weights_lie_next_to_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "INLINE_LIMIT", 1000)
     model, path = nn.Linear(64, 64), tmp_path / "large.onnx"
     report = export(model, path, torch.randn(2, 64))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names[0] == "large.onnx" and len(names) == 2 and is_weights_of(names[1], "large.onnx")
     assert report.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) > 4 * 64 * 64
     assert report.params >= 64 * 65
     x = torch.randn(5, 64)
     with torch.no_grad():
         assert relative_error(_run(path, input=x)[0], model(x).numpy()) < 1e-5
+    (tmp_path / "large.onnx.data").write_bytes(b"of an earlier version")
+    (tmp_path / "other.onnx.data").write_bytes(b"another's")
+    export(nn.Linear(64, 64), path, x)
+    again = sorted(file.name for file in tmp_path.iterdir())
+    assert len(again) == 3 and again[2] == "other.onnx.data" and again[1] != names[1]
+    monkeypatch.setattr(module, "INLINE_LIMIT", 10**9)
+    export(model, path, x)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "other.onnx.data"]
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

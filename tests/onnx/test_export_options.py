@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ExportError, InputError, MissingExtraError
-from surgeon.fusion.fuse import folds, fuse
+from surgeon.fusion.fuse import folds, fuse, plans_of
 from surgeon.onnx.compare import relative_error
 from surgeon.onnx.export import export
 
@@ -95,10 +95,7 @@ def test_metadata_and_macs(tmp_path: Path) -> None:
             == str(sum(p.numel() for p in fuse(small, x).parameters()))
         )
     assert found[0] == found[1]
-    assert (
-        found[0]["surgeon.architecture"] == small.__dict__["_surgeon_plans"][0].hash
-        and len(found[0]["surgeon.plan"]) == 16
-    )
+    assert found[0]["surgeon.architecture"] == plans_of(small)[0].hash and len(found[0]["surgeon.plan"]) == 16
     export(model, tmp_path / "whole.onnx", x)
     assert "surgeon.plan" not in {item.key for item in onnx.load(str(tmp_path / "whole.onnx")).metadata_props}
 
