@@ -13,10 +13,8 @@ from surgeon.capture.call_stack import CallStack
 from surgeon.capture.meta_run import PlainMode
 from surgeon.graph.graph import Call, Graph, spec
 from surgeon.graph.messages import source_line
-from surgeon.ops.table import op_name
-
-ALIKE = {"_unsafe_view": "view", "_reshape_alias": "view", "reshape": "view", "unsafe_split": "split"}
-OPTIONAL = {"clone", "alias", "detach", "contiguous"}  # run or not by how a tensor lies in memory
+from surgeon.ops import table
+from surgeon.ops.table import Trait, has, op_name, target_name
 
 
 class AlignedRun(PlainMode):
@@ -42,7 +40,7 @@ class AlignedRun(PlainMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if name.rstrip("_") in OPTIONAL or name == "as_strided_":
+        if has(name, Trait.COPIES) or name == "as_strided_":
             return func(*args, **kwargs)
         given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
         out = None
@@ -55,7 +53,7 @@ class AlignedRun(PlainMode):
 
 def repeated(graph: Graph) -> list[Call]:
     """The recorded ops that every run on like inputs repeats."""
-    return [c for c in graph.calls if op_name(c.node) not in OPTIONAL and not of_whole_numbers(c.node)]
+    return [c for c in graph.calls if not has(op_name(c.node), Trait.COPIES) and not of_whole_numbers(c.node)]
 
 
 def same(call: Call, op: Any) -> bool:
@@ -65,8 +63,7 @@ def same(call: Call, op: Any) -> bool:
 
 def alike(op: Any) -> str:
     """One name for ops that differ only by how a tensor lies in memory."""
-    name: str = op._schema.name.removeprefix("aten::")
-    return ALIKE.get(name, name)
+    return table.alike(target_name(op))
 
 
 def of_whole_numbers(node: fx.Node) -> bool:

@@ -19,9 +19,10 @@ from surgeon.coupling.analysis import SIZE_OF_FROZEN, Analysis
 from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
 from surgeon.errors import InputError
+from surgeon.graph.arguments import arguments
 from surgeon.graph.messages import where
 from surgeon.ops.ids import DimIds
-from surgeon.ops.table import Family, family, op_name
+from surgeon.ops.table import product
 
 OUTPUT = "is the model's output"
 
@@ -305,30 +306,16 @@ def _outputs(analysis: Analysis) -> Iterator[DimIds]:
                 inputs: Sequence[fx.Node] = node.all_input_nodes
                 if inputs and all(n in weights for n in inputs):
                     weights.add(node)
-                elif family(op_name(node)) is Family.CONTRACTION:
+                else:
                     yield from _output_of(analysis, node, weights)
 
 
 def _output_of(analysis: Analysis, node: fx.Node, weights: set[fx.Node]) -> Iterator[DimIds]:
-    name = op_name(node)
-    places = {"convolution": (1,), "addmm": (1, 2), "linear": (1,), "baddbmm": (1, 2), "embedding": (0,)}.get(
-        name, (0, 1)
-    )
-    for place in places:
-        weight = node.args[place]
-        if not isinstance(weight, fx.Node) or weight not in weights:
-            continue
-        axes = analysis.propagation.axes[weight]
-        if not isinstance(axes, dict):
-            continue
-        ndim = len(weight.meta["spec"].shape)
-        if name == "convolution":
-            dim = 1 if node.args[6] else 0
-        elif name == "linear":
-            dim = 0
-        elif name == "embedding":
-            dim = 1
-        else:
-            dim = ndim - 1 if place == places[-1] else ndim - 2
-        if dim in axes:
-            yield axes[dim].ravel()
+    products = product(node)
+    if products is None:
+        return
+    for operand in products.operands:
+        weight = arguments(node)[operand.name]
+        axes = analysis.propagation.axes[weight] if weight in weights else {}
+        if isinstance(axes, dict):
+            yield from (axes[dim].ravel() for dim in products.own(operand) if dim in axes)

@@ -25,7 +25,7 @@ class Arguments(Mapping[str, Any]):
     """
 
     def __init__(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._target = target
+        self._target, self.args, self.kwargs = target, tuple(args), dict(kwargs)
         schema = getattr(target, "_schema", None)
         declared = () if schema is None else schema.arguments
         self.places: dict[str, int] = {argument.name: i for i, argument in enumerate(declared)}
@@ -46,6 +46,14 @@ class Arguments(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return any(own in self._values for own in str(name).split("|"))
+
+    def replaced(self, name: str, value: Any) -> Arguments:
+        """The same with another value of one argument, passed as it was."""
+        name = self.name(name)
+        place = self.places[name]
+        if name in self.kwargs or place >= len(self.args):
+            return Arguments(self._target, self.args, {**self.kwargs, name: value})
+        return Arguments(self._target, (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
 
     def name(self, names: str) -> str:
         """The one of the alternatives that the op has.

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.ops.ids import DimIds
-from surgeon.ops.table import FUSED_ATTENTION, op_name
+from surgeon.ops.letters import Product, Step
 
 _REPEATS = 12  # timed runs of a kernel, after two that are not timed
 Choice = DimIds
@@ -30,13 +31,17 @@ class Shapes(Protocol):
 
     Attributes:
         graph: the model's recorded run.
-        products: its convolutions, matrix products and attentions, in order.
+        products: its convolutions, matrix products and attentions, in order, by letters.
     """
 
     graph: Graph
-    products: list[fx.Node]
+
+    @property
+    def products(self) -> Mapping[fx.Node, Product]: ...
 
     def shape(self, node: fx.Node, choice: Choice) -> tuple[int, ...]: ...
+
+    def product(self, node: fx.Node, choice: Choice) -> Product: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,30 +101,31 @@ def kernels(shapes: Shapes, choice: Choice) -> list[list[Kernel]]:
 
 
 def _kernels(shapes: Shapes, node: fx.Node, choice: Choice) -> list[Kernel]:
-    name = op_name(node)
-    given: list[Any] = [shapes.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
-    if name in ("convolution", "_convolution"):
-        x, w, stride, padding, dilation, transposed = (
-            given[0],
-            given[1],
-            given[3],
-            given[4],
-            given[5],
-            bool(given[6]),
-        )
-        groups = max(1, x[1] // w[1]) if not transposed else max(1, shapes.shape(node, choice)[1] // w[1])
-        options = (tuple(stride), tuple(padding), tuple(dilation), groups)
-        return [Kernel("conv_transpose" if transposed else "conv", tuple(x), tuple(w), *options)]
-    if name in FUSED_ATTENTION:
-        q, k, v = given[:3]
-        scores = (*q[:3], k[2])
-        return [Kernel("matmul", tuple(q), (*k[:2], k[3], k[2])), Kernel("matmul", scores, tuple(v))]
-    if name == "linear":
-        return [Kernel("matmul", (int(np.prod(given[0][:-1])), given[0][-1]), (given[1][1], given[1][0]))]
-    left, right = given[1:3] if name in ("addmm", "baddbmm", "addbmm", "addmv") else given[:2]
-    if len(left) == 1 or len(right) == 1:  # vectors
-        left, right = (1, *left) if len(left) == 1 else left, (*right, 1) if len(right) == 1 else right
-    return [Kernel("matmul", tuple(left), tuple(right))]
+    products = shapes.product(node, choice)
+    if not products.windows:
+        return [Kernel("matmul", *_matrices(products, step)) for step in products.steps]
+    given, (step,) = arguments(node), products.steps
+    x, w = (shapes.shape(given[operand.name], choice) for operand in step.operands)
+    stride, padding, dilation = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
+    kind, groups = "conv_transpose" if given["transposed"] else "conv", max(1, products.count(step.batch))
+    return [Kernel(kind, x, w, stride, padding, dilation, groups)]
+
+
+def _matrices(products: Product, step: Step) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes [..., M, K] and [..., K, N] of a product of matrices; of three operands, the first with what the others
+    are together.
+
+    Example: "n(hg)qd, nhkd -> n(hg)qk" with n=2, h=4, g=3, q=5, k=7, d=8 is [2, 12, 5, 8] times [2, 12, 8, 7].
+    """
+    left, *others = step.operands
+    batch = [products.count(frozenset(left.dims[i].letters)) for i in left.with_any(step.batch)]
+    numbered = frozenset(letter for i in left.with_any(step.batch) for letter in left.dims[i].letters)
+    right = frozenset(letter for operand in others for letter in operand.letters)
+    summed = left.letters & right - numbered
+    rows, columns = (
+        products.count(letters - summed - numbered) for letters in (left.letters, right & step.computed)
+    )
+    return (*batch, rows, products.count(summed)), (*batch, products.count(summed), columns)
 
 
 def time_by_onnxruntime(todo: Sequence[Kernel], threads: int) -> list[float]:

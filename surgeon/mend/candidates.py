@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgeon.capture.aligned_run import ALIKE
 from surgeon.graph.source_code import Use, methods_as_written, numbers, own_classes, uses
 from surgeon.mend.attribute_path import OF_TORCH
 from surgeon.mend.edits import Edit, edits_of
 from surgeon.mend.refused import Refused
 from surgeon.mend.size_check import COMPARISONS, Note
 from surgeon.mend.traced_forward import foreign, literals, versions
+from surgeon.ops.table import alike
 
 _TRIALS = 8  # of attributes that may have to change together
 
@@ -300,13 +300,13 @@ _CALLS = {
     "constant_pad_nd": ("pad", "_pad"),
     "slice": ("getitem", "setitem", "narrow"),
     "split": ("split", "chunk"),
-    "split_with_sizes": ("split",),
 }
 
 
 def _same_call(name: str, op: str) -> bool:
     called = name.split(":")[0]
-    return called in _CALLS.get(ALIKE.get(op, op), (op, op.removeprefix("native_"), op.removeprefix("new_")))
+    plain = op.removeprefix("native_"), op.removeprefix("new_"), op.removesuffix("_with_sizes")
+    return called in _CALLS.get(alike(op), (op, *plain))
 
 
 def integers(module: nn.Module) -> Iterator[tuple[str, int]]:

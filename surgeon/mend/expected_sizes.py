@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.indexing import normal_slice
 from surgeon.ops.movement import dense
+from surgeon.ops.slicing import normal_slice
 from surgeon.ops.table import OpContext, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 

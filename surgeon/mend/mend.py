@@ -19,6 +19,7 @@ from torch import nn
 from surgeon.capture.aligned_run import repeated
 from surgeon.coupling.groups import outputs_of_tensors
 from surgeon.errors import MendError
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.mend.candidates import propose
 from surgeon.mend.constants import Constant, Judge, changed_rates, to_blame
@@ -159,9 +160,10 @@ def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: ShapeModel, ch
     return list(dict.fromkeys(found))
 
 
-_LAYER_NUMBERS: Mapping[tuple[type, str], tuple[int, str]] = {
-    (nn.modules.conv._ConvNd, "convolution"): (8, "groups"),
-    (nn.GroupNorm, "native_group_norm"): (6, "num_groups"),
+# argument of the op that a layer runs, attribute of the layer
+_LAYER_NUMBERS: Mapping[type, tuple[str, str]] = {
+    nn.modules.conv._ConvNd: ("groups", "groups"),
+    nn.GroupNorm: ("group", "num_groups"),
 }
 
 
@@ -203,9 +205,10 @@ def _layer_edits(
                         new,
                     )
             continue
-        for (kind, op), (position, name) in _LAYER_NUMBERS.items():
-            if isinstance(module, kind) and op_name(call.node) == op:
+        given = arguments(call.node)
+        for kind, (argument, name) in _LAYER_NUMBERS.items():
+            if isinstance(module, kind) and argument in given:
                 done.add(call.module)
-                old, new = getattr(module, name), wanted(call.node, shapes, choice)[position]
+                old, new = getattr(module, name), wanted(call.node, shapes, choice)[given.places[argument]]
                 if old != new:
                     yield Edit(call.module, "attribute", name, old, new)

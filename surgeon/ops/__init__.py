@@ -1,24 +1,35 @@
-"""All that is known of ATen ops: what each does to ids, and what it computes when entries are gone. One file
-a family.
+"""All that is known of ATen ops: what each does to ids, and what it computes when entries are gone. One file a family.
 
-A rule takes a `OpContext` (one op of a recorded graph) and returns the `ValueIds` of its output, or a tuple of
-them. Importing this package
-registers every rule; an op that has none is opaque: it freezes what it touches, and the reason names it.
+A rule takes an `OpContext` (one op of a recorded graph) and returns the `ValueIds` of its output, or a tuple of them.
+Importing this package declares every op; one that is not declared is opaque: it freezes what it touches, and the reason
+names it. `op` declares a further one.
 """
 
-from surgeon.ops import contraction, elementwise, factory, indexing, movement, reduction
-from surgeon.ops.table import Family, OpContext, family, opaque, rule_of
+from surgeon.ops import (
+    attention,
+    contraction,
+    elementwise,
+    indexing,
+    movement,
+    normalisation,
+    reduction,
+    reshape,
+    slicing,
+    window,
+)
+from surgeon.ops.table import Family, op
 
 __all__ = [
     "Family",
-    "OpContext",
+    "attention",
     "contraction",
     "elementwise",
-    "factory",
-    "family",
     "indexing",
     "movement",
-    "opaque",
+    "normalisation",
+    "op",
     "reduction",
-    "rule_of",
+    "reshape",
+    "slicing",
+    "window",
 ]

@@ -1,31 +1,166 @@
-"""Contractions: products summed over a shared dim. Written as letters, like einsum.
+"""Contractions: products summed over a shared dim, declared by letters (see `letters`).
 
-Each operand and the output name their dims by letters; the tracks of one letter are joined over all operands
-that have it. A letter that is missing from the output is summed over: its ids end there.
+The tracks of one letter are joined over all operands that have it. A letter that is missing from the result is summed
+over: its ids end there.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments
-from surgeon.ops.elementwise import per_channel
+from surgeon.graph.graph import spec
+from surgeon.ops import masks
 from surgeon.ops.ids import ValueIds
+from surgeon.ops.letters import Operand, Product, Step
+from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
+from surgeon.ops.masks import Mask
 from surgeon.ops.reshape import reshape
-from surgeon.ops.table import FUSED_ATTENTION, Family, OpContext, broadcast, meet, op_name, opaque, rule
+from surgeon.ops.table import Family, OpContext, Trait, bound, broadcast, defaults, info, meet, op, opaque
 
-Operand = tuple[ValueIds, tuple[int, ...], str]
-
-
-_ATTENDS = ("bmm", "baddbmm", *FUSED_ATTENTION)
+Shape = tuple[int, ...]
+Lettered = tuple[ValueIds, Shape, Sequence[str]]  # tracks and shape of an operand with one letter a dim
 
 
-def contract(ctx: OpContext, operands: list[Operand], out: str) -> ValueIds:
-    """Join per letter and return the tracks of the output's letters."""
+def contraction(ctx: OpContext) -> Any:
+    """The rule of every op with letters."""
+    products = bound(ctx.node)
+    if products is None:  # operands of other dims than declared
+        return opaque(ctx)
+    result: tuple[ValueIds, Shape] = {}, ()
+    for step in products.steps:
+        operands = [
+            _split(ctx, products, o, result if not o.name else _given(ctx, products, o))
+            for o in step.operands
+        ]
+        letters, apart, shape = _dims_of_result(ctx, products, step)
+        axes = contract(ctx, operands, letters, _rows(step))
+        result = (reshape(ctx.constraints, axes, apart, shape) if apart != shape else axes), shape
+        for operand in step.added:
+            result = (
+                broadcast(ctx, [result, _placed(operand, step.out, *_given(ctx, products, operand))], shape),
+                shape,
+            )
+    several = ctx.node.meta["spec"]
+    if isinstance(several, tuple):
+        return tuple(result[0] if i == 0 else {} for i, _ in enumerate(several))
+    return result[0]
+
+
+def _given(ctx: OpContext, products: Product, operand: Operand) -> tuple[ValueIds, Shape]:
+    axes, shape = ctx.axes(ctx[operand.name]), ctx.shape(ctx[operand.name])
+    return (whole_windows(ctx, operand, axes) if products.windows else axes), shape
+
+
+def _dims_of_result(ctx: OpContext, products: Product, step: Step) -> tuple[list[str], Shape, Shape]:
+    """Letters of a result, its shape with a dim for each of them, and its shape."""
+    shape = ctx.out if step is products.steps[-1] else products.shape(step.out)
+    letters, apart = _apart(products, step.out, shape)
+    return letters, apart, shape
+
+
+def _apart(products: Product, operand: Operand, shape: Shape) -> tuple[list[str], Shape]:
+    """One letter a dim: merged dims cut into theirs, windows by the places that they start at."""
+    letters, apart = list[str](), list[int]()
+    for dim, size in zip(operand.dims, shape, strict=True):
+        own = dim.letters[:1] if dim.window else dim.letters
+        letters += own
+        sizes = [products.sizes[letter] for letter in own]
+        apart += sizes if len(own) > 1 and size > 1 else [size] + [1] * (len(own) - 1)
+    return letters, tuple(apart)
+
+
+def _split(ctx: OpContext, products: Product, operand: Operand, given: tuple[ValueIds, Shape]) -> Lettered:
+    """An operand with its merged dims cut into their letters.
+
+    Example: 6 channels of a convolution with two groups, `(gc)`, become rows g and columns c of 3.
+    """
+    axes, shape = given
+    letters, apart = _apart(products, operand, shape)
+    return (reshape(ctx.constraints, axes, shape, apart) if len(apart) > len(shape) else axes), apart, letters
+
+
+def _placed(operand: Operand, out: Operand, axes: ValueIds, shape: Shape) -> tuple[ValueIds, Shape]:
+    """What is added, with a dim for each of the result's: a bias [C] as [1, C, 1, 1]."""
+    if not operand.dims:
+        return axes, shape
+    wide = wide_shape(operand, out, shape)
+    place = [i for i, dim in enumerate(out.dims) if dim in operand.dims]
+    return {place[d]: track.reshape(wide) for d, track in axes.items()}, wide
+
+
+def wide_shape(operand: Operand, out: Operand, shape: Sequence[int]) -> Shape:
+    sizes = dict(zip(operand.dims, shape, strict=True))
+    return tuple(sizes.get(dim, 1) for dim in out.dims)
+
+
+def _rows(step: Step) -> frozenset[str]:
+    """Letters that share a dim of the result with those of single products: heads of queries that share a head of keys and
+    values.
+    """
+    dims = (dim.letters for dim in step.out.dims if not step.batch.isdisjoint(dim.letters))
+    return frozenset(letter for dim in dims for letter in dim) - step.batch
+
+
+# -- convolutions: windows over spatial dims ----------------------------------------------------------------
+
+
+def whole_windows(ctx: OpContext, operand: Operand, axes: ValueIds) -> ValueIds:
+    """Ids of what a convolution reads: its kernel stays whole, and dims along which its places mix."""
+    mixed = mixed_places(ctx.arguments, operand, ctx.shape(ctx["weight"]))
+    axes = ctx.freeze(axes, mixed, "is a spatial dim of a convolution")
+    return ctx.freeze(axes, _kernel(operand), "is a kernel dim of a convolution")
+
+
+def _kernel(operand: Operand) -> list[int]:
+    return [i for i, dim in enumerate(operand.dims) if dim.letters[0].startswith("K")]
+
+
+def _windows(ctx: OpContext) -> dict[str, list[int]]:
+    """The spatial dims of the input that the kernel looks through, and all dims of the kernel."""
+    products = bound(ctx.node)
+    if products is None:
+        return {}
+    data, weight = products.operands
+    return {"input": mixed_places(ctx.arguments, data, ctx.shape(ctx["weight"])), "weight": _kernel(weight)}
+
+
+def mixed_places(given: Arguments, operand: Operand, weight: Sequence[int]) -> list[int]:
+    """Spatial dims of an operand that a convolution does not work on place by place: by a kernel of one, without stride
+    and padding.
+    """
+    places = [i for i, dim in enumerate(operand.dims) if dim.letters[0].startswith("P")]
+    return [
+        dim
+        for dim in places
+        if weight[dim] > 1 or _of_dim(given, "stride", dim) > 1 or _of_dim(given, "padding", dim)
+    ]
+
+
+def _of_dim(given: Arguments, name: str, dim: int) -> int:
+    """A number for each spatial dim, or one for all."""
+    return int(given[name][(dim - 2) % len(given[name])])
+
+
+def contract(
+    ctx: OpContext, operands: list[Lettered], out: Sequence[str], rows: frozenset[str] = frozenset()
+) -> ValueIds:
+    """Join per letter and return the tracks of the output's letters.
+
+    Args:
+        rows: letters of the output that number products like those that several operands have.
+
+    Example: of "ik, kj -> ij" the ids of k in both operands are joined, and end; those of i and j pass.
+    """
     constraints = ctx.constraints
-    attends = op_name(ctx.node) in _ATTENDS
+    scores = Trait.SCORES in info(ctx.node).traits
     letters = sorted({letter for _, _, names in operands for letter in names})
     place = {letter: i for i, letter in enumerate(letters)}
     joined: dict[str, np.ndarray] = {}
@@ -46,18 +181,26 @@ def contract(ctx: OpContext, operands: list[Operand], out: str) -> ValueIds:
             joined[letter] = meet(constraints, tracks)
             if letter in out and len(tracks) > 1:
                 constraints.batched.append(joined[letter].ravel())
-                if attends:
+                if scores:
                     constraints.heads.append(joined[letter].ravel())
-            elif attends and (letter not in out or letter not in operands[0][2]):
+            elif scores and (letter not in out or letter not in operands[0][2]):
                 constraints.head_dims.append(joined[letter].ravel())
-            elif attends and letter == "g":  # heads of queries that share a head of keys and values
+            elif scores and letter in rows:
                 constraints.heads.append(joined[letter].ravel())
+    return _of_output(ctx, joined, letters, out)
+
+
+def _of_output(
+    ctx: OpContext, joined: dict[str, np.ndarray], letters: list[str], out: Sequence[str]
+) -> ValueIds:
+    """Tracks over all letters as tracks over those of the output; along the others they become constant."""
+    place = {letter: i for i, letter in enumerate(letters)}
     result: ValueIds = {}
     for letter, track in joined.items():
         if letter not in out:
             continue
         for ended in set(letters) - set(out):
-            track = constraints.collapse(track, place[ended])
+            track = ctx.constraints.collapse(track, place[ended])
         kept = [place[name] for name in sorted(out)]
         flat = track.reshape([track.shape[i] for i in kept])
         order = [sorted(out).index(name) for name in out]
@@ -65,7 +208,7 @@ def contract(ctx: OpContext, operands: list[Operand], out: str) -> ValueIds:
     return result
 
 
-def _spread(track: np.ndarray, names: str, place: dict[str, int]) -> np.ndarray:
+def _spread(track: np.ndarray, names: Sequence[str], place: dict[str, int]) -> np.ndarray:
     """A track over an operand's dims as a track over all letters."""
     order = sorted(range(len(names)), key=lambda i: place[names[i]])
     shape = [1] * len(place)
@@ -74,215 +217,125 @@ def _spread(track: np.ndarray, names: str, place: dict[str, int]) -> np.ndarray:
     return track.transpose(order).reshape(shape)
 
 
-def _operand(ctx: OpContext, arg: Any, names: str) -> Operand:
-    return ctx.axes(arg), ctx.shape(arg), names
+# -- what is computed when entries are gone -----------------------------------------------------------------
 
 
-def _plain(ctx: OpContext, left: Any, right: Any, spec: str) -> ValueIds:
-    ins, out = spec.split("->")
-    a, b = ins.split(",")
-    return contract(ctx, [_operand(ctx, left, a), _operand(ctx, right, b)], out)
+def product_absent(call: MaskedOp) -> Any:
+    """Absent entries count as zero. An entry of the result is present if some of each operand's that it is made of are."""
+    result, products = call.run(call.zeroed), bound(call.node)
+    if products is None:
+        return unchanged(call)
+    (step,) = products.steps
+    factors: list[Tensor] = []
+    for operand in step.operands:
+        mask = call.mask(call[operand.name])
+        if products.windows and masks.varies(
+            mask, mixed_places(call.arguments, operand, call.data(call["weight"]).shape)
+        ):
+            raise refusal(call, "presence varies over spatial dims")
+        factors += _passed(mask, operand, step.out, products)
+    for operand in step.added:
+        mask = call.mask(call[operand.name])
+        wide = [f.reshape(wide_shape(operand, step.out, f.shape)) for f in mask] if operand.dims else mask
+        factors += masks.aligned(tuple(wide), result.dim())
+    return result, masks.tidy(factors)
 
 
-_SPECS = {
-    "mm": "ik,kj->ij",
-    "bmm": "bik,bkj->bij",
-    "mv": "ik,k->i",
-    "dot": "k,k->",
-    "vdot": "k,k->",
-    "outer": "i,j->ij",
-}
+def _passed(mask: Mask, operand: Operand, out: Operand, products: Product) -> Mask:
+    """Which entries of the result an operand has something for.
 
-
-@rule(Family.CONTRACTION, *_SPECS)
-def product(ctx: OpContext) -> ValueIds:
-    name = op_name(ctx.node)
-    return _plain(ctx, ctx["self"], ctx["mat2|vec|tensor|other|vec2"], _SPECS[name])
-
-
-@rule(Family.CONTRACTION, "_trilinear")
-def trilinear(ctx: OpContext) -> ValueIds:
-    """Three operands, each with dims of size 1 put in, multiplied and summed over `sumdim`: nn.Bilinear."""
-    operands: list[Operand] = []
-    factors = [ctx[name] for name in ("i1", "i2", "i3")]
-    expands = [ctx[name] for name in ("expand1", "expand2", "expand3")]
-    for node, expand in zip(factors, expands, strict=True):
-        letters = [
-            letter
-            for d, letter in enumerate(_LETTERS[: len(ctx.shape(node)) + len(expand)])
-            if d not in expand
-        ]
-        operands.append(_operand(ctx, node, "".join(letters)))
-    summed = set(ctx["sumdim"])
-    letters_of_all = _LETTERS[
-        : max(len(ctx.shape(node)) + len(e) for node, e in zip(factors, expands, strict=True))
-    ]
-    return contract(
-        ctx, operands, "".join(letter for d, letter in enumerate(letters_of_all) if d not in summed)
-    )
-
-
-_LETTERS = "abcdefgh"
-
-
-@rule(Family.REDUCTION, "_cdist_forward", "_euclidean_dist", mixes=lambda c: {"x1": [-1], "x2": [-1]})
-def distances(ctx: OpContext) -> ValueIds:
-    """Distances of all rows of one matrix [..., i, k] from those of another [..., j, k]; leading dims are
-    broadcast.
+    Example: of a weight "(go)cK" in a convolution, the filters (go) of which any entry c, K is present.
     """
-    left, right = ctx["x1"], ctx["x2"]
-    batch = _LETTERS[: len(ctx.out) - 2]
-    operands = [
-        _operand(ctx, node, batch[len(batch) - len(ctx.shape(node)) + 2 :] + row + "k")
-        for node, row in ((left, "i"), (right, "j"))
-    ]
-    return contract(ctx, operands, batch + "ij")
+    apart = tuple(factor.reshape(_apart(products, operand, factor.shape)[1]) for factor in mask)
+    letters, _ = _apart(products, operand, (1,) * len(operand.dims))
+    kept, _ = _apart(products, out, (1,) * len(out.dims))
+    found = masks.any_along(apart, [i for i, letter in enumerate(letters) if letter not in kept])
+    own = [letter for letter in kept if letter in letters]
+    passed = []
+    for factor in found:
+        rest = [i for i, letter in enumerate(letters) if letter not in kept]
+        sizes = dict(zip(letters, factor.shape, strict=True))
+        factor = factor.permute([*map(letters.index, own), *rest]).reshape(
+            [sizes.get(letter, 1) for letter in kept]
+        )
+        passed.append(_merged(factor, out, products))
+    return masks.tidy(passed)
 
 
-@rule(Family.CONTRACTION, "_grouped_mm")
-def grouped_product(ctx: OpContext) -> ValueIds:
-    """x [T, K] in consecutive blocks of rows (up to each of `offs`), each times its own matrix of weight [E,
-    K, N].
-    """
-    x, weight, offs = ctx["self"], ctx["mat2"], ctx["offs"]
-    if len(ctx.shape(x)) != 2 or len(ctx.shape(weight)) != 3:
-        return {**opaque(ctx)}
-    for node, dim in ((x, 0), (weight, 0), (offs, 0)):
-        ctx.freeze(ctx.axes(node), [dim], "is picked by expert")
-    operands: list[Operand] = []
-    for node, letters in ((x, "tk"), (weight, "ekn")):
-        operands.append(({d: t for d, t in ctx.axes(node).items() if d}, ctx.shape(node), letters))
-    return contract(ctx, operands, "tn")
+def _merged(factor: Tensor, out: Operand, products: Product) -> Tensor:
+    """A factor with a dim for each letter of the result, as one with its dims."""
+    full, merged, at = list[int](), list[int](), 0
+    for dim in out.dims:
+        count = 1 if dim.window else len(dim.letters)
+        sizes = list(factor.shape[at : at + count])
+        if count > 1 and max(sizes) > 1:
+            sizes = [products.sizes[letter] for letter in dim.letters]
+        full += sizes
+        merged.append(math.prod(sizes))
+        at += count
+    return factor.expand(full).reshape(merged)
 
 
-@rule(Family.CONTRACTION, "addmm", "baddbmm", "addbmm", "addmv")
-def product_plus(ctx: OpContext) -> ValueIds:
-    name = op_name(ctx.node)
-    spec = {"addmm": "ik,kj->ij", "baddbmm": "bik,bkj->bij", "addbmm": "bik,bkj->ij", "addmv": "ik,k->i"}[
-        name
-    ]
-    bias, left, right = (ctx[name] for name in ("self", "mat1|batch1|mat", "mat2|batch2|vec"))
-    out = _plain(ctx, left, right, spec)
-    return broadcast(ctx, [(out, ctx.out), (ctx.axes(bias), ctx.shape(bias))], ctx.out)
+def _convolution_letters(given: Arguments) -> str:
+    """Windows slide over the input; of a transposed convolution, over the result."""
+    if given["transposed"]:
+        return "input:n(gc)P, weight:(gc)oK, bias:+(go) -> n(go)<PK>"
+    return "input:n(gc)<PK>, weight:(go)cK, bias:+(go) -> n(go)P"
 
 
-@rule(Family.CONTRACTION, "linear")
-def linear(ctx: OpContext) -> ValueIds:
-    x, weight, bias = ctx["input"], ctx["weight"], ctx["bias"]
-    rows = "abcdefgh"[: len(ctx.out) - 1]
-    out = contract(ctx, [_operand(ctx, x, rows + "k"), _operand(ctx, weight, "zk")], rows + "z")
-    if bias is None:
-        return out
-    return broadcast(ctx, [(out, ctx.out), (ctx.axes(bias), ctx.shape(bias))], ctx.out)
+def _trilinear_letters(given: Arguments) -> str:
+    """Three operands, each with dims of size 1 put in at `expand`, multiplied and summed over `sumdim`: nn.Bilinear."""
+    dims = len(spec(given["i1"]).shape) + len(given["expand1"])
+    letters = "abcdefghijklm"[:dims]
+
+    def without(gone: Sequence[int]) -> str:
+        return "".join(letter for dim, letter in enumerate(letters) if dim not in gone)
+
+    operands = ", ".join(f"i{number}:{without(given[f'expand{number}'])}" for number in (1, 2, 3))
+    return f"{operands} -> {without(given['sumdim'])}"
 
 
-def _windows(ctx: OpContext) -> dict[str, list[int]]:
-    """The spatial dims of the input that the kernel looks through, and all dims of the kernel."""
-    every = range(2, len(ctx.out))
-    seen = [d for d in every if not passes(ctx.arguments, ctx.shape(ctx["weight"]), d)]
-    return {"input": seen, "weight": list(every)}
+def grouped_product(ctx: OpContext) -> Any:
+    """x [T, K] in consecutive blocks of rows (up to each of `offs`), each times its own matrix of weight [E, K, N]."""
+    if bound(ctx.node) is not None:
+        for name, dim in (("self", 0), ("mat2", 0), ("offs", 0)):
+            ctx.freeze(ctx.axes(ctx[name]), [dim], "is picked by expert")
+    return contraction(ctx)
 
 
-@rule(Family.CONTRACTION, "convolution", "_convolution", mixes=_windows)
-def convolution(ctx: OpContext) -> ValueIds:
-    """Input [N, C, ...], weight [O, C/g, ...] (transposed: [C, O/g, ...]). Groups cut C and O into a grid
-    with equal rows.
-    """
-    x, weight, bias = ctx["input"], ctx["weight"], ctx["bias"]
-    transposed, groups = bool(ctx["transposed"]), int(ctx["groups"])
-    shape, ndim = ctx.shape(x), len(ctx.shape(x))
-    w_shape = ctx.shape(weight)
-    fixed = [d for d in range(2, ndim) if not passes(ctx.arguments, w_shape, d)]
-    x_axes = ctx.freeze(ctx.axes(x), fixed, "is a spatial dim of a convolution")
-    w_axes = ctx.freeze(ctx.axes(weight), range(2, ndim), "is a kernel dim of a convolution")
-    spatial = "pqr"[: ndim - 2]
-    channels, filters = shape[1], ctx.out[1]
-    places = tuple(1 if d in fixed else shape[d] for d in range(2, ndim))
-    out_shape = (shape[0], groups, filters // groups, *places)
-    in_shape = (shape[0], groups, channels // groups, *shape[2:])
-    # the kernel's dims end here and vary with nothing
-    w_axes = {d: t.reshape(t.shape[:2]) for d, t in w_axes.items()}
-    if transposed:
-        w_split = (groups, channels // groups, filters // groups)
-        w_names = "gco"
-    else:
-        w_split = (groups, filters // groups, channels // groups)
-        w_names = "goc"
-    w_axes = reshape(ctx.constraints, w_axes, w_shape[:2], w_split)
-    x_axes = reshape(ctx.constraints, x_axes, shape, in_shape)
-    out = contract(
-        ctx,
-        [(x_axes, (*in_shape[:3], *places), "ngc" + spatial), (w_axes, w_split, w_names)],
-        "ngo" + spatial,
-    )
-    merged = reshape(ctx.constraints, out, out_shape, (shape[0], filters, *places))
-    if bias is None:
-        return merged
-    vector = per_channel(ctx.shape(bias), ctx.axes(bias), ndim)[1]
-    wide = (1, filters, *(1,) * (ndim - 2))
-    return broadcast(
-        ctx, [(merged, (shape[0], filters, *places)), (vector, wide)], (shape[0], filters, *places)
-    )
+def grouped_in_float64(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
+    """Rows of x [T, K] up to each offset times its own matrix of weight [E, K, N]."""
+    if offs is None or x.dim() != 2 or weight.dim() != 3:
+        raise ProofError(
+            "cannot compute _grouped_mm in float64", why=f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    ends = offs.tolist()
+    blocks = [x[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, weight, strict=False)]
+    return torch.cat([*blocks, x.new_zeros(x.shape[0] - ends[-1], weight.shape[2])])
 
 
-def passes(arguments: Arguments, weight: Any, dim: int) -> bool:
-    """Whether a convolution works on each place of a spatial dim by itself: a kernel of one, no stride and no
-    padding.
-    """
-    stride, padding = arguments["stride"], arguments["padding"]
-    return bool(
-        weight[dim] == 1 and stride[(dim - 2) % len(stride)] == 1 and padding[(dim - 2) % len(padding)] == 0
-    )
+defaults(Family.CONTRACTION, ids=contraction, absent=product_absent)
 
-
-@rule(Family.CONTRACTION, *FUSED_ATTENTION)
-def attention(ctx: OpContext) -> Any:
-    """softmax(q k^T / sqrt(d) + mask) v with q [B, H, N, D], k [B, K, M, D], v [B, K, M, E]; heads and dims
-    are tied.
-
-    K divides H: each head of k and v serves H/K heads of q in a row (grouped queries).
-    """
-    q, k, v, mask = ctx["query"], ctx["key"], ctx["value"], ctx.get("attn_bias|attn_mask")
-    batch, heads, queries, width = ctx.shape(q)
-    served = ctx.shape(k)[1]
-    cut, shape = (batch, served, heads // served), (batch, heads, queries, ctx.shape(k)[2])
-    wide = reshape(ctx.constraints, ctx.axes(q), ctx.shape(q), (*cut, queries, width))
-    scores = contract(ctx, [(wide, (*cut, queries, width), "bhgnd"), _operand(ctx, k, "bhmd")], "bhgnm")
-    scores = reshape(ctx.constraints, scores, (*cut, *shape[2:]), shape)
-    if mask is not None:
-        scores = broadcast(ctx, [(scores, shape), (ctx.axes(mask), ctx.shape(mask))], shape)
-    q_axes, v_axes = ctx.axes(q), ctx.axes(v)
-    wide = reshape(ctx.constraints, scores, shape, (*cut, *shape[2:]))
-    out = contract(ctx, [(wide, (*cut, *shape[2:]), "bhgnm"), _operand(ctx, v, "bhmd")], "bhgnd")
-    out = reshape(
-        ctx.constraints, out, (*cut, queries, ctx.shape(v)[3]), (batch, heads, queries, ctx.shape(v)[3])
-    )
-    if ctx.shape(q)[3] == ctx.shape(v)[3]:  # the fused kernels take one head dim
-        if 3 in q_axes and 3 in v_axes:
-            rows = [axes[3].reshape(-1, axes[3].shape[-1]) for axes in (q_axes, v_axes)]
-            ctx.constraints.balance(np.concatenate(rows), 1)
-        else:
-            for axes in (q_axes, v_axes):
-                ctx.freeze(axes, [3], "shares its head size with queries or values whose size here is fixed")
-    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
-
-
-@rule(Family.CONTRACTION, "embedding", mixes=lambda c: {"weight": [0]})
-def embedding(ctx: OpContext) -> ValueIds:
-    """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
-    weight, index = ctx["weight"], ctx["indices"]
-    axes = ctx.freeze(ctx.axes(weight), [0], "is looked up by index")
-    ctx.constraints.freeze_all(ctx.axes(index), "is used as an index")
-    ndim = len(ctx.out)
-    return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}
-
-
-@rule(Family.CONTRACTION, "_embedding_bag", "_embedding_bag_forward_only", mixes=lambda c: {"weight": [0]})
-def embedding_bag(ctx: OpContext) -> tuple[ValueIds, ...]:
-    """As `embedding`, the rows of each bag put together; which were the greatest is of the same shape."""
-    axes = ctx.freeze(ctx.axes(ctx["weight"]), [0], "is looked up by index")
-    for other in ctx.tensors:
-        if other is not ctx["weight"]:
-            ctx.constraints.freeze_all(ctx.axes(other), "is used as an index, or one for each row")
-    out = {1: axes[1]} if 1 in axes else {}
-    return tuple(out if spec is not None and spec.shape == ctx.out else {} for spec in ctx.node.meta["spec"])
+op("mm", Family.CONTRACTION, "self:nk, mat2:kj -> nj")
+op("addmm", Family.CONTRACTION, "self:+, mat1:nk, mat2:kj -> nj")
+op("bmm", Family.CONTRACTION, "self:(nh)ik, mat2:(nh)kj -> (nh)ij", traits={Trait.SCORES})
+op("baddbmm", Family.CONTRACTION, "self:+, batch1:(nh)ik, batch2:(nh)kj -> (nh)ij", traits={Trait.SCORES})
+op("addbmm", Family.CONTRACTION, "self:+, batch1:bik, batch2:bkj -> ij")
+op("mv", Family.CONTRACTION, "self:nk, vec:k -> n")
+op("addmv", Family.CONTRACTION, "self:+, mat:nk, vec:k -> n")
+op("dot", Family.CONTRACTION, "self:k, tensor:k ->")
+op("vdot", Family.CONTRACTION, "self:k, other:k ->")
+op("outer", Family.CONTRACTION, "self:i, vec2:j -> ij")
+op("linear", Family.CONTRACTION, "input:Rk, weight:jk, bias:+ -> Rj")
+op("_trilinear", Family.CONTRACTION, _trilinear_letters)
+op(
+    "_grouped_mm", Family.CONTRACTION, "self:tk, mat2:ekj -> tj",
+    ids=grouped_product, row_bytes=16, in_float64=grouped_in_float64,
+)  # fmt: skip
+op("convolution _convolution", Family.CONTRACTION, _convolution_letters, mixes=_windows)
+op(
+    "_cdist_forward _euclidean_dist", Family.REDUCTION, "x1:Bik, x2:Bjk -> Bij",  # of all rows i from all rows j
+    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]},
+)  # fmt: skip

@@ -1,5 +1,5 @@
-"""Elementwise ops: output entry i depends on entry i of each operand (after broadcasting). Operands are
-joined.
+"""Elementwise ops: output entry i depends on entry i of each operand (after broadcasting), so operands are joined. And
+tensors made of constants.
 """
 
 from __future__ import annotations
@@ -8,23 +8,12 @@ from typing import Any
 
 from torch import fx
 
+from surgeon.ops import masks
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.table import Family, OpContext, broadcast, rule
-
-UNARY = """normal_functional uniform exponential abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp
-clamp_max clamp_min clone contiguous cos cosh detach dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu
-hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh lift_fresh_copy log log10 log1p
-log2 log_sigmoid logical_not logit mish nan_to_num native_dropout neg new_empty_like positive pow reciprocal relu relu6
-round rsqrt selu sgn sigmoid sign silu sin sinh softplus softshrink sqrt square tan tanh threshold to trunc zero
-_to_copy empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit angle _conj
-_conj_physical resolve_conj resolve_neg""".split()
-
-BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin fmod ge gt hypot le
-lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne remainder rsub sub where __and__
-__or__ xlogy float_power true_divide complex polar""".split()
+from surgeon.ops.masked_op import MaskedOp
+from surgeon.ops.table import Family, OpContext, Trait, broadcast, defaults, op
 
 
-@rule(Family.ELEMENTWISE, *UNARY, *BINARY)
 def elementwise(ctx: OpContext) -> Any:
     spec = ctx.node.meta["spec"]
     if isinstance(spec, tuple):
@@ -41,7 +30,6 @@ def _operands(ctx: OpContext) -> list[tuple[ValueIds, tuple[int, ...]]]:
     return found
 
 
-@rule(Family.ELEMENTWISE, "_prelu_kernel", "prelu")
 def prelu(ctx: OpContext) -> ValueIds:
     x, weight = ctx["self"], ctx["weight"]
     shape, axes = ctx.shape(weight), ctx.axes(weight)
@@ -56,24 +44,89 @@ def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tupl
     return wide, ({1: axes[0].reshape(wide)} if 0 in axes else {})
 
 
-@rule(
+# -- tensors made of constants ----------------------------------------------------------------------------------
+
+
+def repeated(ctx: OpContext) -> ValueIds:
+    """Of one repeated constant: its dims follow whatever they meet, so each entry gets an id of no slot."""
+    return unowned_ids(ctx, ctx.out, range(len(ctx.out)))
+
+
+def unowned_ids(ctx: OpContext, shape: tuple[int, ...], dims: object) -> ValueIds:
+    """Fresh ids along each of `dims`, tied to nothing."""
+    axes: ValueIds = {}
+    for dim in dims:  # type: ignore[attr-defined]  # any iterable of ints
+        if shape[dim] > 1:
+            axes[dim] = ctx.constraints.new(shape[dim]).reshape(
+                [-1 if d == dim else 1 for d in range(len(shape))]
+            )
+            ctx.constraints.mark_unowned(axes[dim])
+    return axes
+
+
+def fixed(ctx: OpContext) -> ValueIds:
+    """Entries that differ by position (arange, random numbers): none can go without changing the rest."""
+    return {}
+
+
+# -- what is computed when entries are gone -----------------------------------------------------------------
+
+
+def elementwise_absent(call: MaskedOp) -> Any:
+    result = call.run(call.data)
+    first = result[0] if isinstance(result, list | tuple) else result
+    factors = [f for n in call.node.all_input_nodes for f in masks.aligned(call.mask(n), first.dim())]
+    return call.outputs(result, masks.tidy(factors))
+
+
+def prelu_absent(call: MaskedOp) -> Any:
+    x, weight = call["self"], call["weight"]
+    result = call.run(call.data)
+    wide = [
+        f if f.dim() == result.dim() else f.reshape(1, -1, *(1,) * (result.dim() - 2))
+        for f in call.mask(weight)
+    ]
+    return result, masks.tidy([*call.mask(x), *wide])
+
+
+def constant_absent(call: MaskedOp) -> Any:
+    return call.outputs(call.run(call.data), ())
+
+
+defaults(Family.ELEMENTWISE, ids=elementwise, absent=elementwise_absent)
+defaults(Family.FACTORY, absent=constant_absent)
+
+op(
+    """
+    normal_functional uniform exponential abs acos acosh asin asinh atan atanh bernoulli bitwise_not
+    ceil celu clamp clamp_max clamp_min cos cosh dropout elu erf erfc erfinv exp exp2 expm1 fill
+    floor frac gelu isfinite isinf isnan leaky_relu lift_fresh_copy log log10 log1p log2 log_sigmoid
+    logical_not logit mish nan_to_num native_dropout neg positive pow reciprocal relu6 round rsqrt
+    selu sgn sigmoid sign silu sin sinh softplus sqrt square tan tanh to trunc zero _to_copy
+    empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit
+    angle _conj _conj_physical resolve_conj resolve_neg
+    """,
     Family.ELEMENTWISE,
-    "native_batch_norm",
-    "batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "_batch_norm_no_update",
-    mixes=lambda c: {"input": set(range(len(c.out))) - {1}},
 )
-def batch_norm(ctx: OpContext) -> Any:
-    """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""
-    x = ctx["input"]
-    vectors = [ctx.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    ndim = len(ctx.out)
-    operands = [(ctx.axes(x), ctx.shape(x))]
-    for vector in (v for v in vectors if v is not None):
-        shape, axes = per_channel(ctx.shape(vector), ctx.axes(vector), ndim)
-        operands.append((axes, shape))
-    out = broadcast(ctx, operands, ctx.out)
-    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
+op(
+    "relu hardtanh hardswish hardsigmoid threshold softshrink hardshrink",
+    Family.ELEMENTWISE,
+    traits={Trait.SATURATES},
+)
+op("clone alias detach contiguous lift_fresh", Family.ELEMENTWISE, traits={Trait.COPIES})
+op(
+    """
+    add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin
+    fmod ge gt hypot le lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum
+    minimum mul ne remainder rsub sub where __and__ __or__ xlogy float_power true_divide complex
+    polar logaddexp2
+    """,
+    Family.ELEMENTWISE,
+)
+op("_prelu_kernel prelu", Family.ELEMENTWISE, ids=prelu, absent=prelu_absent)
+op("zeros ones full empty new_zeros new_ones new_full new_empty empty_strided", Family.FACTORY, ids=repeated)
+op(
+    "arange linspace logspace eye rand randn randint randperm scalar_tensor tril_indices triu_indices hann_window",
+    Family.FACTORY,
+    ids=fixed,
+)

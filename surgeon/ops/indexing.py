@@ -1,227 +1,18 @@
-"""Movement that picks, cuts or writes parts: the output holds some entries of the input, found by position.
-
-A number in the code that picks one entry keeps its dim whole; a cut into parts keeps the parts even where the
-code halves what it finds, and lets unequal parts go their own way (their sizes are mended).
-"""
+"""Entries found by index tensors, read or written: the dims that are looked up stay whole, the others pass."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from torch import fx
+import torch
 
-from surgeon.ops.ids import Constraints, ValueIds
-from surgeon.ops.table import Family, OpContext, beside, broadcast, op_name, rule
-
-_MOST_PARTS = 4  # that a slice is taken for one of
-
-
-def sliced(
-    constraints: Constraints, axes: ValueIds, dim: int, start: int, stop: int, step: int = 1
-) -> ValueIds:
-    """Tracks of x[..., start:stop:step, ...] along `dim`.
-
-    The slice starts and ends at one place in every row, so the rows lose equally many of the entries before it,
-    in it, and behind it.
-    """
-    index = slice(start, stop, step)
-    for part in (slice(0, start), slice(start, stop), slice(stop, None)) if dim in axes else ():
-        constraints.even(axes[dim][(slice(None),) * dim + (part,)], dim)
-    return {
-        d: (t if t.shape[dim] == 1 and d != dim else t[(slice(None),) * dim + (index,)])
-        for d, t in axes.items()
-    }
+from surgeon.ops import masks
+from surgeon.ops.ids import ValueIds
+from surgeon.ops.masked_op import MaskedOp, refusal
+from surgeon.ops.table import Family, OpContext, beside, broadcast, op, op_name
 
 
-def _even_parts(ctx: OpContext, axes: ValueIds, dim: int, size: int, parts: int) -> None:
-    """A dim that is cut into equal parts: each part keeps equally many (the code that cuts it halves what it
-    finds).
-    """
-    track = axes.get(dim)
-    if track is not None and parts > 1 and size > 1:
-        moved = np.moveaxis(track, dim, -1)
-        ctx.constraints.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
-
-
-@rule(Family.MOVEMENT, "slice")
-def slice_(ctx: OpContext) -> ValueIds:
-    x = ctx["self"]
-    shape = ctx.shape(x)
-    dim, start, stop, step = normal_slice(ctx, shape)
-    axes, size = ctx.axes(x), shape[dim]
-    if dim in axes and step > 1:
-        if size % step:
-            axes = ctx.freeze(axes, [dim], "is sliced with a step")
-        else:  # every block of `step` entries goes as one
-            moved = np.moveaxis(axes[dim], dim, -1)
-            blocks = moved.reshape(*moved.shape[:-1], size // step, step)
-            ctx.constraints.collapse(blocks, blocks.ndim - 1)
-    length = stop - start
-    if dim in axes and step == 1 and _is_even(start, stop, size):
-        _even_parts(ctx, axes, dim, length, size // length)
-    return _single(ctx, sliced(ctx.constraints, axes, dim, start, stop, step), dim, length)
-
-
-def _is_even(start: int, stop: int, size: int) -> bool:
-    """Whether a slice is one of a few equal parts of a dim."""
-    length = stop - start
-    return 0 < length < size and size % length == 0 and size // length <= _MOST_PARTS and start % length == 0
-
-
-def _single(ctx: OpContext, axes: ValueIds, dim: int, length: int) -> ValueIds:
-    """A part of one entry stays: without it the part would be empty, and what it is broadcast to with it."""
-    return ctx.freeze(axes, [dim], "is a part of a single entry") if length == 1 else axes
-
-
-def normal_slice(ctx: OpContext, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """(dim, start, stop, step) of a slice op, all of them plain and within the dim."""
-    dim = int(ctx["dim"]) % len(shape)
-    step = int(ctx["step"])
-    start, stop, _ = slice(ctx["start"], ctx["end"], step).indices(shape[dim])
-    return dim, start, max(start, stop), step
-
-
-@rule(Family.MOVEMENT, "select")
-def select(ctx: OpContext) -> ValueIds:
-    x = ctx["self"]
-    ndim = len(ctx.shape(x))
-    dim = int(ctx["dim"]) % ndim
-    index = int(ctx["index"])
-    if not ctx.node.users and index in (
-        0,
-        -1,
-    ):  # the code only asks for its shape, and every size has such an entry
-        return _picked({d: t for d, t in ctx.axes(x).items() if d != dim}, dim, index)
-    axes = ctx.freeze(ctx.axes(x), [dim], "one entry of it is picked by number")
-    return _picked(axes, dim, index % ctx.shape(x)[dim])
-
-
-def _picked(axes: ValueIds, dim: int, index: int) -> ValueIds:
-    return {d - (d > dim): np.take(t, index if t.shape[dim] > 1 else 0, axis=dim) for d, t in axes.items()}
-
-
-@rule(Family.MOVEMENT, "unbind")
-def unbind(ctx: OpContext) -> tuple[ValueIds, ...]:
-    x = ctx["self"]
-    shape = ctx.shape(x)
-    dim = int(ctx["dim"]) % len(shape)
-    axes = ctx.freeze(ctx.axes(x), [dim], "it is unbound into a fixed number of tensors")
-    return tuple(_picked(axes, dim, i) for i in range(shape[dim]))
-
-
-@rule(
-    Family.MOVEMENT,
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "unsafe_chunk",
-    "unsafe_split",
-    "split_with_sizes_copy",
-)
-def split(ctx: OpContext) -> tuple[ValueIds, ...]:
-    """Parts of equal size keep equal sizes; parts of unequal size are independent."""
-    x = ctx["self"]
-    dim = int(ctx["dim"]) % len(ctx.shape(x))
-    sizes = [spec.shape[dim] for spec in ctx.node.meta["spec"]]
-    axes = ctx.axes(x)
-    if len(set(sizes)) == 1:
-        _even_parts(ctx, axes, dim, sizes[0], len(sizes))
-    ends = np.cumsum(sizes)
-    parts = zip(sizes, ends, strict=True)
-    return tuple(
-        _single(ctx, sliced(ctx.constraints, axes, dim, int(end) - size, int(end)), dim, size)
-        for size, end in parts
-    )
-
-
-@rule(Family.ELEMENTWISE, "glu")
-def gated_linear_unit(ctx: OpContext) -> ValueIds:
-    """First half times the sigmoid of the second: two slices that meet."""
-    x = ctx["self"]
-    shape = ctx.shape(x)
-    dim = int(ctx["dim"]) % len(shape)
-    half = shape[dim] // 2
-    parts = [sliced(ctx.constraints, ctx.axes(x), dim, start, start + half) for start in (0, half)]
-    return broadcast(ctx, [(part, ctx.out) for part in parts], ctx.out)
-
-
-@rule(Family.MOVEMENT, "slice_scatter")
-def slice_scatter(ctx: OpContext) -> ValueIds:
-    base, child = ctx["self"], ctx["src"]
-    dim, start, stop, step = normal_slice(ctx, ctx.shape(base))
-    return _scattered(ctx, base, child, dim, start, stop, step)
-
-
-def _scattered(
-    ctx: OpContext, base: fx.Node, child: fx.Node, dim: int, start: int, stop: int, step: int
-) -> ValueIds:
-    axes, inner = dict(ctx.axes(base)), dict(ctx.axes(child))
-    window = sliced(ctx.constraints, axes, dim, start, stop, step)
-    for d in set(axes) | set(inner):
-        if d in window and d in inner:
-            written = beside(ctx.constraints, [window[d], inner[d]])
-            if axes[d].shape[dim] == 1:
-                axes[d] = written
-            elif ctx.constraints.is_unowned(written).any():
-                rows = np.broadcast_shapes(
-                    *(tuple(1 if j == dim else n for j, n in enumerate(t.shape)) for t in (axes[d], written))
-                )
-                axes[d] = np.broadcast_to(
-                    axes[d], [n if j != dim else axes[d].shape[dim] for j, n in enumerate(rows)]
-                ).copy()
-                axes[d][(slice(None),) * dim + (slice(start, stop, step),)] = written
-        elif ctx.shape(child)[d] > 1:
-            for side in (axes, inner):
-                if d in side:
-                    ctx.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
-    return {d: t for d, t in axes.items() if d in window}
-
-
-@rule(Family.MOVEMENT, "select_scatter")
-def select_scatter(ctx: OpContext) -> ValueIds:
-    base, child = ctx["self"], ctx["src"]
-    ndim = len(ctx.shape(base))
-    dim = int(ctx["dim"]) % ndim
-    axes = ctx.freeze(ctx.axes(base), [dim], "one entry of it is written by number")
-    inner = {d + (d >= dim): np.expand_dims(t, dim) for d, t in ctx.axes(child).items()}
-    for d in (set(axes) | set(inner)) - {dim}:
-        if d in axes and d in inner:
-            axes[d] = beside(ctx.constraints, [axes[d], inner[d]])
-        elif ctx.out[d] > 1:
-            for side in (axes, inner):
-                if d in side:
-                    ctx.constraints.freeze(side.pop(d), "meets a tensor whose size here is fixed")
-    return axes
-
-
-@rule(Family.MOVEMENT, "constant_pad_nd")
-def constant_pad(ctx: OpContext) -> ValueIds:
-    """Entries that padding adds belong to nobody: they get ids of no slot and follow what they meet."""
-    x, pads = ctx["self"], list(ctx["pad"])
-    ndim, shape = len(ctx.out), ctx.shape(x)
-    axes = dict(ctx.axes(x))
-    for i in range(len(pads) // 2):
-        dim, (before, after) = ndim - 1 - i, pads[2 * i : 2 * i + 2]
-        if not before and not after:
-            continue
-        low, high = max(0, -before), shape[dim] - max(0, -after)
-        axes = sliced(ctx.constraints, axes, dim, low, high)
-        for d, track in list(axes.items()):
-            if track.shape[dim] == 1 and d != dim:
-                continue
-            if d != dim:  # rows of another dim's track: the new rows are nobody's either
-                ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
-                continue
-            edges = []
-            for width in (before, after):  # as wide in every row, so the same ids in all of them
-                edge = ctx.constraints.new(max(0, width))
-                ctx.constraints.mark_unowned(edge)
-                wide = edge.reshape([-1 if j == dim else 1 for j in range(ndim)])
-                edges.append(np.broadcast_to(wide, (*track.shape[:dim], edge.size, *track.shape[dim + 1 :])))
-            axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
-    return axes
-
-
-@rule(Family.MOVEMENT, "index", "_unsafe_index", "index_select", "gather")
 def index(ctx: OpContext) -> ValueIds:
     """Entries picked by index tensors: the picked dims stay whole, the others pass."""
     x = ctx["self"]
@@ -277,16 +68,6 @@ def _gathered(ctx: OpContext, reason: str) -> ValueIds:
     return {d: beside(ctx.constraints, [own[d], other[d]]) for d in meet}
 
 
-@rule(Family.MOVEMENT, "unfold", mixes=lambda c: {"self": [c["dimension"]]})
-def unfold_dim(ctx: OpContext) -> ValueIds:
-    """Sliding windows along one dim: that dim stays whole."""
-    x = ctx["self"]
-    dim = int(ctx["dimension"]) % max(1, len(ctx.shape(x)))
-    axes = ctx.freeze(ctx.axes(x), [dim], "is unfolded into windows")
-    return {d: t[..., None] for d, t in axes.items()}
-
-
-@rule(Family.ELEMENTWISE, "index_add", "index_copy")
 def index_add(ctx: OpContext) -> ValueIds:
     """Rows of source [.., n, ..] added to x at indices along one dim: that dim stays whole, the others
     meet.
@@ -302,7 +83,6 @@ def index_add(ctx: OpContext) -> ValueIds:
     return broadcast(ctx, operands, tuple(1 if d == dim else n for d, n in enumerate(ctx.out)))
 
 
-@rule(Family.ELEMENTWISE, "scatter", "scatter_add", "scatter_reduce")
 def scatter(ctx: OpContext) -> ValueIds:
     """Entries of source written to x, or summed there, at an index for each (graph layers): that dim stays,
     the others meet.
@@ -322,7 +102,6 @@ def scatter(ctx: OpContext) -> ValueIds:
     return broadcast(ctx, operands, operands[0][1])
 
 
-@rule(Family.MOVEMENT, "index_put", "_unsafe_index_put")
 def index_put(ctx: OpContext) -> ValueIds:
     """x with entries written by index or mask: the indexed dims stay whole, those behind them meet the
     values'.
@@ -356,3 +135,85 @@ def index_put(ctx: OpContext) -> ValueIds:
                 if track is not None:
                     ctx.constraints.freeze(track, "meets a tensor whose size here is fixed")
     return axes
+
+
+def embedding(ctx: OpContext) -> ValueIds:
+    """weight [V, D] looked up by ids [...]: rows are data and stay; D passes."""
+    weight, index = ctx["weight"], ctx["indices"]
+    axes = ctx.freeze(ctx.axes(weight), [0], "is looked up by index")
+    ctx.constraints.freeze_all(ctx.axes(index), "is used as an index")
+    ndim = len(ctx.out)
+    return {ndim - 1: axes[1].reshape((1,) * (ndim - 1) + (-1,))} if 1 in axes else {}
+
+
+def embedding_bag(ctx: OpContext) -> tuple[ValueIds, ...]:
+    """As `embedding`, the rows of each bag put together; which were the greatest is of the same shape."""
+    axes = ctx.freeze(ctx.axes(ctx["weight"]), [0], "is looked up by index")
+    for other in ctx.tensors:
+        if other is not ctx["weight"]:
+            ctx.constraints.freeze_all(ctx.axes(other), "is used as an index, or one for each row")
+    out = {1: axes[1]} if 1 in axes else {}
+    return tuple(out if spec is not None and spec.shape == ctx.out else {} for spec in ctx.node.meta["spec"])
+
+
+# -- what is computed when entries are gone -----------------------------------------------------------------
+
+
+def put_absent(call: MaskedOp) -> Any:
+    x, indices, values = call["self"], call["indices"], call["values"]
+    result = call.run(call.data)
+    last = 0
+    for place, tensor in enumerate(indices):
+        if tensor is not None:
+            last = place + (call.data(tensor).dim() if call.data(tensor).dtype is torch.bool else 1)
+    if masks.varies(call.mask(x), range(last)):
+        raise refusal(call, "entries that are written by index were removed")
+    behind = [f for f in call.mask(values) if f.dim() >= result.dim() - last]
+    factors = [f.reshape((1,) * last + tuple(f.shape[f.dim() - (result.dim() - last) :])) for f in behind]
+    return result, masks.tidy([*call.mask(x), *factors])
+
+
+def added_absent(call: MaskedOp) -> Any:
+    x, dim, index, source = (call[name] for name in ("self", "dim", "index", "source|src|value"))
+    operands = (
+        [x, source] if call.name.startswith("index") else [x, index, source]
+    )  # scatter: an index for each entry
+    if any(masks.varies(call.mask(operand), [dim % call.data(x).dim()]) for operand in operands):
+        raise refusal(call, "entries that are written by index were removed")
+    return call.run(call.data), masks.tidy([factor for operand in operands for factor in call.mask(operand)])
+
+
+def embedding_absent(call: MaskedOp) -> Any:
+    result = call.run(call.data)
+    if masks.varies(call.mask(call["weight"]), [0]):
+        raise refusal(call, "rows of an embedding were removed")
+    ndim = (result[0] if isinstance(result, list | tuple) else result).dim()
+    return call.outputs(
+        result, tuple(f.reshape((1,) * (ndim - 1) + (-1,)) for f in call.mask(call["weight"]))
+    )
+
+
+def _rows(ctx: OpContext) -> dict[str, list[int]]:
+    """Of a table that is looked up."""
+    return {"weight": [0]}
+
+
+op("index _unsafe_index index_select gather", Family.MOVEMENT, ids=index)
+op("index_add index_copy", Family.ELEMENTWISE, ids=index_add, absent=added_absent)
+op("scatter scatter_add scatter_reduce", Family.ELEMENTWISE, ids=scatter, absent=added_absent)
+op("index_put _unsafe_index_put", Family.MOVEMENT, ids=index_put, absent=put_absent)
+op(
+    "embedding",
+    Family.CONTRACTION,
+    "weight:vj, indices:R -> Rj",
+    ids=embedding,
+    absent=embedding_absent,
+    mixes=_rows,
+)
+op(
+    "_embedding_bag _embedding_bag_forward_only",
+    Family.CONTRACTION,
+    ids=embedding_bag,
+    absent=embedding_absent,
+    mixes=_rows,
+)

@@ -1,4 +1,4 @@
-"""Op: one op at work on values of which some entries are absent, as data, as masks, or with zero in the
+"""MaskedOp: one op at work on values of which some entries are absent, as data, as masks, or with zero in the
 absent entries.
 """
 
@@ -15,13 +15,7 @@ from surgeon.graph.arguments import Arguments
 from surgeon.graph.messages import where
 from surgeon.ops import masks
 from surgeon.ops.masks import Mask
-
-_SATURATING = {"relu", "hardtanh", "hardswish", "hardsigmoid", "threshold", "softshrink", "hardshrink"}
-
-
-def saturates(name: str) -> bool:
-    """Whether an ATen op, by name, is an activation that gives zero for many inputs."""
-    return name.rstrip("_") in _SATURATING
+from surgeon.ops.table import Family, Trait, defaults, has, in_float64
 
 
 def leak(x: Tensor) -> Tensor:
@@ -44,32 +38,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(widened(tensor.dtype))
 
 
-def in_float64(func: Any) -> Any:
-    """The op, or one that does the same in float64 where its own kernel does not know that type."""
-    return grouped_mm if func is torch.ops.aten._grouped_mm.default else func
-
-
-def grouped_mm(
-    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
-) -> Tensor:
-    """Rows of x [T, K] up to each offset times its own matrix of weight [E, K, N]."""
-    if offs is None or x.dim() != 2 or weight.dim() != 3:
-        raise ProofError(
-            "cannot compute _grouped_mm in float64", why=f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    ends = offs.tolist()
-    blocks = [x[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, weight, strict=False)]
-    return torch.cat([*blocks, x.new_zeros(x.shape[0] - ends[-1], weight.shape[2])])
-
-
-class Op:
+class MaskedOp:
     """One op at work: its arguments as data, as masks, or as zeroed data."""
 
-    def __init__(
-        self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]
-    ) -> None:
-        self.node, self.name, self.args, self.kwargs, self.values = node, name, args, kwargs, values
-        self.arguments = Arguments(node.target, args, kwargs)
+    def __init__(self, node: fx.Node, name: str, given: Arguments, values: Mapping[fx.Node, Any]) -> None:
+        self.node, self.name, self.arguments, self.values = node, name, given, values
 
     def __getitem__(self, name: str) -> Any:
         """The value of an argument by its name in the op's schema; a node for a tensor."""
@@ -88,10 +61,14 @@ class Op:
     def zeroed(self, item: Any) -> Any:
         return masks.zeroed(*self.values[item]) if isinstance(item, fx.Node) else item
 
+    def present(self, item: Any) -> Any:
+        """Which entries are present, as one full tensor."""
+        return masks.full(self.mask(item), self.data(item).shape) if isinstance(item, fx.Node) else item
+
     def run(self, read: Callable[[Any], Any]) -> Any:
         """The op on its arguments as `read` gives them."""
-        args = [nest(a, read) for a in self.args]
-        kwargs = {k: widened(nest(v, read)) for k, v in self.kwargs.items()}
+        args = [nest(a, read) for a in self.arguments.args]
+        kwargs = {k: widened(nest(v, read)) for k, v in self.arguments.kwargs.items()}
         return self.op(*map(widened, args), **kwargs)
 
     def on(self, node: fx.Node, data: Tensor) -> Any:
@@ -101,11 +78,8 @@ class Op:
     @property
     def op(self) -> Any:
         """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
-        return (
-            torch.reshape
-            if self.name in ("view", "_unsafe_view", "_reshape_alias")
-            else in_float64(self.node.target)
-        )
+        viewed = has(self.name, Trait.RESHAPES) and "size" in self.arguments
+        return torch.reshape if viewed else in_float64(self.node.target)
 
     @property
     def masked(self) -> bool:
@@ -131,8 +105,19 @@ def nest(item: Any, read: Callable[[Any], Any]) -> Any:
     return read(item)
 
 
-def refusal(call: Op, why: str) -> ProofError:
+def refusal(call: MaskedOp, why: str) -> ProofError:
     return ProofError(
         f"the cut cannot be proved at op {call.name}", where=where(call.node), why=why,
         fix="keep the layer with ignore=[...], or report the model: a rule is missing",
     )  # fmt: skip
+
+
+def unchanged(call: MaskedOp) -> Any:
+    """An op of which is not known what it computes when entries are gone: none may be."""
+    if call.masked:
+        raise refusal(call, "it reads a tensor that lost entries, and the proof does not know how")
+    result = call.run(call.data)
+    return [(r, ()) for r in result] if isinstance(result, list | tuple) else (result, ())
+
+
+defaults(Family.OPAQUE, absent=unchanged)

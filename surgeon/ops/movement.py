@@ -6,20 +6,22 @@ track varies along and only renumbers the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from surgeon.ops.factory import unowned_ids
+from surgeon.graph.arguments import Arguments
+from surgeon.ops import masks
+from surgeon.ops.elementwise import unowned_ids
 from surgeon.ops.ids import DimIds, ValueIds
-from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, OpContext, beside, op_name, opaque, rule, shift
+from surgeon.ops.masked_op import MaskedOp
+from surgeon.ops.reshape import permuted
+from surgeon.ops.table import Family, OpContext, Trait, beside, defaults, op, opaque, shift
 
 
-@rule(Family.MOVEMENT, "getitem")
 def getitem(ctx: OpContext) -> Any:
     source, index = ctx["arg0"], ctx["arg1"]
     axes: Any = ctx.axes(source)
@@ -27,50 +29,24 @@ def getitem(ctx: OpContext) -> Any:
     return part
 
 
-@rule(
-    Family.MOVEMENT,
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "_reshape_alias",
-    "flatten",
-    "unflatten",
-    "unsafe_reshape",
-    "view_copy",
-)
-def view(ctx: OpContext) -> ValueIds:
-    x = ctx["self"]
-    return reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), ctx.out)
-
-
-def permuted(axes: ValueIds, order: list[int]) -> ValueIds:
-    return {order.index(d): t.transpose(order) for d, t in axes.items()}
-
-
-@rule(Family.MOVEMENT, "permute", "t", "transpose", "numpy_T", "adjoint")
-def permute(ctx: OpContext) -> ValueIds:
-    x = ctx["self"]
-    ndim = len(ctx.shape(x))
-    name = op_name(ctx.node)
+def permutation(given: Arguments, ndim: int) -> list[int]:
+    """The dims of what is permuted, in the order of the result: of `permute`, `transpose`, `t` and kin."""
+    if "dims" in given:
+        return [int(d) % ndim for d in given["dims"]]
     order = list(range(ndim))
-    if name.endswith("permute"):
-        order = [int(d) % ndim for d in ctx["dims"]]
-    elif ndim >= 2:
+    if ndim >= 2:
         a, b = (
-            (ctx["dim0"] % ndim, ctx["dim1"] % ndim) if name.endswith("transpose") else (-2 % ndim, -1 % ndim)
+            given[name] % ndim if name in given else d for name, d in (("dim0", ndim - 2), ("dim1", ndim - 1))
         )
         order[a], order[b] = b, a
-    return permuted(ctx.axes(x), order)
+    return order
 
 
-@rule(Family.MOVEMENT, "unsqueeze", "squeeze")
-def resize_ones(ctx: OpContext) -> ValueIds:
-    """Only dims of size 1 come or go: a reshape."""
+def permute(ctx: OpContext) -> ValueIds:
     x = ctx["self"]
-    return reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), ctx.out)
+    return permuted(ctx.axes(x), permutation(ctx.arguments, len(ctx.shape(x))))
 
 
-@rule(Family.MOVEMENT, "expand", "broadcast_to", "expand_copy")
 def expand(ctx: OpContext) -> ValueIds:
     """A dim of size 1 that is repeated follows whatever it meets: its copies are alike. As often as a batch
     is long: it stays.
@@ -82,7 +58,6 @@ def expand(ctx: OpContext) -> ValueIds:
     return {**axes, **_copies(ctx, old)}
 
 
-@rule(Family.MOVEMENT, "as_strided")
 def as_strided(ctx: OpContext) -> ValueIds:
     """Windows on memory that may overlap: dims that one of the output's steps through from end to end, and no
     other one, pass.
@@ -126,7 +101,6 @@ def dense(shape: Sequence[int], layout: Sequence[int]) -> tuple[int, ...]:
     return tuple(steps)
 
 
-@rule(Family.MOVEMENT, "cat", "concat")
 def cat(ctx: OpContext) -> ValueIds:
     parts = list(ctx["tensors"])
     parts = [p for p in parts if ctx.shape(p) != (0,)]
@@ -179,7 +153,6 @@ def _cat_rows(ctx: OpContext, tracks: list[DimIds], parts: list[fx.Node], own: i
     return joined
 
 
-@rule(Family.MOVEMENT, "stack")
 def stack(ctx: OpContext) -> ValueIds:
     parts = list(ctx["tensors"])
     dim = int(ctx["dim"]) % len(ctx.out)
@@ -202,26 +175,12 @@ def stack(ctx: OpContext) -> ValueIds:
     return result
 
 
-@rule(Family.MOVEMENT, "view_as_real", "view_as_complex")
-def complex_parts(ctx: OpContext) -> ValueIds:
-    """[..., 2] and [...] of complex numbers: the real and the imaginary part are two entries, both of which
-    stay.
-    """
-    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
-    if op_name(ctx.node) == "view_as_real":
-        return {d: t[..., None] for d, t in ctx.axes(x).items()}
-    axes = ctx.freeze(ctx.axes(x), [ndim - 1], "holds the real and the imaginary part")
-    return {d: ctx.constraints.collapse(t, ndim - 1)[..., 0] for d, t in axes.items()}
-
-
-@rule(Family.MOVEMENT, "flip")
 def flip(ctx: OpContext) -> ValueIds:
     ndim = len(ctx.out)
     dims = [int(d) % ndim for d in ctx["dims"]]
     return {d: np.flip(t, tuple(i for i in dims if t.shape[i] > 1)) for d, t in ctx.axes(ctx["self"]).items()}
 
 
-@rule(Family.MOVEMENT, "roll")
 def roll(ctx: OpContext) -> ValueIds:
     """Rolling along a dim without channels moves nothing that matters; along channels the shift is a number
     in the code.
@@ -239,7 +198,6 @@ def roll(ctx: OpContext) -> ValueIds:
     }
 
 
-@rule(Family.MOVEMENT, "repeat", "tile")
 def repeat(ctx: OpContext) -> ValueIds:
     x = ctx["self"]
     ndim = len(ctx.out)
@@ -261,55 +219,66 @@ def _copies(ctx: OpContext, old: tuple[int, ...]) -> ValueIds:
     return unowned_ids(ctx, ctx.out, grown)
 
 
-@rule(Family.MOVEMENT, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-def shuffle(ctx: OpContext) -> ValueIds:
-    """Written out as view, permute, view: that is what these ops are."""
-    x, factor = ctx["self"], int(ctx["upscale_factor|downscale_factor|groups"])
-    *batch, c, h, w = ctx.shape(x)
-    n, name = len(batch), op_name(ctx.node)
-    lead = list(range(n))
-    if name.endswith("pixel_shuffle"):
-        grid = (*batch, c // factor**2, factor, factor, h, w)
-        order, fixed = [*lead, n, n + 3, n + 1, n + 4, n + 2], range(n + 1, n + 5)
-    elif name.endswith("pixel_unshuffle"):
-        grid = (*batch, c, h // factor, factor, w // factor, factor)
-        order, fixed = [*lead, n, n + 2, n + 4, n + 1, n + 3], range(n + 1, n + 5)
-    else:
-        grid = (*batch, factor, c // factor, h, w)
-        order, fixed = [*lead, n + 1, n, n + 2, n + 3], range(n, n + 1)
-    axes = reshape(ctx.constraints, ctx.axes(x), ctx.shape(x), grid)
-    axes = permuted(ctx.freeze(axes, fixed, f"the factor of {name} is a fixed number"), order)
-    return reshape(ctx.constraints, axes, tuple(grid[i] for i in order), ctx.out)
+# -- what is computed when entries are gone: presence is moved as the entries are ------------------------------
 
 
-@rule(Family.MOVEMENT, "im2col", mixes=lambda c: {"self": range(2, len(c.shape(c["self"])))})
-def unfold_image(ctx: OpContext) -> ValueIds:
-    """x [N, C, H, W] -> [N, C * kernel places, positions]: all places of a channel go with it."""
-    x = ctx["self"]
-    places = math.prod(ctx["kernel_size"])
-    axes = _without_places(ctx, x)
-    return {d: np.repeat(t, places, axis=1)[..., 0] if t.shape[1] > 1 else t[..., 0] for d, t in axes.items()}
+def moved(call: MaskedOp, exact: bool = True) -> Any:
+    """Presence moves like what is moved, the first operand.
 
-
-@rule(Family.MOVEMENT, "col2im", mixes=lambda c: {"self": [2]})
-def fold_image(ctx: OpContext) -> ValueIds:
-    """x [N, C * kernel places, positions] -> [N, C, H, W], places that overlap summed: those of a channel are
-    one.
+    Args:
+        exact: where presence repeats is found by comparing it, not by strides alone.
     """
-    x = ctx["self"]
-    places = math.prod(ctx["kernel_size"])
-    result: ValueIds = {}
-    for d, track in _without_places(ctx, x).items():
-        if track.shape[1] > 1:
-            cut = track.reshape(track.shape[0], -1, places, 1)
-            track = ctx.constraints.collapse(cut, 2)
-        else:
-            track = track[..., None]
-        result[d] = track
-    return result
+    result, first = call.run(call.data), call["self"]
+    shape, mask = call.data(first).shape, call.mask(first)
+    if not isinstance(result, list | tuple):
+        return result, masks.moved(mask, shape, lambda factor: call.on(first, factor), exact)
+    parts = [[masks.compress(part, exact=True) for part in call.on(first, f.expand(shape))] for f in mask]
+    return [(r, masks.tidy(part[i] for part in parts)) for i, r in enumerate(result)]
 
 
-def _without_places(ctx: OpContext, x: fx.Node) -> ValueIds:
-    """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
-    ndim = len(ctx.shape(x))
-    return ctx.freeze(ctx.axes(x), range(2, ndim), "is a spatial dim of an unfold")
+def viewed(call: MaskedOp) -> Any:
+    """Of a view, what repeats has a stride of 0."""
+    return moved(call, exact=False)
+
+
+def joined(call: MaskedOp) -> Any:
+    """Of several tensors: presence as one tensor for each."""
+    return call.run(call.data), masks.tidy(
+        [masks.compress(call.run(call.present), exact=True)]
+    ) if call.masked else ()
+
+
+def strided(call: MaskedOp) -> Any:
+    """What is read lies in memory as it did in the recorded run."""
+    if "layout" not in call.node.meta:
+        return moved(call)
+    x, size, stride = call["self"], call["size"], call["stride"]
+    strides, offset = call.node.meta["layout"]
+    start = 0 if call["storage_offset"] is None else call["storage_offset"] - offset
+
+    def op(tensor: Tensor) -> Tensor:
+        laid = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )
+        return laid.as_strided(size, stride, start)
+
+    return op(call.data(x)), masks.moved(call.mask(x), call.data(x).shape, op, exact=True)
+
+
+defaults(Family.MOVEMENT, absent=moved)
+
+op("getitem", Family.MOVEMENT, ids=getitem)
+op(
+    "permute t transpose numpy_T adjoint",
+    Family.MOVEMENT,
+    ids=permute,
+    absent=viewed,
+    traits={Trait.PERMUTES},
+)
+op("expand broadcast_to expand_copy", Family.MOVEMENT, ids=expand, absent=viewed)
+op("as_strided", Family.MOVEMENT, ids=as_strided, absent=strided)
+op("cat concat", Family.MOVEMENT, ids=cat, absent=joined)
+op("stack", Family.MOVEMENT, ids=stack, absent=joined)
+op("flip", Family.MOVEMENT, ids=flip)
+op("roll", Family.MOVEMENT, ids=roll)
+op("repeat tile", Family.MOVEMENT, ids=repeat)

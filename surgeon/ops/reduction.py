@@ -1,21 +1,22 @@
-"""Reductions and normalisations: a dim of one operand ends, or its entries are normalised by each other.
-
-Ids pass along the dims that stay. `renormalises` says which ops compute something else when fewer entries are
-there (a mean, a softmax, a layer norm): the proof computes those over the entries that stay.
+"""Reductions and scans: a dim of one operand ends, or its entries are put together in their order. Ids pass along the dims
+that stay.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from surgeon.graph.queries import is_read
-from surgeon.ops.elementwise import per_channel
+from surgeon.ops import masks
+from surgeon.ops.elementwise import elementwise_absent
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, OpContext, along, broadcast, op_name, rule
+from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
+from surgeon.ops.masks import Mask
+from surgeon.ops.table import Family, OpContext, along, broadcast, defaults, op, op_name
 
 
 def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
@@ -35,10 +36,6 @@ def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: b
     return result
 
 
-@rule(
-    Family.REDUCTION, "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
-    "logsumexp", "any", "all", "prod", "nansum", mixes=along,
-)  # fmt: skip
 def reduction(ctx: OpContext) -> Any:
     x, dims = ctx["self"], ctx.get("dim")
     ndim = len(ctx.shape(x))
@@ -50,23 +47,11 @@ def reduction(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-def _picked(ctx: OpContext) -> Mapping[str, Iterable[int]]:
+def _compared_along(ctx: OpContext) -> Mapping[str, Iterable[int]]:
     """Nothing is mixed of two operands that are compared entry by entry."""
     return {} if isinstance(ctx.get("other"), fx.Node) else along(ctx)
 
 
-@rule(
-    Family.REDUCTION,
-    "max",
-    "min",
-    "argmax",
-    "argmin",
-    "median",
-    "nanmedian",
-    "kthvalue",
-    "mode",
-    mixes=_picked,
-)
 def selection(ctx: OpContext) -> Any:
     """Pick one entry along a dim and tell its index: if that is read, the dim may not lose entries.
 
@@ -90,17 +75,6 @@ def selection(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", mixes=along)
-def softmax(ctx: OpContext) -> ValueIds:
-    x = ctx["self"]
-    dim = int(ctx["dim"]) % max(1, len(ctx.out))
-    axes = dict(ctx.axes(x))
-    if dim in axes:
-        ctx.constraints.reduced(axes[dim])
-    return axes
-
-
-@rule(Family.REDUCTION, "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk", mixes=along)
 def ordered(ctx: OpContext) -> Any:
     """Entries along the dim depend on their order: that dim stays whole."""
     x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
@@ -110,7 +84,6 @@ def ordered(ctx: OpContext) -> Any:
     return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
 
 
-@rule(Family.REDUCTION, "_fft_r2c", "_fft_c2c", "_fft_c2r", mixes=along)
 def fourier(ctx: OpContext) -> ValueIds:
     """Each result hangs on every entry along the dims and on its place: they stay whole."""
     x, ndim = ctx["self"], len(ctx.out)
@@ -118,106 +91,126 @@ def fourier(ctx: OpContext) -> ValueIds:
     return ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
 
 
-def _last_dims(ctx: OpContext) -> Mapping[str, Iterable[int]]:
-    return {"input": range(-len(ctx["normalized_shape"]), 0)}
+# -- what is computed when entries are gone -----------------------------------------------------------------
 
 
-@rule(Family.REDUCTION, "native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", mixes=_last_dims)
-def layer_norm(ctx: OpContext) -> Any:
-    """x [..., normalized_shape] normalised over the last dims, scaled by weight and bias of that shape."""
-    x, shape = ctx["input"], ctx["normalized_shape"]
-    last = len(shape)
-    operands = [(ctx.axes(x), ctx.shape(x))]
-    operands += [
-        (ctx.axes(v), ctx.shape(v)) for v in (ctx["weight"], ctx.get("bias")) if isinstance(v, fx.Node)
-    ]
-    out = broadcast(ctx, operands, ctx.out)
-    ndim = len(ctx.out)
-    gone = range(ndim - last, ndim)
-    for d in set(gone) & set(ctx.axes(x)):  # x itself: the scale that it meets comes after
-        ctx.constraints.reduced(ctx.axes(x)[d])
-    passing = {d: t for d, t in out.items() if d < ndim - last}
-    stats = reduce_dims(ctx, passing, gone, ndim, keepdim=True)
-    spec = ctx.node.meta["spec"]
-    return tuple(out if i == 0 else stats for i, _ in enumerate(spec)) if isinstance(spec, tuple) else out
+def reduced_dims(call: MaskedOp) -> list[int]:
+    ndim, dims = call.data(call["self|input"]).dim(), call.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    return [d % ndim for d in dims] if dims else list(range(ndim))
 
 
-@rule(Family.REDUCTION, "native_group_norm", "group_norm", mixes=lambda c: {"input": range(1, len(c.out))})
-def group_norm(ctx: OpContext) -> Any:
-    """x [N, C, ...] normalised over each of g groups of C/g channels: groups are rows, every row keeps
-    equally many.
+# what stands for an absent entry without changing the result
+_NEUTRAL = {"amax": -math.inf, "amin": math.inf, "logsumexp": -math.inf, "prod": 1, "any": False, "all": True}
+
+
+def reduced(call: MaskedOp) -> Any:
+    """Sums read absent entries as zero, means and variances count the present ones, extrema skip the absent
+    ones.
     """
-    x, weight, bias = ctx["input"], ctx["weight"], ctx["bias"]
-    groups = int(ctx["group|num_groups"])
-    shape = ctx.shape(x)
-    axes = ctx.freeze(ctx.axes(x), range(2, len(shape)), "is a spatial dim of a group norm")
-    grid = (shape[0], groups, shape[1] // groups, *shape[2:])
-    cut = reshape(ctx.constraints, axes, shape, grid)
-    for d in {1, 2} & set(cut):
-        ctx.constraints.reduced(cut[d])
-    axes = reshape(ctx.constraints, cut, grid, shape)
-    if 1 in cut:
-        ctx.constraints.batched.append(cut[1].ravel())
-    operands = [(axes, shape)]
-    for vector in (weight, bias):
-        if isinstance(vector, fx.Node):
-            wide, track = per_channel(ctx.shape(vector), ctx.axes(vector), len(shape))
-            operands.append((track, wide))
-    out = broadcast(ctx, operands, shape)
-    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
+    x = call["self"]
+    data, mask = call.values[x]
+    dims = reduced_dims(call)
+    result = call.run(call.data)
+    first = result[0] if isinstance(result, list | tuple) else result
+    keep = first.dim() == data.dim()
+    if masks.varies(mask, dims):
+        count = masks.counted(mask, data.shape, dims)
+        zero = masks.zeroed(data, mask)
+        name = call.name
+        if name in ("sum", "nansum"):
+            result = zero.sum(dims, keepdim=keep)
+        elif name == "mean":
+            result = zero.sum(dims, keepdim=True) / count
+            result = result if keep else result.squeeze(dims)
+        elif name in _NEUTRAL:
+            filled = data.masked_fill(~masks.full(mask, data.shape), _NEUTRAL[name])
+            result = call.on(x, filled)
+        elif name in ("norm", "linalg_vector_norm"):
+            result = call.on(x, zero)
+        elif name in ("var", "var_mean", "std", "std_mean"):
+            result = _variance(call, zero, mask, count, dims, keep)
+        else:
+            raise refusal(call, "it runs over dims that lost entries")
+    passed = masks.any_along(mask, dims, keepdim=keep)
+    if isinstance(result, list | tuple):
+        return [(r, passed) for r in result]
+    return result, passed
 
 
-def _all_but(ctx: OpContext) -> Mapping[str, Iterable[int]]:
-    return {"v": set(range(len(ctx.out))) - {ctx["dim"] % len(ctx.out)}}
+def extremum(call: MaskedOp) -> Any:
+    """max and min along a dim: over what is present, if their indices are not read."""
+    x = call["self"]
+    data, mask = call.values[x]
+    dims = reduced_dims(call)
+    least = -math.inf if call.name == "max" else math.inf
+    values, indices = call.on(x, data.masked_fill(~masks.full(mask, data.shape), least))
+    passed = masks.any_along(mask, dims, keepdim=values.dim() == data.dim())
+    return [(values, passed), (indices, passed)]
 
 
-@rule(Family.REDUCTION, "_weight_norm_interface", mixes=_all_but)
-def weight_norm(ctx: OpContext) -> Any:
-    """v * g / |v|, the norm over all dims but one: g is [O, 1, ...] along that dim."""
-    v, g = ctx["v"], ctx["g"]
-    out = broadcast(ctx, [(ctx.axes(v), ctx.shape(v)), (ctx.axes(g), ctx.shape(g))], ctx.out)
-    return out, {d: t for d, t in out.items() if d == int(ctx["dim"])}
-
-
-_POOLS = {
-    "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "max_pool1d": 1, "max_pool2d": 2, "avg_pool1d": 1,
-    "avg_pool2d": 2, "avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "adaptive_avg_pool1d": 1,
-    "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1,
-    "upsample_nearest2d": 2, "upsample_nearest3d": 3, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1,
-    "upsample_trilinear3d": 3, "_upsample_nearest_exact2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
-    "reflection_pad1d": 1, "reflection_pad2d": 2, "replication_pad1d": 1, "replication_pad2d": 2, "replication_pad3d": 3,
-    "mkldnn_max_pool2d": 2,
-}  # fmt: skip
-
-
-@rule(Family.REDUCTION, *_POOLS, mixes=lambda c: {"self|input": range(-_POOLS[op_name(c.node)], 0)})
-def pooling(ctx: OpContext) -> Any:
-    """Windows over the last spatial dims; batch and channels pass."""
-    name = op_name(ctx.node)
-    x, ndim = ctx["self"], len(ctx.shape(ctx["self"]))
-    spatial = range(ndim - _POOLS[name], ndim)
-    axes = ctx.freeze(ctx.axes(x), spatial, f"is a spatial dim of {name}")
-    spec = ctx.node.meta["spec"]
-    return tuple(axes for _ in spec) if isinstance(spec, tuple) else axes
-
-
-def _places(ctx: OpContext) -> Mapping[str, Iterable[int]]:
-    return {"input": range(2, len(ctx.out)), "grid": [-1]}
-
-
-@rule(Family.REDUCTION, "grid_sampler_2d", "grid_sampler_3d", mixes=_places)
-def grid_sampler(ctx: OpContext) -> Any:
-    """x is [N, C, spatial], the grid [N, spatial, 2 or 3]: each sample reads its own places; channels
-    pass.
-    """
-    x, grid = ctx["input"], ctx["grid"]
-    places = "is a place or a coordinate of grid_sample"
-    axes = ctx.freeze(ctx.axes(x), range(2, len(ctx.shape(x))), "is a spatial dim of grid_sample")
-    own = ctx.freeze(ctx.axes(grid), range(1, len(ctx.shape(grid))), places)
-    one = (1,) * (len(ctx.out) - 1)
-    samples = broadcast(
-        ctx,
-        [({d: t for d, t in a.items() if d == 0}, (ctx.out[0], *one)) for a in (axes, own)],
-        (ctx.out[0], *one),
+def _variance(call: MaskedOp, zero: Tensor, mask: Mask, count: Tensor, dims: list[int], keep: bool) -> Any:
+    correction = call.get("correction")
+    correction = (
+        int(call["unbiased"]) if "unbiased" in call.arguments else 1 if correction is None else correction
     )
-    return {d: t for d, t in axes.items() if d != 0} | samples
+    mean = zero.sum(dims, keepdim=True) / count
+    spread = masks.zeroed((zero - mean) ** 2, mask).sum(dims, keepdim=True) / (count - correction).clamp_min(
+        0
+    )
+    value = spread.sqrt() if call.name.startswith("std") else spread
+    value, mean = (value, mean) if keep else (value.squeeze(dims), mean.squeeze(dims))
+    return (value, mean) if call.name.endswith("_mean") else value
+
+
+def picked(call: MaskedOp) -> Any:
+    """max, min and kin: over what is present, if their indices are not read."""
+    x, least = call["self"], -math.inf if call.name == "max" else math.inf
+    if "other" in call.arguments:
+        return elementwise_absent(call)
+    if call.name in ("max", "min") and call.masked:
+        data, mask = call.values[x]
+        if "dim" not in call.arguments:
+            return call.on(x, data.masked_fill(~masks.full(mask, data.shape), least)), ()
+        if not is_read(call.node, 1):
+            return extremum(call)
+    return passed(call)
+
+
+def passed(call: MaskedOp) -> Any:
+    """Ops that pick, order or do anything else along dims: these must be whole."""
+    x = next(iter(call.arguments.values()))
+    if not (isinstance(x, fx.Node) and call.masked and len(call.node.all_input_nodes) == 1):
+        return unchanged(call)
+    data, mask = call.values[x]
+    dims = reduced_dims(call)
+    if masks.varies(mask, dims):
+        return unchanged(call)
+    result = call.run(call.data)
+    first = result[0] if isinstance(result, list | tuple) else result
+    left = masks.any_along(mask, dims, keepdim=first.dim() == data.dim())
+    return [(r, left) for r in result] if isinstance(result, list | tuple) else (result, left)
+
+
+defaults(Family.REDUCTION, absent=passed)
+
+op(
+    "mean sum nansum amax amin var std var_mean std_mean",
+    Family.REDUCTION,
+    ids=reduction,
+    absent=reduced,
+    mixes=along,
+)
+op(
+    "norm linalg_vector_norm logsumexp any all prod",
+    Family.REDUCTION,
+    ids=reduction,
+    absent=reduced,
+    mixes=along,
+)
+op(
+    "max min argmax argmin median nanmedian kthvalue mode", Family.REDUCTION,
+    ids=selection, absent=picked, mixes=_compared_along,
+)  # fmt: skip
+op("cumsum cumprod cummax cummin logcumsumexp sort topk", Family.REDUCTION, ids=ordered, mixes=along)
+op("_fft_r2c _fft_c2c _fft_c2r", Family.REDUCTION, ids=fourier, mixes=along)

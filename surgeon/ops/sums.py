@@ -16,27 +16,13 @@ from torch import fx
 
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.ops.table import Family, Trait, family, has, op_name, product
 
 Sizes = Callable[[fx.Node, int], int]  # (value, dim) -> how many of its entries stay
 
 POWERS = (-1, -0.5, -0.25, 0.25, 0.5, 1)
 _COPIES = (1, 2, 3)  # attention with two or three products in one sum divides by sqrt(3 * head_dim)
 
-_SUMMED = {  # products of two operands: op -> (operand, its dim that is summed over, the same of the other)
-    "mm": ("self", 1, "mat2", 0),
-    "bmm": ("self", 2, "mat2", 1),
-    "mv": ("self", 1, "vec", 0),
-    "dot": ("self", 0, "tensor", 0),
-    "vdot": ("self", 0, "other", 0),
-    "addmm": ("mat1", 1, "mat2", 0),
-    "addmv": ("mat", 1, "vec", 0),
-    "baddbmm": ("batch1", 2, "batch2", 1),
-    "addbmm": ("batch1", 2, "batch2", 1),
-    "linear": ("input", -1, "weight", 1),
-    "convolution": ("weight", 1, "input", 1),  # in groups: the weight knows how many channels each sums over
-    **dict.fromkeys(FUSED_ATTENTION, ("query", -1, "key", -1)),
-}
 _REDUCING = ("sum", "mean", "linalg_vector_norm", "norm")
 # Of these ops a result is as many times larger as an operand is, or a power of it.
 _PROPORTIONAL = frozenset(
@@ -75,14 +61,15 @@ def fed_by_inputs(graph: Graph) -> set[fx.Node]:
 
 def summed_operands(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """Of a product of two values: each with the dim that is summed over; [] of other ops."""
-    name = op_name(node) if node.op == "call_function" else ""
-    if name not in _SUMMED:
+    products = product(node)
+    if products is None or not products.steps[0].summed or len(products.steps[0].operands) != 2:
         return []
-    given = arguments(node)
-    first, dim, second, other = _SUMMED[name]
-    if name == "convolution" and given["transposed"]:
-        dim = 0
-    return [(given[a], d % len(spec(given[a]).shape)) for a, d in ((first, dim), (second, other))]
+    step, given = products.steps[0], arguments(node)
+    letters = step.summed - step.kernel
+    found = [(operand, operand.with_any(letters)[-1]) for operand in step.operands]
+    # in groups, the weight knows how many channels each sums over
+    found.sort(key=lambda pair: not letters.issuperset(pair[0].dims[pair[1]].letters))
+    return [(given[operand.name], dim) for operand, dim in found]
 
 
 def sum_of(node: fx.Node, fed: set[fx.Node]) -> Sum | None:
@@ -180,4 +167,5 @@ def scales(name: str, argument: str) -> bool:
     """Whether a number among an op's arguments multiplies or divides what it computes."""
     if name in ("mul", "div"):
         return argument in ("self", "other")
-    return (argument == "scale" and name in FUSED_ATTENTION) or (argument == "alpha" and name in _SUMMED)
+    attention = argument == "scale" and has(name, Trait.ATTENTION)
+    return attention or (argument == "alpha" and family(name) is Family.CONTRACTION)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import fx
 
-from surgeon.graph.arguments import arguments
+from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import Spec, spec
 from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.invariants import joined_along
+from surgeon.ops.letters import Product, bind
 
 
 class Family(enum.Enum):
@@ -44,9 +46,9 @@ class OpContext:
         return self.arguments.get(name)
 
     def axes(self, arg: Any) -> ValueIds:
-        """The tracks of an argument; none for a scalar or None.
+        """The ids of an argument's dims; none for a scalar or None.
 
-        Those of an operand whose entries the op mixes along some dims (see `rule`) do not vary along them.
+        Those of an operand whose entries the op mixes along some dims (see `OpInfo.mixes`) do not vary along them.
         """
         if not isinstance(arg, fx.Node):
             return {}
@@ -61,7 +63,7 @@ class OpContext:
     def mixed(self) -> dict[fx.Node, set[int]]:
         """Operand -> the dims that the op sums, orders, normalises or looks through a window along."""
         found: dict[fx.Node, set[int]] = {}
-        declared = _MIXES.get(op_name(self.node))
+        declared = info(self.node).mixes
         for name, dims in declared(self).items() if declared else ():
             operand = self.get(name)
             if isinstance(operand, fx.Node):
@@ -95,31 +97,69 @@ class OpContext:
 
 Rule = Callable[[OpContext], Any]
 Mixes = Callable[[OpContext], Mapping[str, Iterable[int]]]  # name of an operand -> dims
-_RULES: dict[str, tuple[Family, Rule]] = {}
-_MIXES: dict[str, Mixes] = {}
+Absent = Callable[[Any], Any]  # a MaskedOp -> (data, mask), or a list of them
+Letters = str | Callable[[Arguments], str]
 
 
-def rule(family: Family, *names: str, mixes: Mixes | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops by name, all overloads: `@rule(Family.MOVEMENT, "permute")`.
+class Trait(enum.Enum):
+    """What else the stages ask of an op."""
+
+    ATTENTION = "softmax(q k^T) v in one op"
+    SCORES = "a batched product that may be one of queries with keys, or of their softmax with values"
+    BATCH_NORM = "each channel is scaled and shifted by vectors"
+    SATURATES = "an activation that gives zero for many inputs"
+    COPIES = "gives what it was given: computes nothing"
+    RESHAPES = "the same entries in the same order"
+    PERMUTES = "the same entries, dims in another order"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpInfo:
+    """All that is known of one op.
+
+    Attributes:
+        ids: the rule: what it does to channel ids. None: that of its family.
+        absent: what it computes when entries are gone; None: as its family. It may not use ids: the proof is computed with
+            it.
+        letters: of a product (see `letters`), perhaps by its arguments.
+        mixes: the dims of operands that the op sums, orders, normalises or looks through a window along. Mixing joins
+            what the other dims hold there, so the framework joins their ids across it before the rule runs.
+        alike: a name for all ops that differ by how tensors lie in memory alone.
+        row_bytes: rows of its weight must be multiples of so many bytes.
+        in_float64: computes the same where the op has no kernel for float64.
+    """
+
+    family: Family
+    letters: Letters | None = None
+    ids: Rule | None = None
+    absent: Absent | None = None
+    mixes: Mixes | None = None
+    traits: Collection[Trait] = ()
+    alike: str = ""
+    row_bytes: int = 1
+    in_float64: Callable[..., Any] | None = None
+
+
+_OPS: dict[str, OpInfo] = {}
+_IDS: dict[Family, Rule] = {}
+_ABSENT: dict[Family, Absent] = {}
+
+
+def op(names: str, family: Family, letters: Letters | None = None, **known: Any) -> None:
+    """Declare ops, all their overloads: names of ATen, or `library::name`, separated by spaces.
 
     Args:
-        mixes: the dims of operands that the op sums, orders, normalises or looks through a window along. Mixing
-            joins what the other dims hold there, so the framework joins their ids across it before the rule runs.
-            Every reduction must say so.
+        known: further attributes of `OpInfo`.
+
+    Raises:
+        ValueError: an op is declared twice, or is a reduction that does not say along which dims it mixes.
     """
-    if family is Family.REDUCTION and mixes is None:
-        raise ValueError(f"along which dims do {', '.join(names)} mix?")
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in _RULES:
-                raise ValueError(f"op {name} has two rules")
-            _RULES[name] = (family, function)
-            if mixes is not None:
-                _MIXES[name] = mixes
-        return function
-
-    return register
+    if family is Family.REDUCTION and known.get("mixes") is None:
+        raise ValueError(f"along which dims do {names} mix?")
+    for name in names.split():
+        if name in _OPS:
+            raise ValueError(f"op {name} is declared twice")
+        _OPS[name] = OpInfo(family, letters, **known)
 
 
 def along(ctx: OpContext) -> Mapping[str, Iterable[int]]:
@@ -130,34 +170,86 @@ def along(ctx: OpContext) -> Mapping[str, Iterable[int]]:
     return {"self": dims or range(len(ctx.shape(ctx["self"])))}
 
 
-FUSED_ATTENTION = (  # softmax(q k^T) v in one op, one for each backend; torch picks it as the model runs
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+def defaults(family: Family, ids: Rule | None = None, absent: Absent | None = None) -> None:
+    """What the ops of a family do that are declared without a rule, or without a meaning, of their own."""
+    if ids is not None:
+        _IDS[family] = ids
+    if absent is not None:
+        _ABSENT[family] = absent
 
 
 def op_name(node: fx.Node) -> str:
     """`add` for aten.add.Tensor; other namespaces keep theirs: `torchvision::nms`."""
-    schema = getattr(node.target, "_schema", None)
+    return target_name(node.target)
+
+
+def target_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return getattr(node.target, "__name__", str(node.target))
+        return getattr(target, "__name__", str(target))
     return str(schema.name).removeprefix("aten::")
 
 
+def info(node: fx.Node) -> OpInfo:
+    """What is known of a node's op; one that is not declared is opaque."""
+    return named(op_name(node))
+
+
+def named(name: str) -> OpInfo:
+    """What is known of an op by its name."""
+    return _OPS.get(name, _OPAQUE)
+
+
 def rule_of(node: fx.Node) -> Rule:
-    return _RULES.get(op_name(node), (Family.OPAQUE, opaque))[1]
+    found = info(node)
+    return found.ids or _IDS[found.family]
+
+
+def absent_of(node: fx.Node) -> Absent:
+    found = info(node)
+    return found.absent or _ABSENT[found.family]
 
 
 def family(name: str) -> Family:
     """The family of an op by its ATen name."""
-    return _RULES.get(name, (Family.OPAQUE, opaque))[0]
+    return named(name).family
 
 
-def known() -> dict[str, Family]:
-    return {name: entry[0] for name, entry in sorted(_RULES.items())}
+def has(name: str, trait: Trait) -> bool:
+    """Whether an op, by name, has a trait; one in place has it if its functional form does."""
+    return trait in named(name.rstrip("_")).traits
+
+
+def alike(name: str) -> str:
+    """One name for ops that differ only by how a tensor lies in memory."""
+    return named(name).alike or name
+
+
+def in_float64(target: Any) -> Any:
+    """An op, or what computes the same in float64 where its own kernel does not know that type."""
+    return named(target_name(target)).in_float64 or target
+
+
+def known() -> dict[str, OpInfo]:
+    """Every op that is declared, by name."""
+    return dict(sorted(_OPS.items()))
+
+
+def bound(node: fx.Node) -> Product | None:
+    """The products of an op as it was recorded; None if it is declared without letters, or for operands of other
+    dims.
+    """
+    letters, given = info(node).letters, arguments(node)
+    if letters is None:
+        return None
+    text = letters if isinstance(letters, str) else letters(given)
+    return bind(text, given, lambda value: spec(value).shape, spec(node).shape)
+
+
+def product(node: fx.Node) -> Product | None:
+    """The same for contractions alone: what has MACs, weights and channels that are summed over."""
+    known = node.op == "call_function" and info(node).family is Family.CONTRACTION
+    return bound(node) if known else None
 
 
 def opaque(ctx: OpContext) -> Any:
@@ -169,6 +261,10 @@ def opaque(ctx: OpContext) -> Any:
             ctx.constraints.freeze_all(part, reason)
     spec = ctx.node.meta["spec"]
     return tuple({} for _ in spec) if isinstance(spec, tuple) else {}
+
+
+_OPAQUE = OpInfo(Family.OPAQUE)
+_IDS[Family.OPAQUE] = opaque
 
 
 def shift(axes: ValueIds, ndim: int, to: int) -> ValueIds:

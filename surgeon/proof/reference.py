@@ -13,15 +13,14 @@ from surgeon.capture.aliasing import getitem
 from surgeon.capture.value_dependent import DRAWN, draws, replay
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
-from surgeon.graph.arguments import arguments
+from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import as_real, named_tensors, tensor_leaves
 from surgeon.ops import masks
-from surgeon.ops.masked_op import Op, leak, nest, saturates, wide
-from surgeon.ops.masked_products import BY_FAMILY, SEMANTICS
+from surgeon.ops.masked_op import MaskedOp, leak, nest, wide
 from surgeon.ops.masks import Mask
 from surgeon.ops.sums import fed_by_inputs, follows, scales, sum_of, summed_operands
-from surgeon.ops.table import Family, family, op_name
+from surgeon.ops.table import Family, Trait, absent_of, family, has, op_name
 from surgeon.proof.second_look import carries_nothing, empty_along
 
 TOLERANCE = 1e-9
@@ -133,9 +132,9 @@ class Reference:
         return data, masks.tidy(mask)
 
     def _call(self, node: fx.Node) -> Any:
-        args, kwargs = list(node.args), dict(node.kwargs)
+        given = arguments(node)
         if node in self.rescaled:
-            self._rescale(node, args, kwargs)
+            given = self._rescale(node, given)
         if self.rescaled:
             self._count_terms(node)
         name = op_name(node)
@@ -143,28 +142,25 @@ class Reference:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
         if family(name) is Family.CONTRACTION:
             self._look(node)
-        call = Op(node, name, args, kwargs, self.values)
+        call = MaskedOp(node, name, given, self.values)
         if "decision" in node.meta and not call.masked:
-            taken = replay(node, [nest(a, call.data) for a in args], kwargs)
+            taken = replay(node, [nest(a, call.data) for a in given.args], given.kwargs)
             if taken is not None:
                 return call.outputs(taken, ())
-        result = SEMANTICS.get(name, BY_FAMILY[family(name)])(call)
-        if self.leaking and saturates(name) and result[0].is_floating_point():
-            result = result[0] + leak(call.data(args[0])), result[1]
+        result = absent_of(node)(call)
+        if self.leaking and has(name, Trait.SATURATES) and result[0].is_floating_point():
+            result = result[0] + leak(call.data(next(iter(given.values())))), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
 
-    def _rescale(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def _rescale(self, node: fx.Node, given: Arguments) -> Arguments:
         """Put the small model's number in place of the recorded one."""
         name, _, after = self.rescaled[node]
-        place = arguments(node).places[name]
-        number = args[place] if place < len(args) else kwargs.get(name)
-        if isinstance(number, fx.Node):
-            data, mask = self.values[number]
-            self.values[number] = torch.full_like(data, after), mask
-        elif place < len(args):
-            args[place] = after
-        else:
-            kwargs[name] = after
+        number = given[name]
+        if not isinstance(number, fx.Node):
+            return given.replaced(name, after)
+        data, mask = self.values[number]
+        self.values[number] = torch.full_like(data, after), mask
+        return given
 
 
 def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:

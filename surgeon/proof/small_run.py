@@ -20,7 +20,6 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
-from surgeon.capture.aligned_run import ALIKE
 from surgeon.capture.meta_run import PlainMode
 from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.size_tracing import Sizes, looking_inside_functional
@@ -30,21 +29,12 @@ from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import Call, Graph, spec
 from surgeon.graph.queries import made_of_numbers, number_in
 from surgeon.graph.tensors import named_tensors, tensor_leaves
-from surgeon.ops.masked_op import in_float64, leak, saturates, wide, widened
+from surgeon.ops.masked_op import leak, wide, widened
 from surgeon.ops.sums import scales
-from surgeon.ops.table import Family, family, op_name
+from surgeon.ops.table import Family, Trait, alike, family, has, in_float64, op_name
 from surgeon.proof.reference import Rescaled
 
-_OPTIONAL = {
-    "clone",
-    "alias",
-    "detach",
-    "contiguous",
-    "lift_fresh",
-    "empty",
-    "as_strided",
-    "_to_copy",
-}  # compute nothing
+_UNUSED = {"empty", "as_strided", "_to_copy"}  # ops that a run may have more of: they compute nothing either
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
 
@@ -98,7 +88,11 @@ class _Upgrade(PlainMode):
         for place, node in self.lifted.get(self.at, ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
-        added = leak(args[0]) if self.leaking and saturates(name) and args[0].is_floating_point() else None
+        added = (
+            leak(args[0])
+            if self.leaking and has(name, Trait.SATURATES) and args[0].is_floating_point()
+            else None
+        )
         result = self._decided(func, args, kwargs)
         if result is None:
             result = in_float64(func)(*args, **kwargs)
@@ -108,7 +102,7 @@ class _Upgrade(PlainMode):
             result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
             result = wide(result)
-        if name.rstrip("_") not in _OPTIONAL and not _of_indices([t.dtype for t in _leaves(args)]):
+        if not _optional(name) and not _of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(
                 Step(name.rstrip("_"), _constants(func, args, kwargs), self._kept(name, result), self.within)
             )
@@ -166,6 +160,11 @@ def _dtype(graph: Graph) -> torch.dtype:
     """The floating type that the recorded run computed in."""
     nodes = (*(node for _, node in graph.inputs), *graph.fx.find_nodes(op="get_attr"))
     return next((spec(node).dtype for node in nodes if spec(node).dtype.is_floating_point), torch.float64)
+
+
+def _optional(name: str) -> bool:
+    """Whether an op computes nothing: run or not by how a tensor lies in memory."""
+    return has(name, Trait.COPIES) or name.rstrip("_") in _UNUSED
 
 
 def _of_indices(dtypes: list[torch.dtype]) -> bool:
@@ -241,7 +240,7 @@ def run_small(
 
 def _traced(graph: Graph) -> list[Call]:
     """The recorded ops that a trace holds."""
-    return [c for c in graph.calls if op_name(c.node) not in _OPTIONAL and not _of_indices(_dtypes(c.node))]
+    return [c for c in graph.calls if not _optional(op_name(c.node)) and not _of_indices(_dtypes(c.node))]
 
 
 def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
@@ -272,10 +271,6 @@ def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
 
     Products of which torch made other ops are left out.
     """
-
-    def alike(name: str) -> str:
-        return ALIKE.get(name, name)
-
     found: dict[fx.Node, Step] = {}
     recorded = [list(calls) for _, calls in itertools.groupby(_traced(graph), lambda call: call.within)]
     ran = [list(steps) for _, steps in itertools.groupby(trace, lambda step: step.within)]

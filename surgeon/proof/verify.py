@@ -29,9 +29,9 @@ from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.tensors import named, named_tensors
-from surgeon.ops.masked_op import saturates, wide, widened
+from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
-from surgeon.ops.table import op_name
+from surgeon.ops.table import Trait, has, op_name
 from surgeon.proof.reference import TOLERANCE, Reference, distance
 from surgeon.proof.rounding import FACTOR, Limits, limits
 from surgeon.proof.second_look import filled, shown
@@ -164,7 +164,9 @@ def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolera
     proof, run = _compared(model, small, plan, graph, tolerance)
     hidden = run.hidden
     fill = filled(model, plan.kept)
-    leaking = any(saturates(op_name(node)) for node in graph.fx.nodes if node.op == "call_function")
+    leaking = any(
+        has(op_name(node), Trait.SATURATES) for node in graph.fx.nodes if node.op == "call_function"
+    )
     if leaking or fill:
         with contextlib.suppress(
             _OverflowError, DoesNotRunError

@@ -11,30 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from surgeon.capture.aliasing import getitem
-from surgeon.criteria.data.consumers import NORMS, moving, only_reader
+from surgeon.criteria.data.consumers import moving, normalises, only_reader
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.table import op_name
+from surgeon.ops.letters import Product
+from surgeon.ops.movement import permutation
+from surgeon.ops.table import Trait, has, op_name, product
 from surgeon.recovery.paired_run import PairedRun, twin
-
-_CONVOLUTIONS = frozenset(("convolution", "_convolution"))
-_MATRICES = {
-    "mm": (0, 1),
-    "addmm": (1, 2),
-    "linear": (0, 1),
-    "bmm": (0, 1),
-    "baddbmm": (1, 2),
-}  # places of data and weight
-_TURNS = frozenset(("t", "transpose", "permute"))
-_MOVES = frozenset(
-    ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "alias")
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +43,7 @@ class Weight:
     def write(self, tensor: Tensor) -> Tensor:
         """The parameter as it is stored, from what the op is to read."""
         for node in reversed(self.turns):
-            tensor = _back(node, tensor, [])
+            tensor = _back(node, tensor, {})
         return tensor
 
 
@@ -63,7 +53,7 @@ class Layer:
 
     Attributes:
         node: the product in the small model's first run; twin: the same in the original's.
-        data: place of its data operand. weight: what it multiplies.
+        data: name of its data operand. weight: what it multiplies.
         bias: name of the tensor that takes a constant per output; "" if there is none.
         norm: whether that tensor is the running mean of the batch norm behind, which a constant is subtracted
             from.
@@ -74,7 +64,7 @@ class Layer:
 
     node: fx.Node
     twin: fx.Node
-    data: int
+    data: str
     weight: Weight
     bias: str = ""
     norm: bool = False
@@ -94,16 +84,31 @@ class Layer:
         return self.twin if self.twin_sum is None else self.twin_sum
 
     @property
+    def products(self) -> Product:
+        """Its op by letters: one product of data with a weight."""
+        found = product(self.node)
+        assert found is not None
+        return found
+
+    @property
     def convolution(self) -> bool:
-        """Whether it is a convolution."""
-        return op_name(self.node) in _CONVOLUTIONS
+        return self.products.windows
+
+    @property
+    def batched(self) -> bool:
+        """Whether it is a batch of products, each with a matrix of its own."""
+        return not self.convolution and bool(self.products.steps[0].batch)
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether its matrix is read as [outputs, inputs], as that of a linear layer."""
+        weight = self.products.operands[1]
+        return weight.with_any(self.products.steps[0].summed)[0] > self.products.own(weight)[0]
 
     @property
     def ungrouped(self) -> bool:
         """Whether all inputs meet all outputs: no grouped convolution, no batch of products."""
-        return op_name(self.node) not in ("bmm", "baddbmm") and not (
-            self.convolution and self.node.args[8] != 1
-        )
+        return not self.batched and self.products.count(self.products.steps[0].batch) == 1
 
 
 def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
@@ -127,22 +132,26 @@ def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
     return sites, left
 
 
-def _products(node: fx.Node, graph: Graph) -> Iterator[tuple[Weight, int]]:
-    """The parameter that a product of data multiplies, and the place of the data."""
-    name = op_name(node) if node.op == "call_function" else ""
-    if name not in _CONVOLUTIONS and name not in _MATRICES:
+def _products(node: fx.Node, graph: Graph) -> Iterator[tuple[Weight, str]]:
+    """The parameter that a product of data multiplies, and the name of the data's operand."""
+    products = product(node)
+    if products is None or len(products.steps) != 1 or len(products.operands) != 2:
         return
-    data, place = (0, 1) if name in _CONVOLUTIONS else _MATRICES[name]
-    if name == "linear":
-        place = 1
-    weight = _weight(node.args[place], graph)
-    if weight is not None and isinstance(node.args[data], fx.Node):
-        yield weight, data
+    (step,), (data, other) = products.steps, products.operands
+    own = products.own(other)
+    if not products.windows and (
+        len(own) != 1 or len(step.summed) != 1 or not other.letters <= step.computed
+    ):
+        return  # what multiplies the data is no matrix of weights
+    given = arguments(node)
+    weight = _weight(given[other.name], graph)
+    if weight is not None:
+        yield weight, data.name
 
 
 def _weight(node: Any, graph: Graph) -> Weight | None:
     turns: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.op == "call_function" and op_name(node) in _TURNS:
+    while isinstance(node, fx.Node) and node.op == "call_function" and has(op_name(node), Trait.PERMUTES):
         turns.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "get_attr":
@@ -172,7 +181,7 @@ class _Finder:
             return "it is not a floating-point tensor"
         return ""
 
-    def site(self, node: fx.Node, other: fx.Node, data: int, weight: Weight) -> Layer:
+    def site(self, node: fx.Node, other: fx.Node, data: str, weight: Weight) -> Layer:
         bias, norm = self._bias(node)
         plain = Layer(node, other, data, weight, bias, norm)
         path: list[fx.Node] = []
@@ -207,8 +216,8 @@ class _Finder:
     def _passes(self, node: fx.Node, given: fx.Node) -> bool:
         """Whether a step can be undone."""
         name = op_name(node)
-        if name in NORMS:
-            return node.args[0] is given and not _trains(node)
+        if has(name, Trait.BATCH_NORM):
+            return normalises(node, given) and not _trains(node)
         if node.target is getitem:
             return bool(node.args[1] == 0)
         if name in ("add", "sub", "mul", "div"):
@@ -217,24 +226,19 @@ class _Finder:
                 and node.args[0] is not node.args[1]
                 and (node.args[0] is given or name in ("add", "mul"))
             )
-        return name in _MOVES and node.args[0] is given
+        moves = (Trait.RESHAPES, Trait.PERMUTES, Trait.COPIES)
+        return any(has(name, trait) for trait in moves) and arguments(node)["self"] is given
 
     def _bias(self, node: fx.Node) -> tuple[str, bool]:
-        name = op_name(node)
-        place = (
-            2 if name in _CONVOLUTIONS or name == "linear" else 0 if name in ("addmm", "baddbmm") else None
-        )
-        given = node.args[place] if place is not None and len(node.args) > place else None
-        if isinstance(given, fx.Node):
-            whole = name in _CONVOLUTIONS or spec(given).shape == spec(node).shape[-1:]
-            return (
-                (str(given.target), False)
-                if given.op == "get_attr" and whole and self._alone(str(given.target))
-                else ("", False)
-            )
+        products = product(node)
+        for operand in products.added if products is not None else ():
+            given = arguments(node)[operand.name]
+            whole = bool(operand.dims) or spec(given).shape == spec(node).shape[-1:]
+            named = given.op == "get_attr" and whole and self._alone(str(given.target))
+            return (str(given.target) if named else ""), False
         reader = only_reader(node)
-        if reader is not None and op_name(reader) in NORMS and not _trains(reader) and reader.args[0] is node:
-            mean = reader.args[3]
+        if reader is not None and normalises(reader, node) and not _trains(reader):
+            mean = arguments(reader)["running_mean"]
             if isinstance(mean, fx.Node) and mean.op == "get_attr" and self._alone(str(mean.target)):
                 return str(mean.target), True
         return "", False
@@ -248,18 +252,18 @@ def norm_behind(node: fx.Node, graph: Graph) -> tuple[Tensor, Tensor] | None:
     none.
     """
     reader = only_reader(node)
-    if reader is None or op_name(reader) not in NORMS or _trains(reader) or reader.args[0] is not node:
+    if reader is None or not normalises(reader, node) or _trains(reader):
         return None
-    held: list[Any] = [
-        graph.tensors[str(a.target)].double() if isinstance(a, fx.Node) and a is not node else a
-        for a in reader.args
-    ]
+    held = {
+        name: graph.tensors[str(a.target)].double() if isinstance(a, fx.Node) and a is not node else a
+        for name, a in arguments(reader).items()
+    }
     return norm_affine(held)
 
 
 def _trains(node: fx.Node) -> bool:
     """Whether a batch norm uses the statistics of its batch."""
-    return op_name(node) != "_native_batch_norm_legit_no_training" and bool(node.args[5])
+    return bool(arguments(node).get("training"))
 
 
 # -- from the sum back to the product ------------------------------------------------------------------------
@@ -280,42 +284,39 @@ def pulled(site: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Ten
     wanted = wanted - run.evaluate(rest)
     steps = [twin(node, first, run) for node in (site.node, *site.path)]
     for given, node in reversed(list(itertools.pairwise(steps))):
-        wanted = _back(node, wanted, [None if item is given else run.evaluate(item) for item in node.args])
+        operands = arguments(node).items()
+        wanted = _back(
+            node, wanted, {name: None if item is given else run.evaluate(item) for name, item in operands}
+        )
     return wanted
 
 
-def _back(node: fx.Node, value: Tensor, operands: Sequence[Any]) -> Tensor:
-    """What a step was given, from its result and its other operands."""
+def _back(node: fx.Node, value: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """What a step was given, from its result and its other operands, by name."""
     name = op_name(node)
-    if name in NORMS:
-        scale, shift = norm_affine(operands)
+    if has(name, Trait.BATCH_NORM):
+        scale, shift = norm_affine(given)
         shape = [-1 if d == 1 else 1 for d in range(value.dim())]
         return (value - shift.reshape(shape)) / scale.reshape(shape)
-    if node.target is getitem or name in ("clone", "alias"):
+    if node.target is getitem or has(name, Trait.COPIES):
         return value
     if name in ("add", "sub", "mul", "div"):
-        other = next(item for item in operands if item is not None)
+        other = given["other"] if given["self"] is None else given["self"]
         undo: dict[str, Callable[[Any, Any], Any]] = {
             "add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul,
         }  # fmt: skip
         found: Tensor = undo[name](value, other)
         return found
-    if name == "permute":
-        dims: Any = node.args[1]
-        order = [d % value.dim() for d in dims]
+    if has(name, Trait.PERMUTES):
+        order = permutation(arguments(node), value.dim())
         return value.permute([order.index(d) for d in range(value.dim())])
-    if name == "transpose":
-        return value.transpose(node.args[1], node.args[2])  # type: ignore[arg-type]  # two dims
-    if name == "t":
-        return value.t()
-    source: Any = node.args[0]
-    return value.reshape(spec(source).shape)
+    return value.reshape(spec(arguments(node)["self"]).shape)
 
 
-def norm_affine(operands: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a batch norm in eval mode, from its operands."""
-    weight, bias, mean, var = operands[1:5]
-    scale = (var + operands[-1]).rsqrt()
+def norm_affine(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a batch norm in eval mode, from its arguments."""
+    weight, bias, mean, var = (given[name] for name in ("weight", "bias", "running_mean", "running_var"))
+    scale = (var + given["epsilon" if "epsilon" in given else "eps"]).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale
     return scale, shift if bias is None else shift + bias

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import spec
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import Layer, pulled
@@ -168,9 +169,9 @@ class Fitting:
         """What the original's layer reads, where one map of channels can serve all taps of a wide
         convolution.
         """
-        node: Any = site.twin.args[site.data]
-        args: Any = site.node.args
-        return node if site.convolution and not args[6] and args[8] == 1 else None
+        node: Any = arguments(site.twin)[site.data]
+        plain = site.convolution and site.ungrouped and not arguments(site.node)["transposed"]
+        return node if plain else None
 
     def _by_channels(
         self, site: Layer, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
@@ -185,7 +186,7 @@ class Fitting:
         sums = Normal(1, equations.channels, whole.shape[1], whole.device)
         for pair in pairs:
             if not pair.held:
-                given: Any = twin(site.node, pairs[0].small, pair.small).args[site.data]
+                given: Any = arguments(twin(site.node, pairs[0].small, pair.small))[site.data]
                 x, y = (value.movedim(1, -1).flatten(0, -2) for value in (
                     pair.small.value(given), pair.big.value(twin(node, pairs[0].big, pair.big)),
                 ))  # fmt: skip
@@ -267,7 +268,7 @@ class _Rows:
         return twin(self.site.node, self.pairs[0].small, pair.small)
 
     def _data(self, pair: Pair) -> fx.Node:
-        found: Any = self._node(pair).args[self.site.data]
+        found: Any = arguments(self._node(pair))[self.site.data]
         given: fx.Node = found
         return given
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from surgeon.criteria.data.windows import Layout
-from surgeon.ops.table import op_name
 from surgeon.recovery.layers import Layer
 
 
@@ -24,13 +23,13 @@ class Equations:
         self.site = site
         self.shape = tuple(weight.shape)
         self.layout = Layout.of(site.node, weight) if site.convolution else None
-        self.batched = op_name(site.node) in ("bmm", "baddbmm")
+        self.batched = site.batched
 
     def matrix(self, weight: Tensor) -> Tensor:
         """[groups, unknowns, outputs] of a weight as stored."""
         if self.layout is None:
             read = self.site.weight.read(weight)
-            if op_name(self.site.node) == "linear":
+            if self.site.rows_first:
                 read = read.t()
             return read if self.batched else read[None]
         groups = self.layout.groups
@@ -43,7 +42,7 @@ class Equations:
         """The weight as stored, of a matrix."""
         if self.layout is None:
             found = matrix if self.batched else matrix[0]
-            if op_name(self.site.node) == "linear":
+            if self.site.rows_first:
                 found = found.t()
             return self.site.weight.write(found)
         groups = self.layout.groups
@@ -58,7 +57,7 @@ class Equations:
         """Weights of one output."""
         if self.layout is None:
             sizes = self.site.weight.read(torch.empty(self.shape, device="meta")).shape
-            return sizes[-1] if op_name(self.site.node) == "linear" else sizes[-2]
+            return sizes[-1] if self.site.rows_first else sizes[-2]
         inputs = self.shape[0] // self.layout.groups if self.layout.transposed else self.shape[1]
         return inputs * math.prod(self.layout.kernel)
 

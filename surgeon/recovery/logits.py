@@ -17,16 +17,14 @@ from torch import Tensor, fx
 
 from surgeon.capture.aliasing import getitem
 from surgeon.criteria.data.consumers import moving
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.ops.table import Family, Trait, family, has, info, op_name, product
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import Layer
 from surgeon.recovery.paired_run import Pair, twin
 
 _RIDGE = 1e-9
-_FLAT = frozenset(
-    ("view", "_unsafe_view", "reshape", "expand", "clone")
-)  # between [N, heads, T, dims] and a batched product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +74,28 @@ def _products(graph: Graph) -> list[Product]:
     moves = moving(graph)
     found = []
     for node in graph.fx.nodes:
-        name = op_name(node) if node.op == "call_function" else ""
-        left, right = {"bmm": (0, 1), "baddbmm": (1, 2)}.get(name, (0, 1))
-        if name not in ("bmm", "baddbmm", *FUSED_ATTENTION):
+        products = product(node)
+        if products is None or Trait.SCORES not in info(node).traits:
             continue
-        operands: Any = (node.args[left], node.args[right])
-        queries, keys = (_whole(operand) for operand in operands)
+        left, right = products.steps[0].operands
+        queries, keys = (_whole(arguments(node)[operand.name]) for operand in (left, right))
         if queries in moves and keys in moves and len(spec(queries).shape) == 4 == len(spec(keys).shape):
-            found.append(Product(queries, keys, name not in FUSED_ATTENTION))
+            turned = right.with_any(products.steps[0].summed) != [len(right.dims) - 1]
+            found.append(Product(queries, keys, turned))
     return found
 
 
 def _whole(node: fx.Node) -> fx.Node:
     """The value of four dims that an operand of a batched product was flattened from."""
-    while node.op == "call_function" and op_name(node) in _FLAT and len(spec(node).shape) < 4:
+    while node.op == "call_function" and _flattens(op_name(node)) and len(spec(node).shape) < 4:
         before: Any = node.args[0]
         node = before
     return node
+
+
+def _flattens(name: str) -> bool:
+    """Whether an op may stand between [N, heads, T, dims] and a batched product."""
+    return has(name, Trait.RESHAPES) or has(name, Trait.COPIES) or name == "expand"
 
 
 def _path(node: fx.Node, makers: dict[fx.Node, Layer]) -> list[fx.Node]:
@@ -112,7 +115,9 @@ def _path(node: fx.Node, makers: dict[fx.Node, Layer]) -> list[fx.Node]:
 
 
 def _moves(node: fx.Node) -> bool:
-    return node.target is getitem or family(op_name(node)) is Family.MOVEMENT or op_name(node) == "clone"
+    return (
+        node.target is getitem or family(op_name(node)) is Family.MOVEMENT or has(op_name(node), Trait.COPIES)
+    )
 
 
 def _scales(node: fx.Node) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.criteria.data.consumers import NORMS
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
-from surgeon.ops.table import op_name
+from surgeon.ops.table import Trait, has, op_name
 from surgeon.recovery.layerwise import Pass
 from surgeon.recovery.paired_run import Progress, Recording, distance, twin
 
@@ -23,7 +23,9 @@ def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:
     """The batch norms that use running statistics: op, names of its mean and its variance."""
     found = []
     for node in graph.fx.nodes:
-        held: Any = node.args[3:5] if node.op == "call_function" and op_name(node) in NORMS else ()
+        if node.op != "call_function" or not has(op_name(node), Trait.BATCH_NORM):
+            continue
+        held = (arguments(node)[name] for name in ("running_mean", "running_var"))
         names = [str(item.target) for item in held if isinstance(item, fx.Node) and item.op == "get_attr"]
         if len(names) == 2 and all(name in graph.owned for name in names):
             found.append((node, names[0], names[1]))
@@ -43,7 +45,7 @@ def reestimate(recording: Recording, track: Progress) -> Pass:
         for pair in pairs:
             own = twin(node, pairs[0].small, pair.small)
             pair.small.before(own)
-            given: Any = own.args[0]
+            given: Any = arguments(own)["input"]
             x: Tensor = pair.small.value(given).double()
             if not pair.held:
                 flat = x.movedim(1, 0).flatten(1) if x.dim() > 1 else x[None]

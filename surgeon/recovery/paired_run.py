@@ -26,11 +26,12 @@ from surgeon.capture.batches import Batch, record
 from surgeon.capture.meta_run import to_meta
 from surgeon.capture.value_dependent import replay
 from surgeon.errors import InputError
+from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.queries import is_read
 from surgeon.graph.tensors import as_real, tensor_leaves
-from surgeon.ops.table import FUSED_ATTENTION, Family, family, op_name
+from surgeon.ops.table import Family, Trait, family, info, op_name, product
 
 _READS = frozenset(
     ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
@@ -132,13 +133,13 @@ class PairedRun:
                 and node.target is not getitem
                 and family(op_name(node)) is Family.CONTRACTION
             ):
-                self._check(node, args)
+                self._check(node, args, kwargs)
             for used in node.all_input_nodes:
                 self.release(used)
             if not self.readers[node]:
                 del self.values[node]
 
-    def _check(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+    def _check(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse activations that are NaN or infinite, at the first product that gives them; masked logits
         may be -inf.
         """
@@ -147,8 +148,10 @@ class PairedRun:
         if bool(torch.isfinite(first.sum())):
             return
         odd = ~torch.isfinite(first)
-        if op_name(node) in ("addmm", "baddbmm", "addbmm"):  # what the product is added to
-            odd &= ~torch.isneginf(args[0])
+        products = product(node)
+        for operand in products.added if products is not None else ():  # what the product is added to
+            if not operand.dims:
+                odd &= ~torch.isneginf(Arguments(node.target, args, kwargs)[operand.name])
         if bool(odd.any()):
             raise InputError(
                 f"{self.label} gives activations that are NaN or infinite",
@@ -177,7 +180,7 @@ def _with_gradients(
     if op_name(node) == "copy":  # only the one in place has a gradient
         written: Tensor = args[0].detach().clone()
         return written.copy_(args[1])
-    return _attended(node, args, kwargs) if op_name(node) in FUSED_ATTENTION else None
+    return _attended(node, args, kwargs) if Trait.ATTENTION in info(node).traits else None
 
 
 def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
@@ -190,10 +193,11 @@ def _attended(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     schema = node.target._schema  # type: ignore[union-attr]  # an op
     if any(is_read(node, number) for number in range(1, len(schema.returns))):
         return None
-    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
-    query, key, value = given["query"], given["key"], given["value"]
+    given, products = Arguments(node.target, args, kwargs), product(node)
+    assert products is not None
+    query, key, value = (given[operand.name] for operand in products.operands)
     options = {name: given[name] for name in ("dropout_p", "is_causal", "scale") if name in given}
-    mask = given.get("attn_mask", given.get("attn_bias"))
+    mask = next((given[operand.name] for operand in products.steps[0].added), None)
     grouped = query.shape[1] != key.shape[1]
     found = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped, **options)
     with torch.no_grad():

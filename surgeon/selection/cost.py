@@ -12,7 +12,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 from torch import fx
@@ -21,9 +20,11 @@ from torch.nn import Parameter
 from surgeon.capture.aliasing import is_view, writes
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds
-from surgeon.ops.table import FUSED_ATTENTION, op_name
+from surgeon.ops.letters import Product
+from surgeon.ops.table import info, product
 
 Choice = DimIds
 
@@ -46,7 +47,7 @@ class ShapeModel:
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._atoms: dict[int, list[DimIds]] = {}  # of each number
         self._choice = self._former = nothing(solution)
-        self.products = [n for n in graph.fx.nodes if n.op == "call_function" and op_name(n) in MACS]
+        self.products = _products(graph)
 
     def leaves(self, track: DimIds, choice: Choice) -> DimIds:
         """Which entries of a track leave."""
@@ -243,23 +244,30 @@ class ShapeModel:
     def macs(self, choice: Choice) -> int:
         """MACs of one run on the example inputs."""
         return sum(
-            self._part(("macs", node), choice, partial(self._product, node, choice)) for node in self.products
+            self._part(("macs", node), choice, partial(self._macs, node, choice)) for node in self.products
         )
 
-    def _product(self, node: fx.Node, choice: Choice) -> int:
-        shapes = [self.shape(a, choice) if isinstance(a, fx.Node) else a for a in node.args]
-        found: int = MACS[op_name(node)](self.shape(node, choice), *shapes)
-        return found
+    def _macs(self, node: fx.Node, choice: Choice) -> int:
+        return self.product(node, choice).macs
+
+    def product(self, node: fx.Node, choice: Choice) -> Product:
+        """A product of the graph as the small model computes it."""
+        found, given = self.products[node], arguments(node)
+        shapes = {operand.name: self.shape(given[operand.name], choice) for operand in found.operands}
+        return found.resized(shapes, self.shape(node, choice))
 
 
 def macs_of(graph: Graph) -> int:
     """MACs of one run of the model as it was recorded."""
-    total = 0
-    for node in graph.fx.nodes:
-        if node.op == "call_function" and op_name(node) in MACS:
-            given = [spec(a).shape if isinstance(a, fx.Node) else a for a in node.args]
-            total += MACS[op_name(node)](spec(node).shape, *given)
-    return total
+    return sum(found.macs for found in _products(graph).values())
+
+
+def _products(graph: Graph) -> dict[fx.Node, Product]:
+    """The products that have MACs, in order."""
+    every = ((node, product(node)) for node in graph.fx.nodes)
+    return {
+        node: found for node, found in every if found is not None and any(step.summed for step in found.steps)
+    }
 
 
 def needed_blocks(graph: Graph) -> dict[tuple[str, int], int]:
@@ -267,58 +275,20 @@ def needed_blocks(graph: Graph) -> dict[tuple[str, int], int]:
     bytes.
     """
     found: dict[tuple[str, int], int] = {}
-    for node in graph.fx.nodes:
-        if node.op != "call_function" or op_name(node) != "_grouped_mm":
+    for node, products in _products(graph).items():
+        if info(node).row_bytes == 1:
             continue
-        tensor = node.args[1]
+        weight = products.operands[-1]
+        given = tensor = arguments(node)[weight.name]
         while isinstance(tensor, fx.Node) and tensor.op == "call_function":  # turned, or converted
             tensor = tensor.args[0]
         if isinstance(tensor, fx.Node):
-            block = max(1, 16 // spec(node.args[1]).dtype.itemsize)
-            found |= dict.fromkeys(((str(tensor.target), dim) for dim in (1, 2)), block)
+            block = max(1, info(node).row_bytes // spec(given).dtype.itemsize)
+            dims = weight.with_any(products.steps[-1].computed)
+            found |= dict.fromkeys(((str(tensor.target), dim) for dim in dims), block)
     return found
 
 
 def nothing(solution: Solution) -> Choice:
     """The choice that keeps everything."""
     return np.zeros(len(solution.root), dtype=bool)
-
-
-def _convolution(out: Any, x: Any, weight: Any, *rest: Any) -> int:
-    transposed = rest[4]
-    places: int = math.prod(x[2:]) * x[0] if transposed else math.prod(out[2:]) * out[0]
-    return places * int(math.prod(weight))
-
-
-def _attention(out: Any, q: Any, k: Any, v: Any, *rest: Any) -> int:
-    batch, heads, queries, dim = q
-    pairs: int = batch * heads * queries * k[2]
-    return pairs * int(dim + v[3])
-
-
-def _trilinear(out: Any, a: Any, b: Any, c: Any, *expands: Any) -> int:
-    wide = []
-    for shape, expand in zip((a, b, c), expands, strict=False):
-        sizes = list(shape)
-        for dim in sorted(expand):
-            sizes.insert(dim, 1)
-        wide.append(sizes)
-    return math.prod(map(max, zip(*wide, strict=True)))
-
-
-MACS: Mapping[str, Any] = {
-    "convolution": _convolution,
-    "_convolution": _convolution,
-    "mm": lambda out, a, b, *_: math.prod(out) * a[1],
-    "addmm": lambda out, bias, a, b, *_: math.prod(out) * a[1],
-    "bmm": lambda out, a, b, *_: math.prod(out) * a[2],
-    "baddbmm": lambda out, bias, a, b, *_: math.prod(out) * a[2],
-    "addbmm": lambda out, bias, a, b, *_: math.prod(a) * b[2],
-    "mv": lambda out, a, b, *_: math.prod(a),
-    "addmv": lambda out, bias, a, b, *_: math.prod(a),
-    "dot": lambda out, a, b, *_: math.prod(a),
-    "vdot": lambda out, a, b, *_: math.prod(a),
-    "_trilinear": _trilinear,
-    "linear": lambda out, x, weight, *_: math.prod(out) * weight[1],
-    **dict.fromkeys(FUSED_ATTENTION, _attention),
-}

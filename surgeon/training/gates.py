@@ -23,6 +23,7 @@ from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.data.consumers import Consumer, find_consumers
 from surgeon.cut.inspected import Inspected
 from surgeon.errors import InputError
+from surgeon.graph.arguments import arguments
 from surgeon.ops.ids import DimIds
 from surgeon.ops.table import Family, family, op_name
 from surgeon.training.penalty import Regularizer
@@ -224,7 +225,7 @@ def _labels(surgery: Inspected, consumer: Consumer) -> tuple[str, dict[int, DimI
 
     The ops between the parameter and the consumer are run on the indices, as they are on ids.
     """
-    node: Any = consumer.node.args[consumer.weight]
+    node: Any = arguments(consumer.node)[consumer.weight]
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
         chain.append(node)

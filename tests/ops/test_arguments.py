@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from surgeon.graph.arguments import arguments
-from surgeon.ops.masked_op import Op
-from surgeon.ops.masked_products import SEMANTICS
-from surgeon.ops.table import op_name
+from surgeon.graph.graph import Spec
+from surgeon.ops.masked_op import MaskedOp
+from surgeon.ops.table import absent_of, op_name
 
 aten = torch.ops.aten
 
@@ -71,10 +71,12 @@ def test_the_proof_computes_what_every_attention_kernel_does(
     given = [nodes["m"] if item == "m" else causal if item is True else item for item in rest]
     options = {key: nodes["m"] if item == "m" else item for key, item in named.items()}
     node = graph.call_function(op, (nodes["q"], nodes["k"], nodes["v"], *given), options)
-    node.meta["spec"] = (None,) * len(op._schema.returns)
+    for name, tensor in zip("qkvm", (q, k, v, m), strict=True):
+        nodes[name].meta["spec"] = Spec(tuple(tensor.shape), tensor.dtype)
+    node.meta["spec"] = (Spec((2, 4, 5, 3), q.dtype), *(None for _ in op._schema.returns[1:]))
     values: dict[fx.Node, Any] = dict(zip(nodes.values(), ((t, ()) for t in (q, k, v, m)), strict=True))
-    call = Op(node, op_name(node), list(node.args), dict(node.kwargs), values)
-    (got, mask), *_ = SEMANTICS[op_name(node)](call)
+    call = MaskedOp(node, op_name(node), arguments(node), values)
+    (got, mask), *_ = absent_of(node)(call)
     allowed = m.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf) if causal else m
     want = F.scaled_dot_product_attention(q, k, v, allowed, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

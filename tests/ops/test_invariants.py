@@ -17,7 +17,7 @@ from surgeon.errors import RuleError
 from surgeon.ops import table
 from surgeon.ops.ids import Constraints
 from surgeon.ops.invariants import acyclic, joined_along
-from surgeon.ops.table import Family, OpContext
+from surgeon.ops.table import Family, OpContext, OpInfo
 
 
 class Wave(nn.Module):
@@ -32,7 +32,7 @@ class Wave(nn.Module):
 
 
 def with_rule(monkeypatch: pytest.MonkeyPatch, rule: Any) -> Propagation:
-    monkeypatch.setitem(table._RULES, "sin", (Family.ELEMENTWISE, rule))
+    monkeypatch.setitem(table._OPS, "sin", OpInfo(Family.ELEMENTWISE, ids=rule))
     graph = capture(Wave(), torch.ones(()))
     return propagate(dataclasses.replace(graph, outputs=()))
 
@@ -123,4 +123,4 @@ def test_a_grid_beside_a_turned_one_is_rectangular() -> None:
 
 def test_a_reduction_must_say_along_which_dims_it_mixes() -> None:
     with pytest.raises(ValueError, match="along which dims do unheard_of mix"):
-        table.rule(Family.REDUCTION, "unheard_of")
+        table.op("unheard_of", Family.REDUCTION)

@@ -11,7 +11,8 @@ entry, such as depthwise convolutions, mix nothing and are none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from operator import getitem
 from typing import Any
 
@@ -20,33 +21,15 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.coupling.propagate import Propagation
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds
-from surgeon.ops.table import FUSED_ATTENTION, op_name
+from surgeon.ops.letters import Operand, Product, Step
+from surgeon.ops.table import Trait, has, op_name, product
 
-NORMS = frozenset(
-    (
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_impl_index",
-    )
-)
+_SAMPLES = "n"  # the letter that numbers them
 Reading = Callable[[Tensor], Tensor]
 Atoms = Callable[[DimIds], list[DimIds]]  # ids -> arrays of the atoms that take them along
-
-# op -> places and letters of its operands: k is summed over, b numbers matrices, * is any dims
-_PRODUCTS = {
-    "mm": (0, 1, "ik", "kj"),
-    "addmm": (1, 2, "ik", "kj"),
-    "bmm": (0, 1, "bik", "bkj"),
-    "baddbmm": (1, 2, "bik", "bkj"),
-    "addbmm": (1, 2, "bik", "bkj"),
-    "mv": (0, 1, "ik", "k"),
-    "addmv": (1, 2, "ik", "k"),
-    "linear": (0, 1, "*k", "jk"),
-    "_grouped_mm": (0, 1, "ik", "ekj"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +37,7 @@ class Consumer:
     """Where channels are read.
 
     Attributes:
-        node: the op. data, weight: places of its operands; -1 for both if the op's own result is meant.
+        node: the op. data, weight: names of its operands; "" for both if the op's own result is meant.
         rows: data as [samples, positions, groups, width]. fan: weights as [groups, width, fan].
         atoms: arrays [groups * width] of atoms that each entry leaves with, -1 where there are fewer.
         channels: dims of the data whose sizes no batch may change.
@@ -63,8 +46,8 @@ class Consumer:
     """
 
     node: fx.Node
-    data: int
-    weight: int
+    data: str
+    weight: str
     rows: Reading
     fan: Reading
     shape: tuple[int, int]
@@ -76,23 +59,24 @@ class Consumer:
     @property
     def outputs(self) -> tuple[int, ...]:
         """Dims of the result along which it has other weights."""
-        name, dims = op_name(self.node), len(spec(self.node).shape)
-        if name in ("convolution", "_convolution"):
+        products = product(self.node)
+        if products is None:
             return (1,)
-        return (0, dims - 1) if name in ("bmm", "baddbmm") else (dims - 1,)
+        weights = frozenset(
+            letter for o in products.operands if o.name == self.weight for letter in o.letters
+        )
+        return tuple(products.out.with_any(weights))
 
     @property
     def constant(self) -> bool:
         """Whether its results can be moved by a constant each: they have a bias, or a batch norm alone reads
         them.
         """
-        place = {"addmm": 0, "baddbmm": 0, "addmv": 0, "linear": 2, "convolution": 2, "_convolution": 2}.get(
-            op_name(self.node)
-        )
-        if place is not None and len(self.node.args) > place and isinstance(self.node.args[place], fx.Node):
+        products = product(self.node)
+        if products is not None and products.added:
             return True
         reader = only_reader(self.node)
-        return reader is not None and op_name(reader) in NORMS and reader.args[0] is self.node
+        return reader is not None and normalises(reader, self.node)
 
 
 def find_consumers(graph: Graph, propagation: Propagation, atoms: Atoms) -> list[Consumer]:
@@ -120,7 +104,7 @@ def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: Dim
             found = tuple(a.ravel() for a in atoms(axes[1]))
             if axes[1].size == held.shape[1] and np.isin(lanes, np.concatenate(found)).all():
                 shape = (1, held.shape[1])
-                return Consumer(call.node, -1, -1, _pixels(1), _nothing, shape, found, (1,), planes=True)
+                return Consumer(call.node, "", "", _pixels, _nothing, shape, found, (1,), planes=True)
     return None
 
 
@@ -128,6 +112,11 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     """The only op that reads a node; of a norm, that reads its first result."""
     readers = [u for u in node.users if not (u.target is getitem and u.args[1] != 0 and not u.users)]
     return readers[0] if len(readers) == 1 and readers[0].op == "call_function" else None
+
+
+def normalises(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether an op is the batch norm of a value."""
+    return has(op_name(reader), Trait.BATCH_NORM) and arguments(reader)["input"] is node
 
 
 def moving(graph: Graph) -> set[fx.Node]:
@@ -141,74 +130,107 @@ def moving(graph: Graph) -> set[fx.Node]:
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One operand: its place, a letter for each dim (b and h number matrices, k is summed over), and how to
-    read it.
+    """One operand of a product: its dims by letters, and how to read it.
+
+    `rows` reads values as [samples, positions, groups, width]: n numbers samples, other letters of its own positions, letters
+    that number products groups, and those that are summed over the width.
     """
 
-    place: int
-    letters: str
-    rows: Reading
-    fan: Reading
+    operand: Operand
+    step: Step
+    sizes: Mapping[str, int]
 
-    def dims(self, letters: str) -> tuple[int, ...]:
-        return tuple(i for i, letter in enumerate(self.letters) if letter in letters)
+    @property
+    def summed(self) -> frozenset[str]:
+        """Letters of the width: the places of a kernel share one."""
+        return self.step.summed - self.step.kernel
+
+    @property
+    def mixed(self) -> tuple[int, ...]:
+        """Dims whose entries are summed over or number products."""
+        return tuple(self.operand.with_any(self.summed | self.step.batch - {_SAMPLES}))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Those of them that do not number samples."""
+        return tuple(dim for dim in self.mixed if _SAMPLES not in self.operand.dims[dim].letters)
+
+    @property
+    def _numbered(self) -> list[str]:
+        """Letters that number products: also those of heads that share a head of the other operand."""
+        dims = (self.step.operands[0].dims[i] for i in self.step.operands[0].with_any(self.step.batch))
+        return [letter for dim in dims for letter in dim.letters if letter not in self.summed | {_SAMPLES}]
+
+    def rows(self, x: Tensor) -> Tensor:
+        letters, sizes = list[str](), list[int]()
+        for dim, size in zip(self.operand.dims, x.shape, strict=True):
+            inner = [self.sizes[letter] if size > 1 else 1 for letter in dim.letters[1:] if not dim.window]
+            letters += dim.letters[: len(inner) + 1]
+            sizes += [size // math.prod(inner), *inner]
+        x = x.reshape(sizes)
+        for letter in self._numbered:
+            if letter not in letters:
+                letters.append(letter)
+                x = x[..., None].expand(*x.shape, self.sizes[letter])
+        own = [letter for letter in letters if letter not in self.summed and letter not in self._numbered]
+        width = [letter for letter in letters if letter in self.summed]
+        x = x.permute([letters.index(letter) for letter in (*own, *self._numbered, *width)])
+        parts = (
+            x.shape[: len(own)],
+            x.shape[len(own) : len(own) + len(self._numbered)],
+            x.shape[x.dim() - len(width) :],
+        )
+        first = parts[0][:1].numel()
+        return x.reshape(first, parts[0].numel() // max(first, 1), parts[1].numel(), parts[2].numel())
+
+    def fan(self, x: Tensor) -> Tensor:
+        """Weights as [groups, width, fan]."""
+        return self.rows(x).permute(2, 3, 0, 1).flatten(2)
 
 
-def _sides(node: fx.Node, period: int) -> list[_Side]:
-    """The operands of a contraction, those that data may be first; none for other ops."""
-    name = op_name(node)
-    if name in ("convolution", "_convolution"):
-        pixels, fan = _convolution(node)
-        return [_Side(0, "nk" + "p" * 3, pixels, _nothing), _Side(1, "", _nothing, fan)]
-    if name in FUSED_ATTENTION:
-        rows = _heads(_shape(node.args[0])[1])
-        return [_Side(place, "nhpk", rows, _as_fan(rows)) for place in (0, 1)]
-    if name not in _PRODUCTS:
-        return []
-    *places, left, right = _PRODUCTS[name]
-    found = []
-    for place, letters in zip(places, (left, right), strict=True):
-        rows = _matrix(letters, period)
-        full = letters.replace("*", "i" * (len(_shape(node.args[place])) - 1))
-        found.append(_Side(place, full, rows, _as_fan(rows)))
-    return found
+def _sides(node: fx.Node, products: Product, period: int) -> list[_Side]:
+    """The operands of a product, in which every sample has `period` matrices."""
+    step = products.steps[0]
+    given = arguments(node)
+    shapes = {operand.name: _shape(given[operand.name]) for operand in products.operands}
+    sizes = products.resized(
+        shapes, spec(node).shape, {"h": period} if _batched(step.operands[0]) else {}
+    ).sizes
+    return [_Side(operand, step, sizes) for operand in step.operands]
+
+
+def _batched(operand: Operand) -> bool:
+    """Whether a dim numbers the matrices of all samples."""
+    return any(_SAMPLES in dim.letters and len(dim.letters) > 1 for dim in operand.dims)
 
 
 def _at(node: fx.Node, propagation: Propagation, atoms: Atoms, moving: set[fx.Node]) -> Iterator[Consumer]:
-    sides = _sides(node, 1)
-    if not sides:
+    products = product(node)
+    if products is None or not products.steps[0].summed or len(products.steps[0].operands) != 2:
         return
-    both = all(node.args[side.place] in moving for side in sides)
+    sides = _sides(node, products, 1)
+    operands = [arguments(node)[side.operand.name] for side in sides]
+    both = all(operand in moving for operand in operands)
     for number in (0, 1):
-        operand, other = (node.args[sides[i].place] for i in (number, 1 - number))
-        axes = propagation.axes.get(operand, {}) if isinstance(operand, fx.Node) else {}
-        if operand not in moving or not axes or not sides[number].letters or (both and number == 1):
+        operand, other = operands[number], operands[1 - number]
+        axes = propagation.axes.get(operand, {})
+        if operand not in moving or not axes or (number == 1 and (both or products.windows)):
             continue
-        if "b" in sides[number].letters:
-            sides = _sides(node, _period(operand, other, axes, atoms, both))
+        if _batched(sides[number].operand):
+            sides = _sides(node, products, _period(operand, other, axes, atoms, both))
         data, weight = sides[number], sides[1 - number]
         shape, found = _entries(operand, axes, data, atoms)
         if found and shape[1] > 1:
-            planes = len(_shape(operand)) == 4 and weight.letters == "" and max(_shape(operand)[2:]) > 1
-            yield Consumer(
-                node,
-                data.place,
-                weight.place,
-                data.rows,
-                weight.fan,
-                shape,
-                found,
-                data.dims("hk"),
-                both,
-                planes,
-            )
+            planes = len(_shape(operand)) == 4 and products.windows and max(_shape(operand)[2:]) > 1
+            names = data.operand.name, weight.operand.name
+            yield Consumer(node, *names, data.rows, weight.fan, shape, found, data.channels, both, planes)
 
 
 def _entries(
     node: Any, axes: ValueIds, side: _Side, atoms: Atoms
 ) -> tuple[tuple[int, int], tuple[DimIds, ...]]:
     """(groups, width) of an operand and the atoms of these entries, read like its values."""
-    dims = side.dims("bhk")
+    dims = side.mixed
     sizes = [n if d in dims else 1 for d, n in enumerate(_shape(node))]
     read = side.rows(torch.zeros(sizes))
     found: list[DimIds] = []
@@ -257,46 +279,6 @@ def _nothing(tensor: Tensor) -> Tensor:
     return tensor.new_zeros(0)
 
 
-def _pixels(groups: int) -> Reading:
-    """[N, C, places] as [N, places, groups, C / groups]."""
-    return lambda x: x.flatten(2).transpose(1, 2).reshape(len(x), -1, groups, x.shape[1] // groups)
-
-
-def _convolution(node: fx.Node) -> list[Reading]:
-    transposed, groups = bool(node.args[6]), int(node.args[8])  # type: ignore[arg-type]  # a number in the schema
-
-    def fan(weight: Tensor) -> Tensor:
-        if transposed:  # [C, O/g, taps]
-            return weight.flatten(1).reshape(groups, weight.shape[0] // groups, -1)
-        split = weight.flatten(2).reshape(
-            groups, weight.shape[0] // groups, weight.shape[1], -1
-        )  # [O, C/g, taps]
-        return split.permute(0, 2, 1, 3).flatten(2)
-
-    return [_pixels(groups), fan]
-
-
-def _matrix(letters: str, period: int) -> Reading:
-    """An operand of a product as [samples, positions, groups, width]."""
-
-    def rows(x: Tensor) -> Tensor:
-        if letters == "*k":
-            x = x[None] if x.dim() == 1 else x
-            return x.flatten(1, -2).unsqueeze(2) if x.dim() > 2 else x[:, None, None]
-        x = x.movedim(letters.index("k"), -1)
-        if "b" in letters:
-            return x.reshape(x.shape[0] // period, period, *x.shape[1:]).transpose(1, 2)
-        return x[:, :, None] if x.dim() == 3 else x.reshape(-1, 1, 1, x.shape[-1])
-
-    return rows
-
-
-def _heads(count: int) -> Reading:
-    """[N, heads, positions, dim] as [N, positions, heads, dim]; heads of keys that serve several of queries
-    are repeated.
-    """
-    return lambda x: x.repeat_interleave(count // x.shape[1], 1).transpose(1, 2)
-
-
-def _as_fan(rows: Reading) -> Reading:
-    return lambda x: rows(x).permute(2, 3, 0, 1).flatten(2)
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, places] as [N, places, 1, C]."""
+    return x.flatten(2).transpose(1, 2)[:, :, None]

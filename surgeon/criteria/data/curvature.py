@@ -10,7 +10,7 @@ wrong by far; so what the loss of one entry does is measured without factors, to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from surgeon.criteria.data.consumers import Consumer
 from surgeon.criteria.data.windows import Layout
 from surgeon.errors import InputError
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import spec
 from surgeon.graph.messages import where
-from surgeon.ops.table import op_name
+from surgeon.ops.table import product
 
 # entries with which the taps of a convolution are entries of their own; beyond, they share one covariance
 MOST = 1200
@@ -71,7 +72,7 @@ class Curvature:
         self._sum, self._places = torch.zeros(groups, width, dtype=torch.float64), 0
         self._generator = torch.Generator().manual_seed(0)
 
-    def see(self, consumer: Consumer, args: Any) -> None:
+    def see(self, consumer: Consumer, args: Mapping[str, Any]) -> None:
         """What one run of the consumer reads."""
         if consumer.moving:
             return
@@ -102,7 +103,7 @@ class Curvature:
         groups = self.consumer.shape[0]
         return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
 
-    def wanted(self, consumer: Consumer, samples: int, args: Any, out: Any) -> list[Gradient]:
+    def wanted(self, consumer: Consumer, samples: int, args: Mapping[str, Any], out: Any) -> list[Gradient]:
         """The gradients to ask for, once autograd knows the result of a run on so many samples."""
         data = args[consumer.data]
         if consumer.moving:
@@ -115,7 +116,7 @@ class Curvature:
             else []
         )
 
-    def _feel(self, consumer: Consumer, samples: int, args: Any, gradient: Tensor) -> None:
+    def _feel(self, consumer: Consumer, samples: int, args: Mapping[str, Any], gradient: Tensor) -> None:
         assert self.weight is not None
         groups, _, outputs = self.weight.shape
         kept = self.consumer.outputs
@@ -183,13 +184,13 @@ class Curvature:
         return found.sum((1, 2))
 
 
-def _pulled_back(consumer: Consumer, args: Any, gradient: Tensor) -> Tensor:
+def _pulled_back(consumer: Consumer, args: Mapping[str, Any], gradient: Tensor) -> Tensor:
     """The gradient of what a consumer read from that of its result, as if nothing else had read it."""
-    operands = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    read = args[consumer.data].detach().requires_grad_()
+    given = {name: a.detach() if isinstance(a, Tensor) else a for name, a in args.items()}
     with torch.enable_grad():
-        operands[consumer.data].requires_grad_()
-        out = consumer.node.target(*operands, **consumer.node.kwargs)  # type: ignore[operator]  # an op
-        found: Tensor = torch.autograd.grad(out, operands[consumer.data], gradient)[0]
+        out = consumer.node.target(**{**given, consumer.data: read})  # type: ignore[operator]  # an op
+        found: Tensor = torch.autograd.grad(out, read, gradient)[0]
     return found
 
 
@@ -203,11 +204,7 @@ def _by_sample(rows: Tensor, samples: int) -> Tensor:
 
 def _taps(consumer: Consumer) -> int:
     """Taps of an ordinary convolution's kernel."""
-    if (
-        consumer.moving
-        or op_name(consumer.node) not in ("convolution", "_convolution")
-        or consumer.node.args[6]
-    ):
+    given, products = arguments(consumer.node), product(consumer.node)
+    if consumer.moving or products is None or not products.windows or given["transposed"]:
         return 1
-    weight: Any = consumer.node.args[1]
-    return math.prod(spec(weight).shape[2:])
+    return math.prod(spec(given[consumer.weight]).shape[2:])

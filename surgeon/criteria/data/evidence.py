@@ -16,6 +16,7 @@ from surgeon.coupling.groups import Group
 from surgeon.criteria.data.consumers import Consumer
 from surgeon.criteria.data.curvature import Curvature
 from surgeon.errors import InputError
+from surgeon.graph.arguments import arguments
 from surgeon.graph.messages import where
 from surgeon.ops.ids import DimIds
 
@@ -102,11 +103,13 @@ class Statistics:
         self.edges: list[Any] = []
         self._wanting: list[Callable[[Tensor], None]] = []
 
-    def see(self, consumer: Consumer, samples: int, args: Any, out: Any) -> Callable[[], None] | None:
+    def see(
+        self, consumer: Consumer, samples: int, args: Mapping[str, Any], out: Any
+    ) -> Callable[[], None] | None:
         """One run of the consumer on so many samples, as it stands in the run that the batch is held
         against.
         """
-        data = args[consumer.data] if consumer.data >= 0 else out[0] if isinstance(out, tuple | list) else out
+        data = args[consumer.data] if consumer.data else out[0] if isinstance(out, tuple | list) else out
         recorded = _spec_of(consumer)
         if data.dim() != len(recorded) or any(data.shape[d] != recorded[d] for d in consumer.channels):
             raise InputError(
@@ -125,7 +128,7 @@ class Statistics:
                     fix="pass batches of the size of the example inputs",
                 )
             self._add(rows.double(), data.detach())
-            if consumer.weight >= 0 and (self.runs == 0 or consumer.moving) and self.needs_weights:
+            if consumer.weight and (self.runs == 0 or consumer.moving) and self.needs_weights:
                 self._add_weight(consumer.fan(args[consumer.weight].detach()).double(), len(rows))
         self.runs += 1
         if self.curvature is None:
@@ -133,7 +136,9 @@ class Statistics:
         self.curvature.see(consumer, args)
         return partial(self._later, self.curvature, consumer, samples, args, out)
 
-    def _later(self, curvature: Curvature, consumer: Consumer, samples: int, args: Any, out: Any) -> None:
+    def _later(
+        self, curvature: Curvature, consumer: Consumer, samples: int, args: Mapping[str, Any], out: Any
+    ) -> None:
         for edge, wants in curvature.wanted(consumer, samples, args, out):
             self._want(edge, wants)
 
@@ -203,7 +208,7 @@ class Statistics:
 
 
 def _spec_of(consumer: Consumer) -> tuple[int, ...]:
-    node: Any = consumer.node if consumer.data < 0 else consumer.node.args[consumer.data]
+    node: Any = arguments(consumer.node)[consumer.data] if consumer.data else consumer.node
     found = node.meta["spec"]
     shape: tuple[int, ...] = (found[0] if isinstance(found, tuple) else found).shape
     return shape

@@ -16,17 +16,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.errors import InputError
+from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Call, Graph
-from surgeon.ops.table import FUSED_ATTENTION, op_name
-
-_ATTENDS = ("bmm", "baddbmm", *FUSED_ATTENTION)
+from surgeon.ops.table import Trait, info, product
 
 Later = Callable[[], None]  # called when the next op runs: autograd knows the result by then
-See = Callable[[Any, Any], Later | None]  # (arguments, result) of an op
+See = Callable[[Mapping[str, Any], Any], Later | None]  # (arguments by name, result) of an op
 
 
 class Watch(AlignedRun):
-    """Calls each of `see[node]` with (args, out), the real tensors of each op in `see`; `label` names the
+    """Calls each of `see[node]` with (arguments, out), the real tensors of each op in `see`; `label` names the
     batch in messages.
     """
 
@@ -42,10 +41,10 @@ class Watch(AlignedRun):
         call = self._match(func)
         self._catch_up()
         out = func(*args, **kwargs) if out is None else out
-        self._show(call, args, out)
+        self._show(call, Arguments(func, args, kwargs), out)
         return out
 
-    def _show(self, call: Call, args: Any, out: Any) -> None:
+    def _show(self, call: Call, args: Mapping[str, Any], out: Any) -> None:
         for see in self.see.get(call.node, ()):
             later = see(args, out)
             if later is not None:
@@ -60,13 +59,20 @@ class Watch(AlignedRun):
     @property
     def attention_is_next(self) -> bool:
         """Whether the next product of the recorded run is an attention in one op."""
-        names = (op_name(call.node) for call in self.calls[self.at :])
-        return next((name in FUSED_ATTENTION for name in names if name in _ATTENDS), False)
+        traits = (info(call.node).traits for call in self.calls[self.at :])
+        return next((Trait.ATTENTION in found for found in traits if Trait.SCORES in found), False)
 
-    def attended(self, args: Any, out: Any) -> None:
-        """Pass by the attention that was recorded as one op."""
-        while op_name(self.calls[self.at].node) not in FUSED_ATTENTION:
+    def attended(self, operands: Sequence[Tensor], out: Any) -> None:
+        """Pass by the attention that was recorded as one op.
+
+        Args:
+            operands: queries, keys and values.
+        """
+        while Trait.ATTENTION not in info(self.calls[self.at].node).traits:
             self.at += 1
+        declared = product(self.calls[self.at].node)
+        assert declared is not None
+        args = dict(zip((operand.name for operand in declared.operands), operands, strict=True))
         self._catch_up()
         self._show(self.calls[self.at], args, (out,))
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from surgeon.graph.arguments import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -29,12 +31,13 @@ class Layout:
     @staticmethod
     def of(node: fx.Node, weight: Tensor) -> Layout:
         """The layout of a recorded convolution with this weight."""
-        args: Any = node.args
-        stride, padding, dilation, transposed, output_padding, groups = args[3:9]
+        given = arguments(node)
+        groups, transposed = int(given["groups"]), bool(given["transposed"])
         kernel = tuple(weight.shape[2:])
         dims = len(kernel)
         stride, padding, dilation, more = (
-            tuple(v) * (dims // len(v)) for v in (stride, padding, dilation, output_padding)
+            tuple(v) * (dims // len(v))
+            for v in map(given.__getitem__, ("stride", "padding", "dilation", "output_padding"))
         )
         if not transposed:
             return Layout(
