@@ -18,9 +18,10 @@ from torch import fx
 from surgeon.capture.traced_size import Follows
 from surgeon.graph.graph import HELD, Graph, spec
 from surgeon.graph.messages import source_line
+from surgeon.ops.context import OpContext
 from surgeon.ops.ids import Constraints, DimIds, ValueIds
 from surgeon.ops.invariants import settled
-from surgeon.ops.table import Family, OpContext, family, op_name, rule_of
+from surgeon.ops.table import Family, family, op_name, rule_of
 
 Slot = tuple[str, int]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import fx
 
+from surgeon.ops.context import OpContext
+from surgeon.ops.families.movement import dense
+from surgeon.ops.families.slicing import normal_slice
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.movement import dense
-from surgeon.ops.slicing import normal_slice
-from surgeon.ops.table import OpContext, op_name
+from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
 Want = Callable[[ShapeModel, Choice, OpContext], dict[str, Any]]

@@ -21,8 +21,8 @@ from surgeon.capture.aliasing import getitem
 from surgeon.criteria.data.consumers import moving, normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
+from surgeon.ops.families.movement import permutation
 from surgeon.ops.letters import Product
-from surgeon.ops.movement import permutation
 from surgeon.ops.table import Trait, has, op_name, product
 from surgeon.recovery.paired_run import PairedRun, twin
 

@@ -105,7 +105,7 @@ def test_every_reason_that_the_package_gives_has_advice() -> None:
     from pathlib import Path
 
     root = Path(surgeon.__file__).parent
-    sources = [*root.glob("ops/*.py"), *root.glob("coupling/*.py")]
+    sources = [*root.glob("ops/**/*.py"), *root.glob("coupling/*.py")]
     reasons = [reason for path in sources for reason in given(ast.parse(path.read_text()))]
     assert len(reasons) > 20
     assert [reason for reason in reasons if not advice(reason)] == []

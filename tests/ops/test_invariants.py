@@ -15,9 +15,10 @@ from surgeon.coupling.propagate import Propagation, propagate
 from surgeon.coupling.solve import solve
 from surgeon.errors import RuleError
 from surgeon.ops import table
+from surgeon.ops.context import OpContext
 from surgeon.ops.ids import Constraints
 from surgeon.ops.invariants import acyclic, joined_along
-from surgeon.ops.table import Family, OpContext, OpInfo
+from surgeon.ops.table import Family, OpInfo
 
 
 class Wave(nn.Module):

@@ -84,7 +84,7 @@ def test_attention_that_is_not_declared_freezes_what_it_touches() -> None:
 
 @pytest.mark.parametrize(("heads", "width"), [("whole", 24), ("both", 24), ("dims", 24)])
 def test_attention_under_another_name_is_cut_like_any(heads: str, width: int) -> None:
-    ops.attention.attention("newops::attend", LETTERS)
+    ops.attention("newops::attend", LETTERS)
     surgery = inspected()
     assert not any("no rule" in item.reason for item in surgery.frozen)
     plan = surgery.plan(0.5, heads=heads, round_to=1)

@@ -18,12 +18,14 @@ from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import spec
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext, broadcast, meet, opaque
+from surgeon.ops.families.convolution import mixed_places, whole_windows
+from surgeon.ops.families.reshape import reshape
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.letters import Operand, Product, Step
 from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
 from surgeon.ops.masks import Mask
-from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, OpContext, Trait, bound, broadcast, defaults, info, meet, op, opaque
+from surgeon.ops.table import Family, Trait, bound, defaults, info, op
 
 Shape = tuple[int, ...]
 Lettered = tuple[ValueIds, Shape, Sequence[str]]  # tracks and shape of an operand with one letter a dim
@@ -107,46 +109,6 @@ def _rows(step: Step) -> frozenset[str]:
     """
     dims = (dim.letters for dim in step.out.dims if not step.batch.isdisjoint(dim.letters))
     return frozenset(letter for dim in dims for letter in dim) - step.batch
-
-
-# -- convolutions: windows over spatial dims ----------------------------------------------------------------
-
-
-def whole_windows(ctx: OpContext, operand: Operand, axes: ValueIds) -> ValueIds:
-    """Ids of what a convolution reads: its kernel stays whole, and dims along which its places mix."""
-    mixed = mixed_places(ctx.arguments, operand, ctx.shape(ctx["weight"]))
-    axes = ctx.freeze(axes, mixed, "is a spatial dim of a convolution")
-    return ctx.freeze(axes, _kernel(operand), "is a kernel dim of a convolution")
-
-
-def _kernel(operand: Operand) -> list[int]:
-    return [i for i, dim in enumerate(operand.dims) if dim.letters[0].startswith("K")]
-
-
-def _windows(ctx: OpContext) -> dict[str, list[int]]:
-    """The spatial dims of the input that the kernel looks through, and all dims of the kernel."""
-    products = bound(ctx.node)
-    if products is None:
-        return {}
-    data, weight = products.operands
-    return {"input": mixed_places(ctx.arguments, data, ctx.shape(ctx["weight"])), "weight": _kernel(weight)}
-
-
-def mixed_places(given: Arguments, operand: Operand, weight: Sequence[int]) -> list[int]:
-    """Spatial dims of an operand that a convolution does not work on place by place: by a kernel of one, without stride
-    and padding.
-    """
-    places = [i for i, dim in enumerate(operand.dims) if dim.letters[0].startswith("P")]
-    return [
-        dim
-        for dim in places
-        if weight[dim] > 1 or _of_dim(given, "stride", dim) > 1 or _of_dim(given, "padding", dim)
-    ]
-
-
-def _of_dim(given: Arguments, name: str, dim: int) -> int:
-    """A number for each spatial dim, or one for all."""
-    return int(given[name][(dim - 2) % len(given[name])])
 
 
 def contract(
@@ -276,13 +238,6 @@ def _merged(factor: Tensor, out: Operand, products: Product) -> Tensor:
     return factor.expand(full).reshape(merged)
 
 
-def _convolution_letters(given: Arguments) -> str:
-    """Windows slide over the input; of a transposed convolution, over the result."""
-    if given["transposed"]:
-        return "input:n(gc)P, weight:(gc)oK, bias:+(go) -> n(go)<PK>"
-    return "input:n(gc)<PK>, weight:(go)cK, bias:+(go) -> n(go)P"
-
-
 def _trilinear_letters(given: Arguments) -> str:
     """Three operands, each with dims of size 1 put in at `expand`, multiplied and summed over `sumdim`: nn.Bilinear."""
     dims = len(spec(given["i1"]).shape) + len(given["expand1"])
@@ -334,7 +289,6 @@ op(
     "_grouped_mm", Family.CONTRACTION, "self:tk, mat2:ekj -> tj",
     ids=grouped_product, row_bytes=16, in_float64=grouped_in_float64,
 )  # fmt: skip
-op("convolution _convolution", Family.CONTRACTION, _convolution_letters, mixes=_windows)
 op(
     "_cdist_forward _euclidean_dist", Family.REDUCTION, "x1:Bik, x2:Bjk -> Bij",  # of all rows i from all rows j
     ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]},

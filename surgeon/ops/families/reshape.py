@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext
 from surgeon.ops.ids import Constraints, DimIds, ValueIds, varies
 from surgeon.ops.masked_op import MaskedOp, refusal
-from surgeon.ops.table import Family, OpContext, Trait, op, op_name
+from surgeon.ops.table import Family, Trait, op, op_name
 
 
 def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:

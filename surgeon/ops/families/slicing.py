@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext, beside, broadcast
+from surgeon.ops.families.movement import joined, viewed
 from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.movement import joined, viewed
-from surgeon.ops.table import Family, OpContext, beside, broadcast, family, op, op_name
+from surgeon.ops.table import Family, family, op, op_name
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 

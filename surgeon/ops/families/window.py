@@ -11,9 +11,10 @@ import numpy as np
 from torch import fx
 
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext, broadcast
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal
-from surgeon.ops.table import Family, OpContext, broadcast, op, op_name
+from surgeon.ops.table import Family, op, op_name
 
 
 def pooling(ctx: OpContext, dims: int) -> Any:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext, beside, broadcast
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal
-from surgeon.ops.table import Family, OpContext, beside, broadcast, op, op_name
+from surgeon.ops.table import Family, op, op_name
 
 
 def index(ctx: OpContext) -> ValueIds:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from surgeon.ops import masks
-from surgeon.ops.contraction import contraction
+from surgeon.ops.context import OpContext, opaque
+from surgeon.ops.families.contraction import contraction
 from surgeon.ops.masked_op import MaskedOp, unchanged
-from surgeon.ops.table import Family, OpContext, Trait, bound, op, opaque
+from surgeon.ops.table import Family, Trait, bound, op
 
 LETTERS = "query:n(hg)qd, key:nhkd, attn_bias|attn_mask:+ -> n(hg)qk, value:nhke -> n(hg)qe"
 

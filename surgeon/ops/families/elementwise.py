@@ -1,6 +1,4 @@
-"""Elementwise ops: output entry i depends on entry i of each operand (after broadcasting), so operands are joined. And
-tensors made of constants.
-"""
+"""Elementwise ops: output entry i depends on entry i of each operand (after broadcasting), so operands are joined."""
 
 from __future__ import annotations
 
@@ -9,9 +7,10 @@ from typing import Any
 from torch import fx
 
 from surgeon.ops import masks
+from surgeon.ops.context import OpContext, broadcast
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.table import Family, OpContext, Trait, broadcast, defaults, op
+from surgeon.ops.table import Family, Trait, defaults, op
 
 
 def elementwise(ctx: OpContext) -> Any:
@@ -44,31 +43,6 @@ def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tupl
     return wide, ({1: axes[0].reshape(wide)} if 0 in axes else {})
 
 
-# -- tensors made of constants ----------------------------------------------------------------------------------
-
-
-def repeated(ctx: OpContext) -> ValueIds:
-    """Of one repeated constant: its dims follow whatever they meet, so each entry gets an id of no slot."""
-    return unowned_ids(ctx, ctx.out, range(len(ctx.out)))
-
-
-def unowned_ids(ctx: OpContext, shape: tuple[int, ...], dims: object) -> ValueIds:
-    """Fresh ids along each of `dims`, tied to nothing."""
-    axes: ValueIds = {}
-    for dim in dims:  # type: ignore[attr-defined]  # any iterable of ints
-        if shape[dim] > 1:
-            axes[dim] = ctx.constraints.new(shape[dim]).reshape(
-                [-1 if d == dim else 1 for d in range(len(shape))]
-            )
-            ctx.constraints.mark_unowned(axes[dim])
-    return axes
-
-
-def fixed(ctx: OpContext) -> ValueIds:
-    """Entries that differ by position (arange, random numbers): none can go without changing the rest."""
-    return {}
-
-
 # -- what is computed when entries are gone -----------------------------------------------------------------
 
 
@@ -89,12 +63,7 @@ def prelu_absent(call: MaskedOp) -> Any:
     return result, masks.tidy([*call.mask(x), *wide])
 
 
-def constant_absent(call: MaskedOp) -> Any:
-    return call.outputs(call.run(call.data), ())
-
-
 defaults(Family.ELEMENTWISE, ids=elementwise, absent=elementwise_absent)
-defaults(Family.FACTORY, absent=constant_absent)
 
 op(
     """
@@ -124,9 +93,3 @@ op(
     Family.ELEMENTWISE,
 )
 op("_prelu_kernel prelu", Family.ELEMENTWISE, ids=prelu, absent=prelu_absent)
-op("zeros ones full empty new_zeros new_ones new_full new_empty empty_strided", Family.FACTORY, ids=repeated)
-op(
-    "arange linspace logspace eye rand randn randint randperm scalar_tensor tril_indices triu_indices hann_window",
-    Family.FACTORY,
-    ids=fixed,
-)

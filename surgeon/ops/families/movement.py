@@ -15,11 +15,12 @@ from torch import Tensor, fx
 
 from surgeon.graph.arguments import Arguments
 from surgeon.ops import masks
-from surgeon.ops.elementwise import unowned_ids
+from surgeon.ops.context import OpContext, beside, opaque, shift
+from surgeon.ops.families.factory import unowned_ids
+from surgeon.ops.families.reshape import permuted
 from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.reshape import permuted
-from surgeon.ops.table import Family, OpContext, Trait, beside, defaults, op, opaque, shift
+from surgeon.ops.table import Family, Trait, defaults, op
 
 
 def getitem(ctx: OpContext) -> Any:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.ops import masks
-from surgeon.ops.elementwise import per_channel
+from surgeon.ops.context import OpContext, along, broadcast
+from surgeon.ops.families.elementwise import per_channel
+from surgeon.ops.families.reduction import reduce_dims
+from surgeon.ops.families.reshape import reshape
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp
 from surgeon.ops.masks import Mask
-from surgeon.ops.reduction import reduce_dims
-from surgeon.ops.reshape import reshape
-from surgeon.ops.table import Family, OpContext, Trait, along, broadcast, op
+from surgeon.ops.table import Family, Trait, op
 
 
 def softmax(ctx: OpContext) -> ValueIds:

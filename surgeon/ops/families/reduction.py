@@ -12,11 +12,12 @@ from torch import Tensor, fx
 
 from surgeon.graph.queries import is_read
 from surgeon.ops import masks
-from surgeon.ops.elementwise import elementwise_absent
+from surgeon.ops.context import OpContext, along, broadcast
+from surgeon.ops.families.elementwise import elementwise_absent
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
 from surgeon.ops.masks import Mask
-from surgeon.ops.table import Family, OpContext, along, broadcast, defaults, op, op_name
+from surgeon.ops.table import Family, defaults, op, op_name
 
 
 def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:

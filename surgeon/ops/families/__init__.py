@@ -1,0 +1,21 @@
+"""Rules and meanings, one file a family of ops. Importing this package declares all of them."""
+
+from surgeon.ops.families import (
+    attention,
+    contraction,
+    convolution,
+    elementwise,
+    factory,
+    indexing,
+    movement,
+    normalisation,
+    reduction,
+    reshape,
+    slicing,
+    window,
+)
+
+FAMILIES = (
+    attention, contraction, convolution, elementwise, factory, indexing, movement, normalisation, reduction, reshape,
+    slicing, window,
+)  # fmt: skip
