@@ -45,7 +45,10 @@ def answering(model: nn.Module, answers: Mapping[str, bool], asked: list[Decisio
         yield
         return
     before: list[tuple[dict[str, Any], str, Any]] = []
-    spaces = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    homes = {type(module).__module__ for module in model.modules()}
+    spaces = [
+        vars(sys.modules[name]) for name in homes if name in sys.modules
+    ]  # a file that was run may be in none
     try:
         for path, (space, names) in _SPACES.items():
             for name in names:
