@@ -12,11 +12,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import named_tensors
 from surgeon.ops import masks
 from surgeon.ops.masked_op import wide
 from surgeon.ops.masks import Mask
+from surgeon.ops.table import Family, family, op_name
 
 
 def filled(model: nn.Module, cut: Collection[str]) -> dict[str, Tensor]:
@@ -45,6 +47,30 @@ def filled(model: nn.Module, cut: Collection[str]) -> dict[str, Tensor]:
         if new is not None:
             found[name] = new
     return found
+
+
+def hides(graph: Graph, names: Collection[str]) -> bool:
+    """Whether any of these tensors is more than added: zeros that are added hide nothing, as what is absent of
+    them is absent of the sum.
+    """
+    return any(node.target in names and not _only_added(node) for node in graph.fx.find_nodes(op="get_attr"))
+
+
+def _only_added(node: fx.Node) -> bool:
+    for user in node.users:
+        if user.op != "call_function":
+            continue
+        name = op_name(user)
+        places = {place for place, value in arguments(user).items() if value is node}
+        if family(name) is Family.MOVEMENT and _only_added(user):
+            continue
+        if not (
+            places <= {"bias", "running_mean"}
+            or name in ("add", "sub")
+            or (name in ("addmm", "addmv", "baddbmm", "addbmm") and places == {"self"})
+        ):
+            return False
+    return True
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from surgeon.ops.sums import scales
 from surgeon.ops.table import Trait, has, op_name
 from surgeon.proof.reference import TOLERANCE, Reference, distance
 from surgeon.proof.rounding import FACTOR, Limits, limits
-from surgeon.proof.second_look import filled, shown
+from surgeon.proof.second_look import filled, hides, shown
 from surgeon.proof.small_run import DoesNotRunError, changed_constants, float64, line_up, run_small
 
 
@@ -167,7 +167,7 @@ def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolera
     leaking = any(
         has(op_name(node), Trait.SATURATES) for node in graph.fx.nodes if node.op == "call_function"
     )
-    if leaking or fill:
+    if leaking or hides(graph, fill):
         with contextlib.suppress(
             _OverflowError, DoesNotRunError
         ):  # then the first run is all there is to see

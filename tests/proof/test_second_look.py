@@ -10,6 +10,7 @@ from wrong import wrong_cuts
 
 import surgeon
 from surgeon.errors import ProofError, ProofWarning
+from surgeon.proof.second_look import filled, hides
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -76,6 +77,22 @@ def test_wrong_cuts_in_front_of_zeros_are_found(kind: type[nn.Module]) -> None:
             surgeon.verify(model, wrong, bad, X)
         tried += 1
     assert tried >= 3
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [(LowRank, True), (ZeroScale, True), (ZeroColumns, False)])
+def test_only_zeros_that_multiply_ask_for_a_second_run(kind: type[nn.Module], wanted: bool) -> None:
+    """A fresh bias is zero as well: what is absent of it is absent of the sum, whatever its numbers are."""
+    model = kind().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+        if not wanted:
+            model.b.weight.fill_(0.5)
+    graph = surgeon.inspect(model, X).graph
+    fill = filled(model, ())
+    assert {"a.bias", "b.bias"} <= set(fill)
+    assert hides(graph, fill) is wanted
 
 
 class Clamped(nn.Module):
