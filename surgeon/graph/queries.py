@@ -66,12 +66,26 @@ def made_of_numbers(graph: Graph) -> dict[fx.Node, Tensor]:
         inputs = node.all_input_nodes
         if node.op == "get_attr" and node.target not in graph.owned:
             made[node] = graph.tensors[str(node.target)]
-        elif node.op != "call_function" or not inputs or any(n not in made for n in inputs):
             continue
-        elif isinstance(node.meta["spec"], Spec) and math.prod(spec(node).shape) <= _SMALL:
+        known = all(n in made for n in inputs) if inputs else _counts_or_repeats(node)
+        if (
+            node.op == "call_function"
+            and known
+            and isinstance(node.meta["spec"], Spec)
+            and math.prod(spec(node).shape) <= _SMALL
+        ):
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
             made[node] = node.target(*args, **kwargs)
     return made
+
+
+def _counts_or_repeats(node: fx.Node) -> bool:
+    """Whether a factory gives the same in each run: it counts, or repeats one number."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name in _FACTORIES
+
+
+_FACTORIES = {f"aten::{name}" for name in "arange eye full linspace ones scalar_tensor zeros".split()}
 
 
 def number_in(item: Any, made: Mapping[fx.Node, Tensor]) -> float | None:

@@ -49,6 +49,8 @@ EXTRAS: dict[str, Callable[[Two, Tensor], Tensor]] = {
     "clamp": lambda m, y: y.clamp(max=m.width / 80),
     "shift": lambda m, y: y + m.width,
     "positions": lambda m, y: y + torch.arange(3.0) / m.width,
+    "table of whole numbers": lambda m, y: y + torch.sin(torch.arange(3) / m.width),
+    "tensor of one number": lambda m, y: y + torch.full((3,), float(m.width)),
     "roll": lambda m, y: y.roll(m.width // 4, 1),
     "loop": _loop,
     "decision": lambda m, y: y if m.width > 6 else y * 2,
