@@ -252,9 +252,14 @@ class ShapeModel:
 
     def product(self, node: fx.Node, choice: Choice) -> Product:
         """A product of the graph as the small model computes it."""
-        found, given = self.products[node], arguments(node)
-        shapes = {operand.name: self.shape(given[operand.name], choice) for operand in found.operands}
-        return found.resized(shapes, self.shape(node, choice))
+        shapes = {name: self.shape(operand, choice) for name, operand in self._operands[node].items()}
+        return self.products[node].resized(shapes, self.shape(node, choice))
+
+    @cached_property
+    def _operands(self) -> dict[fx.Node, dict[str, fx.Node]]:
+        """The operands of each product, by name."""
+        given = {node: arguments(node) for node in self.products}
+        return {node: {o.name: given[node][o.name] for o in p.operands} for node, p in self.products.items()}
 
 
 def macs_of(graph: Graph) -> int:
