@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
 
 class SurgeonError(Exception):
     """Base of every error that surgeon raises on purpose.
@@ -35,6 +39,33 @@ class SurgeonWarning(UserWarning):
 
 class PathWarning(SurgeonWarning):
     """The model's code can take paths that no recorded run took: nothing is shown of them."""
+
+
+class ConfigWarning(SurgeonWarning):
+    """The model's config cannot say the widths that are left: `save_pretrained` would not round-trip."""
+
+
+class BlockWarning(SurgeonWarning):
+    """A budget needs narrower blocks than kernels like."""
+
+
+class AssumedWarning(SurgeonWarning):
+    """Example inputs were found, not given."""
+
+
+class NothingRemovedWarning(SurgeonWarning):
+    """What was asked for removes no channel."""
+
+
+def warn(text: str, kind: type[Warning]) -> None:
+    """Warn at the line of the user's that called into surgeon, however deep the caller is."""
+    own = os.path.dirname(__file__) + os.sep
+    depth, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(own) or frame.f_code.co_filename.endswith("contextlib.py")
+    ):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, kind, stacklevel=depth)
 
 
 class InputError(SurgeonError, ValueError):

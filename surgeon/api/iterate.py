@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
@@ -15,7 +16,7 @@ from torch import nn
 from surgeon.api.pipeline import inspect, prove
 from surgeon.api.surgery import Surgery
 from surgeon.cut.plan import Plan
-from surgeon.errors import BudgetError, InputError
+from surgeon.errors import BudgetError, InputError, NothingRemovedWarning
 from surgeon.selection.amounts import parse
 from surgeon.selection.options import BUDGETS, PlanOptions, takes_options
 
@@ -105,7 +106,9 @@ class Iteration:
                     f"the schedule gave {share} at {number / self._count:.3g}", fix="return a share in [0, 1]"
                 )
             try:
-                small, plan = surgery.cut(**self._asked(surgery, widths, full, min(share, 1.0)))
+                with warnings.catch_warnings():  # of a few channels, the first steps may take none
+                    warnings.simplefilter("ignore", NothingRemovedWarning)
+                    small, plan = surgery.cut(**self._asked(surgery, widths, full, min(share, 1.0)))
             except BudgetError as error:
                 self.stopped = error.what
                 return

@@ -6,7 +6,6 @@ capture -> propagate -> solve -> groups -> (criteria, choose) -> plan -> rewrite
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
@@ -19,11 +18,9 @@ from surgeon.capture.paths.decisions import said
 from surgeon.capture.runs import record_runs
 from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.cut.plan import Plan
-from surgeon.errors import InputError, PathWarning, ProofWarning
+from surgeon.errors import AssumedWarning, InputError, PathWarning, ProofWarning, warn
 from surgeon.graph.graph import Graph
 from surgeon.proof.verify import Proof, verify
-from surgeon.recovery.options import batches_of, check_steps
-from surgeon.recovery.recover import recover
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 
@@ -44,6 +41,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[s
         InputError: no output has one of the names.
         CaptureError: the model does not run, or does something that cannot be recorded.
     """
+    check_order(model, example_inputs)
     runs = record_runs(model, example_inputs, outputs=outputs)
     analysis = analyse(*runs.graphs)
     unseen = tuple(dict.fromkeys((*runs.unseen, *_decided(analysis))))
@@ -105,7 +103,11 @@ def shrink(
         PathWarning: the model's code decided by a value, a size or a mode; see `Surgery.unseen`.
         ProofWarning: numbers in the model's code follow the new widths, or the proof could not show all.
     """
+    check_order(model, ratio, example_inputs)
     check(ratio, **options)  # before the model runs
+    from surgeon.recovery.options import batches_of, check_steps
+    from surgeon.recovery.recover import recover
+
     if recovery is not None:
         check_steps(recovery)
         if calibration is None:
@@ -117,13 +119,13 @@ def shrink(
         options.setdefault("data", batches)
     surgery = inspect(model, example_inputs, outputs=outputs)
     if surgery.graph.assumed:
-        warnings.warn(surgery.graph.assumed, stacklevel=2)
+        warn(surgery.graph.assumed, AssumedWarning)
     if surgery.unseen:
-        warnings.warn(_unseen(surgery.unseen), PathWarning, stacklevel=2)
+        warn(_unseen(surgery.unseen), PathWarning)
     small, plan = surgery.cut(ratio, **options)
     if verify:
         for remark in prove(model, small, plan, surgery).not_shown:
-            warnings.warn(remark, ProofWarning, stacklevel=2)
+            warn(remark, ProofWarning)
     return small if batches is None else recover(small, plan, model, batches, steps=recovery).model
 
 
@@ -137,6 +139,27 @@ def _unseen(paths: Sequence[str]) -> str:
         f"the model's code can take paths that were not seen, and nothing is shown of them:{listed}\n  do: pass inputs for"
         " the other ways as well, example_inputs=surgeon.Calls([...]); surgery.unseen lists all"
     )
+
+
+def check_order(model: Any, *others: Any) -> None:
+    """Refuse arguments that were swapped.
+
+    Raises:
+        InputError: a module stands where none belongs, and none where the model does; or a number stands for inputs.
+    """
+    swapped = next((item for item in others if isinstance(item, nn.Module)), None)
+    if swapped is not None:
+        raise InputError(
+            f"a {type(swapped).__name__} was passed where no module belongs, and a {type(model).__name__} as the model",
+            why="arguments look swapped",
+            fix="the model comes first: surgeon.shrink(model, 0.5, example_inputs=x), surgeon.inspect(model, x)",
+        )
+    if isinstance(others[-1], int | float):
+        raise InputError(
+            f"example_inputs is the number {others[-1]!r}",
+            why="a ratio belongs to surgeon.shrink(model, 0.5) or surgery.plan(0.5)",
+            fix="pass inputs as the model takes them: a tensor, a tuple or a dict",
+        )
 
 
 def check(ratio: Ratio | None, **options: Unpack[PlanOptions]) -> None:

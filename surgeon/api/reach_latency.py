@@ -13,7 +13,7 @@ from surgeon.cut.inspected import Inspected
 from surgeon.errors import InputError
 from surgeon.latency.predict import LatencyTable, Predictor
 from surgeon.latency.search import CLOSE, Candidate, Stopwatch, search
-from surgeon.selection.choose import Costs
+from surgeon.selection.budgets import Costs
 from surgeon.selection.cost import Choice, nothing
 from surgeon.selection.request import Request
 

@@ -7,21 +7,23 @@ from collections.abc import Callable
 from torch import nn
 
 from surgeon import criteria
-from surgeon.api.reach_latency import reach
-from surgeon.coupling.groups import Group, Link, reachable
+from surgeon.coupling.groups import Group
+from surgeon.coupling.links import Link, reachable
 from surgeon.criteria.combine import Criterion
 from surgeon.cut.cut import Cutter
 from surgeon.cut.inspected import Inspected
-from surgeon.errors import InputError
+from surgeon.errors import InputError, NothingRemovedWarning, warn
 from surgeon.graph.queries import check_values
 from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import restrict
 from surgeon.ops.ids import DimIds
-from surgeon.selection.choose import Costs, choose
+from surgeon.selection.budgets import Costs
+from surgeon.selection.choose import choose
 from surgeon.selection.cost import Choice
 from surgeon.selection.linked_groups import without_kept_heads
 from surgeon.selection.request import Request
 from surgeon.selection.selection import Selection
+from surgeon.selection.shares import missed
 
 
 def select(found: Inspected, request: Request) -> Selection:
@@ -52,10 +54,28 @@ def select(found: Inspected, request: Request) -> Selection:
     if request.options["latency"] is None:
         choice, used = chosen(request)
     else:
+        from surgeon.api.reach_latency import reach  # it takes in the exporter and the benchmarks
+
         (choice, used), said["measured"] = reach(found, request, chosen, _cut(found), block)
     if isinstance(request.options["round_to"], str):
         said["block"] = used
+    others = missed(groups, links, request, choice)
+    if others:
+        said["missed"] = others
+    if not choice.any():
+        warn(_nothing(request), NothingRemovedWarning)
     return Selection.of(found.shapes, choice, found.cost, said)
+
+
+def _nothing(request: Request) -> str:
+    """Why a request removes nothing, and what to do."""
+    if request.budgets:
+        named = " and ".join(f"{name}={value}" for name, value in request.budgets.items())
+        return f"nothing leaves: the model is within {named} as it is; a budget says what may stay, 0.5 or '50%' for half"
+    return (
+        f"nothing leaves: ratio={request.ratio} is less than half a step of every group; pass a larger ratio, or round_to=1 "
+        "if blocks of channels are the reason"
+    )
 
 
 def expressible(found: Inspected, groups: list[Group], heads: str) -> tuple[list[Group], list[Link]]:

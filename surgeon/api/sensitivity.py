@@ -7,20 +7,22 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from surgeon.capture.inputs import normalize
 from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.cut.inspected import Inspected
 from surgeon.cut.plan import Plan
-from surgeon.errors import BudgetError, InputError, MissingExtraError
+from surgeon.errors import BudgetError, InputError, MissingExtraError, NothingRemovedWarning
 from surgeon.graph.tensors import tensor_leaves
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Sensitivity:
 
     def table(self) -> Table:
         """A rich table, the most sensitive group first."""
+        from rich.table import Table
+
         table = Table(title=f"change of the {self.what}")
         table.add_column("group", overflow="fold")
         for ratio in self.ratios:
@@ -69,6 +73,8 @@ class Sensitivity:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         sink = io.StringIO()
         Console(file=sink, width=130, color_system=None, force_terminal=False).print(self.table())
         return sink.getvalue().rstrip()
@@ -129,7 +135,9 @@ def sensitivity(
         for ratio in ratios:
             asked = {"*": 0.0, **dict.fromkeys(group.producers, ratio)}
             try:
-                plan = surgery.plan(asked, **options)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", NothingRemovedWarning)
+                    plan = surgery.plan(asked, **options)
             except BudgetError:
                 plan = None
             jobs.append((group.name, plan if plan is not None and plan.kept else None))

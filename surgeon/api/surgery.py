@@ -12,10 +12,12 @@ from surgeon.api.select import select
 from surgeon.api.sensitivity import Sensitivity, sensitivity
 from surgeon.capture.model_state import uncollected
 from surgeon.coupling.analysis import Analysis
-from surgeon.coupling.explain import Explanation, FrozenShare, explain, frozen_share
+from surgeon.coupling.explain import Explanation, explain
 from surgeon.coupling.frozen import FrozenGroup
-from surgeon.coupling.groups import Group, Link
-from surgeon.coupling.ignore import Ignored
+from surgeon.coupling.frozen_share import FrozenShare, frozen_share
+from surgeon.coupling.groups import Group
+from surgeon.coupling.ignore import Ignored, path_of
+from surgeon.coupling.links import Link
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.cut.compose import composed
@@ -23,7 +25,7 @@ from surgeon.cut.cut import Cutter
 from surgeon.cut.plan import Plan
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
-from surgeon.report.text import describe
+from surgeon.report.text import count, describe
 from surgeon.selection.cost import ShapeModel, nothing
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
@@ -131,18 +133,18 @@ class Surgery:
         """How many output channels of the model's weights may not leave, its own outputs apart, by reason."""
         return frozen_share(self.analysis)
 
-    def explain(self, name: str) -> Explanation:
+    def explain(self, name: str | nn.Module) -> Explanation:
         """What a layer is tied to and through which ops, what of it is frozen, why, and what would unfreeze
         it; printable.
 
         Args:
-            name: a module ("layer2.0.conv1"), a tensor ("layer2.0.conv1.weight") or a slot of it
+            name: a module or its name ("layer2.0.conv1"), a tensor ("layer2.0.conv1.weight") or a slot of it
                 ("layer2.0.conv1.weight[0]").
 
         Raises:
             InputError: there is no such thing in the model.
         """
-        return explain(self.analysis, name)
+        return explain(self.analysis, name if isinstance(name, str) else path_of(self.model, name))
 
     def sensitivity(
         self,
@@ -242,6 +244,13 @@ class Surgery:
         """The groups less the units that the outputs (or inputs) of ignored modules hold."""
         held = Ignored(self.model, self.graph, self.propagation, self.solution)
         return held.groups_left(self.groups, self.links, held.units(ignore, ignore_inputs))
+
+    def __repr__(self) -> str:
+        frozen = sum(len(item.slots) for item in self.frozen)
+        return (
+            f"<Surgery of {type(self.model).__name__}: {len(self.groups)} groups of channels may leave, {frozen} dims are "
+            f"frozen; {count(self.params)} params, {count(self.macs)} MACs. print() says all; .plan(0.5) makes a plan>"
+        )
 
     def __str__(self) -> str:
         return describe(self.model, self.analysis, self.shapes, self.remarks)

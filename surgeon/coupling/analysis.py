@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from surgeon.coupling.frozen import FrozenGroup, find_frozen
-from surgeon.coupling.groups import Group, Link, find_groups, find_links, reachable
+from surgeon.coupling.groups import Group, find_groups
+from surgeon.coupling.links import Link, find_links, reachable
 from surgeon.coupling.propagate import Propagation, propagate
 from surgeon.coupling.solve import Solution, solve
 from surgeon.graph.graph import Graph

@@ -13,9 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import networkx as nx
 import numpy as np
-import sympy
 
 from surgeon.coupling.solve import Solution
 from surgeon.ops.ids import DimIds
@@ -90,6 +88,8 @@ def _bundles(label: DimIds, found: list[_Incidence], roles: DimIds) -> dict[int,
     """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if
     there is none.
     """
+    import networkx as nx
+
     families = nx.Graph()
     equations: dict[int, list[tuple[DimIds, DimIds, DimIds, int]]] = defaultdict(list)
     role: dict[int, int] = {}
@@ -148,6 +148,8 @@ def _solve_bundles(
 
 def _connected(matrix: DimIds, lanes: list[int]) -> list[list[int]]:
     """Those of the lanes that equations bind to one another, apart from the others."""
+    import networkx as nx
+
     bound = nx.Graph()
     bound.add_nodes_from(lanes)
     for equation in matrix[:, lanes]:
@@ -183,6 +185,8 @@ def _positive(matrix: DimIds) -> list[int] | None:
         return None
     if not matrix.sum(axis=1).any():
         return [1] * matrix.shape[1]
+    import sympy
+
     space = sympy.Matrix(matrix[matrix.any(axis=1)].tolist()).nullspace()
     if len(space) != 1:
         return None

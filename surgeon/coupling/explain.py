@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 from torch import fx
 
-from surgeon.coupling.analysis import SIZE_OF_FROZEN, Analysis
+from surgeon.coupling.analysis import Analysis
 from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
 from surgeon.errors import InputError
-from surgeon.graph.arguments import arguments
 from surgeon.graph.messages import where
 from surgeon.ops.ids import DimIds
-from surgeon.ops.table import product
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 OUTPUT = "is the model's output"
 
@@ -188,6 +189,8 @@ def _explained(analysis: Analysis, slot: Slot) -> SlotExplanation:
     ids = propagation.slots[slot]
     roots = solution.root[ids]
     loose = ids[~solution.frozen[roots]]
+    import networkx as nx
+
     graph = nx.Graph()
     ties: tuple[Tie, ...] = ()
     if loose.size:
@@ -206,6 +209,8 @@ def ties_of(propagation: Propagation, solution: Solution, unit: int) -> nx.Graph
 
     def leaves(ids: DimIds) -> DimIds:
         return np.asarray(np.any([np.isin(part, atoms) for part in solution.atoms(ids)], axis=0))
+
+    import networkx as nx
 
     graph = nx.Graph()
     graph.add_node(unit)
@@ -228,6 +233,8 @@ def _edges(
 
 
 def _ties(graph: nx.Graph, own: Slot, unit: int) -> Iterator[Tie]:
+    import networkx as nx
+
     paths = nx.single_source_shortest_path(graph, unit)
     seen = {own}
     for end, path in sorted(paths.items(), key=lambda item: len(item[1])):
@@ -237,85 +244,3 @@ def _ties(graph: nx.Graph, own: Slot, unit: int) -> Iterator[Tie]:
         seen.add(slot)
         ops = [graph.edges[edge]["node"] for edge in itertools.pairwise(path)]
         yield Tie(slot, tuple(dict.fromkeys(op for op in ops if op is not None)))
-
-
-# -- how much is frozen --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenShare:
-    """Output channels of all weights, those of the model's own outputs apart.
-
-    Attributes:
-        channels: how many there are.
-        frozen: how many of them may not leave, by reason.
-    """
-
-    channels: int
-    frozen: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """Frozen output channels of all output channels, in [0, 1]."""
-        return sum(self.frozen.values()) / max(self.channels, 1)
-
-    @property
-    def reason(self) -> str:
-        """The reason that holds most of them, "" if nothing is frozen."""
-        return max(self.frozen, key=lambda reason: self.frozen[reason], default="")
-
-
-def frozen_share(analysis: Analysis) -> FrozenShare:
-    """Count frozen output channels over every product of activations with weights, each weight once."""
-    solution = analysis.solution
-    held = np.zeros(len(solution.root), dtype=bool)
-    for group in analysis.groups:
-        held[group.lanes] = True
-    channels, frozen = 0, dict[str, int]()
-    seen: set[bytes] = set()
-    for ids in _outputs(analysis):
-        key = ids.tobytes()
-        if key in seen:
-            continue
-        seen.add(key)
-        free = np.any([held[np.maximum(part, 0)] & (part >= 0) for part in solution.atoms(ids)], axis=0)
-        stuck = ids[~free]
-        reason = _reason(analysis, stuck) if stuck.size else ""
-        if reason.startswith(OUTPUT):
-            continue
-        channels += ids.size
-        if stuck.size:
-            frozen[reason] = frozen.get(reason, 0) + int(stuck.size)
-    return FrozenShare(channels, frozen)
-
-
-def _reason(analysis: Analysis, ids: DimIds) -> str:
-    if analysis.solution.frozen[analysis.solution.root[ids]].any():
-        return analysis.solution.why(ids)[0]
-    return SIZE_OF_FROZEN
-
-
-def _outputs(analysis: Analysis) -> Iterator[DimIds]:
-    """Ids of the output channels of each weight that some activation is multiplied with."""
-    weights: set[fx.Node] = set()
-    for run in analysis.runs:
-        for node in run.fx.nodes:
-            if node.op == "get_attr":
-                weights.add(node)
-            elif node.op == "call_function":
-                inputs: Sequence[fx.Node] = node.all_input_nodes
-                if inputs and all(n in weights for n in inputs):
-                    weights.add(node)
-                else:
-                    yield from _output_of(analysis, node, weights)
-
-
-def _output_of(analysis: Analysis, node: fx.Node, weights: set[fx.Node]) -> Iterator[DimIds]:
-    products = product(node)
-    if products is None:
-        return
-    for operand in products.operands:
-        weight = arguments(node)[operand.name]
-        axes = analysis.propagation.axes[weight] if weight in weights else {}
-        if isinstance(axes, dict):
-            yield from (axes[dim].ravel() for dim in products.own(operand) if dim in axes)

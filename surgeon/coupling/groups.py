@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
 
-import networkx as nx
 import numpy as np
 from torch import fx
 
 from surgeon.coupling.balanced_steps import BalancedSets, find_lanes
+from surgeon.coupling.cells import cells_of, is_row, kinds_of
 from surgeon.coupling.frozen import FrozenGroup, _stuck
 from surgeon.coupling.propagate import Propagation, Slot
 from surgeon.coupling.solve import Solution
 from surgeon.ops.ids import DimIds
-
-Link = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +96,15 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     atoms, slot_of, index_of = touches
     loose = ~solution.frozen[atoms]
     atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
-    cells = _cells(propagation, solution)
-    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), _is_row(solution, cells))
+    cells = cells_of(propagation, solution)
+    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), is_row(solution, cells))
     groups_of = np.full(len(solution.root), -1, dtype=np.int64)
     unit_of = np.full(len(solution.root), -1, dtype=np.int64)
     for number, lanes in enumerate(families):
         groups_of[lanes.ravel()] = number
         unit_of[lanes.ravel()] = np.arange(lanes.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
-    kinds, grids = _kinds(solution, cells, groups_of, families)
+    kinds, grids = kinds_of(solution, cells, groups_of, families)
     made = outputs_of_tensors(propagation, solution)
     found = []
     for number, lanes in enumerate(families):
@@ -200,29 +197,6 @@ def _touches(
     return atom[order], number[order], index[order]
 
 
-def _cells(propagation: Propagation, solution: Solution) -> DimIds:
-    """The classes of cells of grids that some slot's entries lie in; others are only met on the way, as a
-    reshape merges dims.
-    """
-    found = np.zeros(len(solution.root), dtype=bool)
-    here = np.unique(
-        solution.root[np.concatenate([*propagation.slots.values(), np.zeros(0, dtype=np.int64)])]
-    )
-    while here.size:
-        here = here[(solution.row[here] >= 0) & ~found[here]]
-        found[here] = True
-        here = np.unique(np.concatenate([solution.row[here], solution.column[here]]))
-    return np.flatnonzero(found & ~solution.outer)
-
-
-def _is_row(solution: Solution, cells: DimIds) -> DimIds:
-    """Which atoms are rows of a grid: they may touch the same slots as its columns, and are another group."""
-    found = np.zeros(len(solution.root), dtype=bool)
-    for atoms in solution.atoms(solution.row[cells]):
-        found[atoms[atoms >= 0]] = True
-    return found
-
-
 def _families(
     atoms: DimIds, slot_of: DimIds, lanes: BalancedSets, slots: int, is_row: DimIds
 ) -> tuple[list[DimIds], DimIds]:
@@ -285,83 +259,3 @@ def _members(
         tensor, dim = slots[slot_of[part[0]]]
         members[group[part[0]]].append(Member(tensor, dim, index_of[part], unit_of[atoms[part]]))
     return members
-
-
-def _kinds(
-    solution: Solution, cells: DimIds, groups_of: DimIds, families: list[DimIds]
-) -> tuple[list[str], list[int]]:
-    """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
-    count = len(families)
-    kinds, grids = ["channels"] * count, list(range(count))
-    batched = [bool(solution.batched[lanes].any()) for lanes in families]
-    steps = [lanes.shape[1] for lanes in families]
-    pairs: set[tuple[int, int]] = set()
-    for rows in solution.atoms(solution.row[cells]):
-        for columns in solution.atoms(solution.column[cells]):
-            valid = (rows >= 0) & (columns >= 0)
-            r, c = groups_of[rows[valid]], groups_of[columns[valid]]
-            both = (r >= 0) & (c >= 0) & (r != c)
-            pairs |= set(zip(r[both].tolist(), c[both].tolist(), strict=True))
-
-    def leading(r: int, c: int) -> bool:
-        return (not batched[r], steps[r], r) < (not batched[c], steps[c], c)
-
-    def find(x: int) -> int:
-        while grids[x] != x:
-            x = grids[x]
-        return x
-
-    # a merge of dims may name rows and columns the other way round: rows are what ops compute one by one, or
-    # the fewer
-    pairs = {(r, c) for r, c in pairs if (c, r) not in pairs or leading(r, c)}
-    for r, c in sorted(pairs):
-        kinds[r] = "middle" if kinds[r] in ("columns", "middle") else "rows"
-        kinds[c] = "middle" if kinds[c] in ("rows", "middle") else "columns"
-        a, b = find(r), find(c)
-        grids[max(a, b)] = min(a, b)
-    return kinds, [find(i) if kinds[i] != "channels" else -1 for i in range(count)]
-
-
-def find_links(
-    propagation: Propagation, solution: Solution, groups: Iterable[Group]
-) -> tuple[list[tuple[str, str]], set[str]]:
-    """Pairs of groups that must keep the same share, because the model's code computes one width from the
-    other.
-
-    Also the groups that must stay whole, because the other width is frozen.
-    """
-    group_of = np.full(len(solution.root), -1, dtype=np.int64)
-    names = []
-    grids: dict[int, list[int]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        group_of[group.lanes.ravel()] = number
-        names.append(group.name)
-        if group.grid >= 0:
-            grids[group.grid].append(number)
-    of_grid = {number: members for members in grids.values() for number in members}
-
-    def touched(ids: DimIds) -> set[int]:
-        found: set[int] = set()
-        for atoms in solution.atoms(ids):
-            found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
-        return {n for number in found for n in of_grid.get(number, [number])}
-
-    links, pinned = set(), set()
-    for share in propagation.constraints.shares:
-        own, other = share.own, share.other
-        if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
-            continue
-        left, right = touched(own), touched(other)
-        links |= {(min(a, b), max(a, b)) for a in left for b in right if a != b}
-        if not left or not right or any(solution.frozen[solution.root[ids]].any() for ids in (own, other)):
-            pinned |= left | right
-    return [(names[a], names[b]) for a, b in sorted(links)], {names[i] for i in pinned}
-
-
-def reachable(names: set[str], links: Iterable[tuple[str, str]]) -> set[str]:
-    """The names and all that are linked to them, directly or not."""
-    graph = nx.Graph(links)
-    found = set(names)
-    for name in names & set(graph):
-        found |= nx.node_connected_component(graph, name)
-    return found

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import fx, nn
 
-from surgeon.coupling.groups import Group, Link, reachable
+from surgeon.coupling.groups import Group
+from surgeon.coupling.links import Link, reachable
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.errors import InputError
@@ -69,12 +71,7 @@ class Ignored:
         return self._tracks(node for node in read if node not in nodes and node.op != "get_attr")
 
     def _path(self, item: nn.Module | str, argument: str) -> str:
-        if isinstance(item, str):
-            return item
-        path: str | None = next((p for p, m in self.model.named_modules() if m is item), None)
-        if path is None:
-            raise InputError(f"{argument} holds a {type(item).__name__} that is not part of the model")
-        return path
+        return item if isinstance(item, str) else path_of(self.model, item, f"{argument} holds")
 
     def _nodes_of(self, path: str, argument: str) -> set[fx.Node]:
         found = set(nodes_inside(self.graph, path))
@@ -93,6 +90,21 @@ class Ignored:
                 track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()
             ]
         return found
+
+
+def path_of(model: nn.Module, part: Any, said: str = "got") -> str:
+    """The name of a module within a model.
+
+    Raises:
+        InputError: it is no part of the model.
+    """
+    path: str | None = next((p for p, m in model.named_modules() if m is part), None)
+    if path is None:
+        raise InputError(
+            f"{said} a {type(part).__name__} that is not part of the model",
+            fix="pass one of model.modules(), or a name as in model.named_modules()",
+        )
+    return path
 
 
 def _restricted(group: Group, free: DimIds) -> Group:

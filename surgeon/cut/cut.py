@@ -6,7 +6,6 @@ small module's shapes and any of the model's values.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from surgeon.cut.bindings import check_bindings
 from surgeon.cut.plan import Plan, carrying
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
+from surgeon.errors import ConfigWarning, warn
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, unsaid
@@ -88,9 +88,9 @@ class Cutter:
             return found
         if selection.request.get("config_expressible"):
             raise unsaid(found)
-        warnings.warn(
+        warn(
             f"the config of {type(small).__name__} cannot say the new widths ({found}): keep the small model with "
             "surgeon.save(small, folder), or plan with config_expressible=True",
-            stacklevel=5,
+            ConfigWarning,
         )
         return ()

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import nn
 
-from surgeon.coupling.groups import Group, Link
+from surgeon.coupling.groups import Group
+from surgeon.coupling.links import Link
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solve import Solution
 from surgeon.cut.plan import Plan

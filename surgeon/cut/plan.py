@@ -21,14 +21,15 @@ from torch.optim import Optimizer
 from surgeon.cut.bindings import check_bindings
 from surgeon.cut.optimizer_state import carry, check_optimizer
 from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
+from surgeon.cut.plan_text import described
 from surgeon.cut.slice import shrink_module
-from surgeon.errors import FileError, PlanError, ProofWarning
+from surgeon.errors import FileError, InputError, PlanError, ProofWarning
 from surgeon.files import read_file, write_atomically
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.edits import Edit
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What stays.
 
@@ -73,6 +74,11 @@ class Plan:
             InputError: the optimizer holds parameters that the model does not, or state that cannot be
                 sliced.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"a plan is applied to a model, got a {type(model).__name__}",
+                fix="pass the model that the plan was made for: plan.apply(model)",
+            )
         check_fit(self, model)
         if optimizer is not None:
             check_optimizer(optimizer, model)
@@ -133,13 +139,11 @@ class Plan:
         """
         return Plan(**fields_of(text, where))
 
+    def __repr__(self) -> str:
+        return f"<{described(self)[0]}>"
+
     def __str__(self) -> str:
-        share = self.params / max(self.params_before, 1)
-        macs = self.macs / max(self.macs_before, 1)
-        return (
-            f"Plan: {self.params_before:,} -> {self.params:,} params ({share:.1%}), "
-            f"{self.macs_before:,} -> {self.macs:,} MACs ({macs:.1%}), {len(self.kept)} tensors cut"
-        )
+        return "\n".join(described(self))
 
 
 def carrying(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:

@@ -46,7 +46,7 @@ from surgeon.onnx.file import (
     size_on_disk,
 )
 from surgeon.onnx.validate import ANY_BATCH, compare, larger
-from surgeon.selection.cost import macs_of
+from surgeon.ops.macs import macs_of
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")

@@ -12,8 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich import progress
-from rich.console import Console
 from torch import Tensor, nn
 
 from surgeon.capture.batches import normal, samples_of
@@ -261,6 +259,9 @@ def _restore(model: nn.Module, state: list[tuple[Tensor, Tensor]]) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
     """Shows what is walked through, on a terminal."""
+    from rich import progress
+    from rich.console import Console
+
     console = Console(stderr=True)
     with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
 

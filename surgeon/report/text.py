@@ -6,9 +6,8 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from surgeon.coupling.analysis import Analysis
@@ -16,6 +15,9 @@ from surgeon.coupling.frozen import FrozenGroup
 from surgeon.coupling.groups import Group
 from surgeon.graph.messages import where
 from surgeon.selection.cost import ShapeModel, nothing
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SHOWN = 3  # tensors named per line
 
@@ -92,6 +94,8 @@ def count(number: float) -> str:
 
 def table(rows: Sequence[tuple[str, str, str, str]], title: str) -> Table:
     """A rich table of (what, before, after, share) rows."""
+    from rich.table import Table
+
     made = Table(title=title)
     made.add_column("")
     for name in ("before", "after", "after / before"):
@@ -103,6 +107,8 @@ def table(rows: Sequence[tuple[str, str, str, str]], title: str) -> Table:
 
 def text(made: Table, width: int = 110) -> str:
     """A rich table as plain text."""
+    from rich.console import Console
+
     out = io.StringIO()
     Console(file=out, width=width).print(made)
     return out.getvalue()

@@ -24,7 +24,8 @@ from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.letters import Product
-from surgeon.ops.table import info, product
+from surgeon.ops.macs import products_of
+from surgeon.ops.table import info
 
 Choice = DimIds
 
@@ -47,7 +48,7 @@ class ShapeModel:
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._atoms: dict[int, list[DimIds]] = {}  # of each number
         self._choice = self._former = nothing(solution)
-        self.products = _products(graph)
+        self.products = products_of(graph)
 
     def leaves(self, track: DimIds, choice: Choice) -> DimIds:
         """Which entries of a track leave."""
@@ -262,25 +263,12 @@ class ShapeModel:
         return {node: {o.name: given[node][o.name] for o in p.operands} for node, p in self.products.items()}
 
 
-def macs_of(graph: Graph) -> int:
-    """MACs of one run of the model as it was recorded."""
-    return sum(found.macs for found in _products(graph).values())
-
-
-def _products(graph: Graph) -> dict[fx.Node, Product]:
-    """The products that have MACs, in order."""
-    every = ((node, product(node)) for node in graph.fx.nodes)
-    return {
-        node: found for node, found in every if found is not None and any(step.summed for step in found.steps)
-    }
-
-
 def needed_blocks(graph: Graph) -> dict[tuple[str, int], int]:
     """Slot -> what its width must be a multiple of, whatever is asked for: products by expert want rows of 16
     bytes.
     """
     found: dict[tuple[str, int], int] = {}
-    for node, products in _products(graph).items():
+    for node, products in products_of(graph).items():
         if info(node).row_bytes == 1:
             continue
         weight = products.operands[-1]

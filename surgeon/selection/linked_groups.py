@@ -13,10 +13,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-import networkx as nx
 import numpy as np
 
-from surgeon.coupling.groups import Group, Link, reachable
+from surgeon.coupling.groups import Group
+from surgeon.coupling.links import Link, reachable
 from surgeon.ops.ids import DimIds
 from surgeon.selection.amounts import of_pattern
 from surgeon.selection.cost import Choice
@@ -31,8 +31,8 @@ class LinkedGroups:
     `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of
     the band. At least `kept` steps stay. `blocks[i]` is what the kept width of group i is a multiple of, and
     `gives` says whether less will do where nothing else fits, but never less than `needed[i]`, which a kernel
-    asks for; `ratio` is the share asked of this band, if one was. `additive` scores add up over bands to what
-    is lost.
+    asks for; `flexible` blocks may be halved to meet a ratio more closely. `ratio` is the share asked of this
+    band, if one was. `additive` scores add up over bands to what is lost.
     """
 
     groups: list[Group]
@@ -42,6 +42,7 @@ class LinkedGroups:
     kept: int = 1
     blocks: Sequence[int] = (1,)
     gives: bool = False
+    flexible: bool = False
     ratio: float | None = None
     additive: bool = False
     needed: Sequence[int] = ()
@@ -104,6 +105,19 @@ class LinkedGroups:
         counts = self.legal()[::-1]
         return int(counts[np.argmin(np.abs(counts - target))])
 
+    def closest(self, share: float, within: float) -> int:
+        """The count that leaves the nearest share, in blocks that are halved until that is as close as `within`.
+
+        Blocks are halved for "auto" alone. What must stay is not asked for.
+        """
+        wanted = min(share * self.steps, self.steps - self.kept)
+        shrunk, count = 1, self.nearest(share * self.steps)
+        while self.flexible and abs(count - wanted) > within * self.steps and shrunk < max(self.blocks):
+            shrunk *= 2
+            counts = self._whole_blocks(shrunk)[::-1]
+            count = int(counts[np.argmin(np.abs(counts - wanted))])
+        return count
+
     def fewer(self, count: int) -> int | None:
         """The next smaller legal count."""
         below = self.legal()[self.legal() < count]
@@ -160,6 +174,8 @@ def build(
     additive: bool = False,
 ) -> list[LinkedGroups]:
     """The bands of these groups."""
+    import networkx as nx
+
     tied = nx.Graph()
     tied.add_nodes_from(range(len(chosen)))
     place = {group.name: i for i, group in enumerate(chosen)}
@@ -206,6 +222,7 @@ def _band(
         math.ceil(kept),
         blocks,
         isinstance(request.options["round_to"], str),
+        request.options["round_to"] == "auto",
         ratio,
         additive,
         needed,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -103,12 +104,7 @@ class Request:
                 raise InputError(f"{name} must be a positive whole number, got {self.options[name]!r}")
 
     def _check_amounts(self) -> None:
-        if isinstance(self.ratio, torch.Tensor | nn.Module):
-            raise InputError(
-                f"the ratio is a {type(self.ratio).__name__}",
-                why="the argument behind the model is the share of channels that leave",
-                fix="pass a ratio such as 0.5 there, and inputs by name: example_inputs=...",
-            )
+        refuse_as_ratio(self.ratio)
         if (self.ratio is None) == (not self.budgets):
             raise InputError(
                 f"got a ratio and {' and '.join(self.budgets)} together"
@@ -141,6 +137,35 @@ class Request:
             raise InputError(f"unknown round_to {asked!r}", fix=f"use a number, auto, {', '.join(TARGETS)}")
         if not isinstance(asked, str) and not _whole(asked):
             raise InputError(f"round_to must be a positive whole number, auto or a target, got {asked!r}")
+
+
+def refuse_as_ratio(value: Any) -> None:
+    """Refuse what is no ratio, and say which argument it looks like.
+
+    Raises:
+        InputError: it holds tensors, or names parts of the model by anything but their names.
+    """
+    held = (
+        list(value.values())
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, list | tuple)
+        else [value]
+    )
+    if isinstance(value, list | tuple) or any(isinstance(item, torch.Tensor | np.ndarray) for item in held):
+        raise InputError(
+            f"the ratio is a {type(value).__name__}, which looks like example inputs",
+            why="the argument behind the model is the share of channels that leave",
+            fix="pass a number such as 0.5 there, and inputs by name: example_inputs=...",
+        )
+    if isinstance(value, nn.Module):
+        raise InputError("the ratio is a module", fix="the model comes first: surgeon.shrink(model, 0.5)")
+    for key in value if isinstance(value, Mapping) else ():
+        if not isinstance(key, str):
+            raise InputError(
+                f"ratio names a {type(key).__name__}",
+                fix="use names as in model.named_modules(), with * for any part, such as {'layer4.*': 0.5}",
+            )
 
 
 def _whole(value: Any) -> bool:

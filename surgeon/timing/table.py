@@ -8,13 +8,12 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
-
-from rich import table as rich_table
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +129,12 @@ class Table:
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([*lines, "", self._conditions()])
 
-    def rich(self) -> rich_table.Table:
+    def rich(self) -> RichTable:
         """The same table for a rich console; columns that say nothing are left out."""
-        table = rich_table.Table(caption=Text(self._conditions()), caption_justify="left")
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(caption=Text(self._conditions()), caption_justify="left")
         rows = [[cell.replace("ExecutionProvider", "") for cell in self._cells(row)] for row in self.rows]
         said = [place for place in range(len(_HEADER)) if any(row[place] != "-" for row in rows)]
         for place in said:
@@ -142,6 +144,8 @@ class Table:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         sink = io.StringIO()
         Console(file=sink, width=150, color_system=None, force_terminal=False).print(self.rich())
         return sink.getvalue().rstrip()

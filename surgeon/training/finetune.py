@@ -19,14 +19,12 @@ from torch.utils.data import DataLoader
 
 from surgeon.errors import InputError
 from surgeon.training.batches import check_batches, count
-from surgeon.training.clip import Clip, clipper
-from surgeon.training.ema import Average
 from surgeon.training.evaluate import accuracy
 from surgeon.training.loop import Epoch, Loop
 from surgeon.training.losses import Distillation
+from surgeon.training.optimization import SCHEDULES, Average, Clip, Schedule, clipper
 from surgeon.training.penalty import Regularizer
 from surgeon.training.processes import Processes
-from surgeon.training.schedules import SCHEDULES, Schedule
 
 PRECISIONS = ("no", "bf16", "fp16")
 

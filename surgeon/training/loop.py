@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from surgeon.training.checkpoints import (
     restoring,
     save_checkpoint,
 )
-from surgeon.training.ema import Average
 from surgeon.training.evaluate import in_eval_mode
 from surgeon.training.losses import Distillation
 from surgeon.training.objective import Objective
+from surgeon.training.optimization import Average, Schedule
 from surgeon.training.penalty import Regularizer
 from surgeon.training.processes import Processes
-from surgeon.training.progress import Tell, progress_bar
-from surgeon.training.schedules import Schedule
+
+Tell = Callable[[int, str], None]  # of a progress bar: steps done, and a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,3 +274,18 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
         name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
         for name, value in state.items()
     }
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[Tell]:
+    """Gives a function to call with the steps done and a text."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    with Progress(
+        "fine-tuning", *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
+        task = bar.add_task("", total=total, said="")
+        yield lambda done, said: bar.update(task, completed=done, said=said)

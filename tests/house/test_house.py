@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
+
 import surgeon
 
 ROOT = Path(surgeon.__file__).parent
@@ -16,10 +18,25 @@ errors files graph ops capture coupling criteria selection mend cut proof recove
 cli
 """.split()
 
-# The oracle must not share what it checks: ids, groups, choice, slices and mended numbers.
+# The oracle must not share what it checks: ids, groups, choice, slices and mended numbers. What is exported, measured and
+# predicted is any module: plans, groups and choices come in from api as callables and plain data.
+_COUPLING_TO_PROOF = "coupling criteria selection mend cut proof".split()
 FORBIDDEN = {
-    "proof": "coupling criteria selection mend ops.ids ops.context ops.invariants ops.families cut.slice".split(),
+    "proof": "coupling criteria selection mend ops.ids ops.context ops.invariants ops.families cut.slice cut.cut".split(),
+    "onnx": _COUPLING_TO_PROOF,
+    "timing": _COUPLING_TO_PROOF,
+    "latency": _COUPLING_TO_PROOF,
 }
+
+LONGEST, MOST_ARGUMENTS, MOST_FILES = 300, 12, 14
+# Still to be split.
+LONG = """
+capture/recorder coupling/solve criteria/data/gather files mend/candidates mend/edits mend/mend mend/size_check
+mend/traced_forward onnx/export ops/ids proof/small_run proof/verify recovery/layers recovery/layerwise recovery/paired_run
+""".split()
+FULL = ["ops", "capture"]
+# Public functions whose arguments are what they are for.
+WITH_OPTIONS = "shrink_command finetune iterate shrink".split()
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -47,7 +64,7 @@ def test_folders_import_one_way() -> None:
         if folder == "__init__":
             continue
         assert folder in FOLDERS, f"{folder} has no place in the order"
-        for used in {name.split(".")[0] for name in imports(path)} - {folder}:
+        for used in {name.split(".")[0] for name in imports(path)} - {folder, "__version__"}:
             assert FOLDERS.index(used) < FOLDERS.index(folder), (
                 f"{path.relative_to(ROOT)} imports {used}, which comes after it"
             )
@@ -67,7 +84,47 @@ def test_the_bare_folder_shows_the_stages() -> None:
     assert len(shown) <= 22, sorted(p.name for p in shown)
     for folder in (p for p in ROOT.rglob("*") if p.is_dir() and p.name != "__pycache__"):
         files = [p.name for p in folder.glob("*.py")]
-        assert len(files) <= 17, f"{folder.name}: {len(files)} files"
+        limit = 18 if folder.name in FULL else MOST_FILES
+        assert len(files) <= limit, f"{folder.name}: {len(files)} files"
+
+
+def name_of(path: Path) -> str:
+    """`folder.module` of a file; of a package its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not in a circle of any length, wherever the imports stand."""
+    files = {name_of(path): path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"}
+
+    def module(name: str) -> str:
+        """The module that a name is of: the name itself, or what it stands in."""
+        return name if name in files else name.rpartition(".")[0]
+
+    graph = nx.DiGraph(
+        (name, module(used))
+        for name, path in files.items()
+        for used in imports(path)
+        if module(used) in files and module(used) != name
+    )
+    assert [part for part in nx.strongly_connected_components(graph) if len(part) > 1] == []
+
+
+def test_modules_are_short() -> None:
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).with_suffix("").as_posix()
+        lines = len(path.read_text().splitlines())
+        if name not in LONG:
+            assert lines <= LONGEST, f"{name} has {lines} lines: split it"
+
+
+def test_functions_take_few_arguments() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in WITH_OPTIONS:
+                taken = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+                assert taken <= MOST_ARGUMENTS, f"{path.name}: {node.name} takes {taken} arguments"
 
 
 def test_public_names() -> None:

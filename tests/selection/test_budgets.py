@@ -276,7 +276,7 @@ def test_like_groups_compete_among_themselves() -> None:
 # -- aligned widths ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [{"ratio": 0.3}, {"macs": 0.5}, {"params": 0.3}, {"ratio": 0.99}])
+@pytest.mark.parametrize("asked", [{"ratio": 0.3}, {"macs": 0.5}, {"params": 0.3}, {"ratio": 0.75}])
 def test_auto_keeps_whole_blocks(model: Net, asked: dict[str, Any]) -> None:
     plan = surgeon.inspect(model, X).plan(**asked)
     assert plan.request["block"] in (8, 16)
@@ -288,7 +288,7 @@ def test_auto_keeps_whole_blocks(model: Net, asked: dict[str, Any]) -> None:
 def test_auto_gives_way_where_groups_are_narrow() -> None:
     net = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6), nn.Linear(6, 3))
     small = surgeon.shrink(net, 0.5, example_inputs=torch.randn(2, 4))
-    assert [layer.out_features for layer in small] == [4, 2, 3]  # blocks of 4 and of 2, as two of them fit
+    assert [layer.out_features for layer in small] == [6, 3, 3]  # blocks of 4 and of 2 would miss the ratio
 
 
 def narrow(share: float, **options: Any) -> tuple[list[int], surgeon.Plan]:

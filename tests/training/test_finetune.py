@@ -32,7 +32,7 @@ from surgeon.training import (
     soft_targets,
 )
 from surgeon.training.checkpoints import load_checkpoint, save_checkpoint
-from surgeon.training.schedules import constant, cosine, step
+from surgeon.training.optimization import constant, cosine, step
 
 G = torch.Generator().manual_seed(5)
 X, Y = torch.randn(48, 6, generator=G), torch.randint(0, 4, (48,), generator=G)

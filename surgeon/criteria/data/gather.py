@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from surgeon.capture.batches import check_iterable, does_not_run, no_batch, normal, one_number, samples_of
@@ -298,6 +296,9 @@ def _untouched(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]
 @contextlib.contextmanager
 def _progress(data: Iterable[Any]) -> Iterator[Iterable[Any]]:
     """The data, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         total = len(data) if isinstance(data, Sized) else None

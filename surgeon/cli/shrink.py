@@ -1,0 +1,282 @@
+"""What `surgeon shrink` does: model, options -> the small model's files, printed figures; all or nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from surgeon import criteria
+from surgeon.api.pipeline import check, inspect, prove
+from surgeon.api.surgery import Surgery
+from surgeon.cli.files import batches_in
+from surgeon.cli.models import build
+from surgeon.cut.plan import Plan
+from surgeon.cut.store import WEIGHTS, publish, write
+from surgeon.errors import ExportError, FileError, InputError
+from surgeon.files import draft_folder, load_weights
+from surgeon.onnx.export import export
+from surgeon.onnx.file import is_weights_of
+from surgeon.recovery.options import DEFAULT
+from surgeon.recovery.recover import Recovery, recover
+from surgeon.report.text import count, table
+from surgeon.timing.bench import bench
+from surgeon.timing.table import Table
+
+ONNX = "model.onnx"
+_WIDTH = 130  # of tables that go to a file or a pipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model of the command line: where it is, its weights, its example input."""
+
+    model: str
+    weights: Path | None
+    shape: str | None
+    dtype: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is to be done beside the cut.
+
+    Attributes:
+        data, batch: real inputs, and how many rows of them make a batch.
+        distill: also train on the data.
+        out: the folder of the files.
+        onnx, measure, fused: write model.onnx; measure before and after; fold batch norms in the file.
+        outputs: names of the outputs that must stay.
+    """
+
+    data: Path | None
+    batch: int
+    distill: bool
+    out: Path
+    onnx: bool
+    measure: bool
+    fused: bool
+    outputs: list[str] | None
+
+
+def describe(source: Source) -> None:
+    """Print what may leave a model."""
+    net, inputs = _load(source)
+    with _stage("record"):
+        surgery = inspect(net, inputs)
+    typer.echo(str(surgery))
+
+
+def cut(source: Source, ratio: float | None, options: dict[str, Any], wanted: Wanted) -> None:
+    """Cut, prove, recover, export, measure, write and print.
+
+    Raises:
+        SurgeonError: of any stage; nothing is written then.
+    """
+    check(ratio, **options)  # refuses bad arguments before anything runs
+    batches = _batches(options["criterion"], wanted)
+    net, inputs = _load(source)
+    if batches is not None:
+        inputs = _first_row(batches[0]) if inputs is None else inputs
+        options["data"] = batches if criteria.looks_at_data(options["criterion"]) else None
+    with _draft_folder(wanted.out) as draft:
+        with _stage("record"):
+            surgery = inspect(net, inputs, outputs=wanted.outputs)
+        for remark in surgery.remarks:
+            _say(f"note: {remark}")
+        with _stage("choose and cut", quiet=batches is not None):
+            small, plan = surgery.cut(ratio, **options)
+        with _stage("prove"):
+            proof = prove(net, small, plan, surgery)
+        found = None if batches is None else _recovered(small, plan, net, batches, wanted, source.seed)
+        small = small if found is None else found.model
+        timed = _written(net, small, surgery, draft, wanted)
+    _print_result(net, small, plan, timed)
+    typer.echo(str(proof))
+    if found is not None:
+        typer.echo(str(found))
+    names = [WEIGHTS, "plan.json"] + [ONNX] * wanted.onnx
+    typer.echo(f"written: {', '.join(names)} in {wanted.out}")
+
+
+def _batches(criterion: str, wanted: Wanted) -> list[Any] | None:
+    if wanted.data is not None:
+        return batches_in(wanted.data, wanted.batch)
+    if wanted.distill or criteria.looks_at_data(criterion):
+        what = "--distill" if wanted.distill else f"--criterion {criterion}"
+        raise InputError(f"{what} needs samples", fix="pass --data FILE, some hundred inputs without labels")
+    return None
+
+
+def _recovered(
+    small: nn.Module, plan: Plan, net: nn.Module, batches: list[Any], wanted: Wanted, seed: int
+) -> Recovery:
+    steps = (*DEFAULT, "distill") if wanted.distill else DEFAULT
+    return recover(small, plan, net, batches, steps=steps, seed=seed)
+
+
+def _written(net: nn.Module, small: nn.Module, surgery: Surgery, draft: Path, wanted: Wanted) -> Table | None:
+    """Write all files into the draft folder; the latencies before and after, if they are wanted."""
+    with _stage("export"):
+        files = _write(net, small, surgery, draft, wanted)
+    timed = None
+    if wanted.measure:
+        with _stage("measure"):
+            timed = bench({"original, torch": net, "small, torch": small, **files}, _inputs_of(surgery))
+    for file in [*draft.glob("original.onnx*")]:  # only there to be measured
+        file.unlink()
+    return timed
+
+
+# -- what is printed -----------------------------------------------------------------------------------------
+
+
+def _stage(name: str, *, quiet: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """A spinner, on terminals only; quiet where a bar of its own shows how it goes on."""
+    return contextlib.nullcontext() if quiet else Console(stderr=True).status(name)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_result(model: nn.Module, small: nn.Module, plan: Plan, timed: Table | None) -> None:
+    """The table before and after, and the measurements with their intervals."""
+    figures: list[tuple[str, float, float, Callable[[float], str]]] = [
+        ("params", _params(model), _params(small), count),
+        ("MACs", plan.macs_before, plan.macs, count),
+        ("size (MB)", _megabytes(model), _megabytes(small), "{:.2f}".format),
+    ]
+    if timed is not None:
+        time = {row.name: row.p50 for row in timed.rows}
+        figures += [
+            (
+                f"median latency, {kind} (ms)",
+                time[f"original, {kind}"],
+                time[f"small, {kind}"],
+                "{:.3f}".format,
+            )
+            for kind in ("torch", "ONNX")
+            if f"small, {kind}" in time
+        ]
+    rows = [(what, show(a), show(b), f"{b / a:.1%}" if a else "-") for what, a, b, show in figures]
+    console = Console()
+    console = console if console.is_terminal else Console(width=_WIDTH)
+    console.print(table(rows, type(model).__name__))
+    if timed is not None:
+        console.print(timed.rich())
+
+
+def _params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _megabytes(model: nn.Module) -> float:
+    """Of the floating-point parameters and buffers, shared ones counted once."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+# -- what is written -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _draft_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder in `out` whose files take the places of those of an earlier run if all went well; else
+    nothing stays behind.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with _writing(out):
+            draft = stack.enter_context(draft_folder(out))
+        yield draft
+        with _writing(out):
+            publish(draft, out, stale=lambda name: name == ONNX or is_weights_of(name, ONNX))
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        fix = "choose a folder that can be written"
+        why = f"{error.where}: {error.why}"
+        raise InputError("cannot write to --out", where=str(out), why=why, fix=fix) from error
+
+
+def _write(
+    model: nn.Module, small: nn.Module, surgery: Surgery, draft: Path, wanted: Wanted
+) -> dict[str, Path]:
+    """All files into the draft folder; the ONNX files by the names to measure them under."""
+    write(small, draft)
+    files = {}
+    inputs = _inputs_of(surgery)
+    for name, file, module in (("original, ONNX", "original.onnx", model), ("small, ONNX", ONNX, small)):
+        if wanted.onnx and (wanted.measure or module is small):
+            files[name] = draft / file
+            _export(module, draft / file, inputs, wanted.fused)
+    return files
+
+
+def _export(model: nn.Module, path: Path, inputs: Any, fused: bool) -> None:
+    """With any batch size if the model can, else with the one of the inputs."""
+    try:
+        export(model, path, inputs, fuse=fused)
+    except ExportError as error:
+        export(model, path, inputs, dynamic_batch=False, fuse=fused)
+        _say(f"note: {path.name} has a fixed batch size: {error.what}")
+
+
+def _inputs_of(surgery: Surgery) -> Any:
+    return dict(surgery.graph.kwargs) or surgery.graph.args
+
+
+# -- what is read --------------------------------------------------------------------------------------------
+
+
+def _load(source: Source) -> tuple[nn.Module, Any]:
+    """The model in eval mode with its weights, and example inputs (None: to be found)."""
+    sizes = _sizes(source.shape)
+    torch.manual_seed(source.seed)
+    with _stage("load"):
+        net = build(source.model).eval()
+    if source.weights is None:
+        _say("note: no --weights were given, so the weights are random")
+    else:
+        load_weights(net, source.weights)
+    if sizes is None:
+        return net, None
+    if source.dtype == "float32":
+        return net, torch.randn(sizes)
+    words = next((m.num_embeddings for m in net.modules() if isinstance(m, nn.Embedding)), 2)
+    return net, (torch.arange(math.prod(sizes)) % words).reshape(sizes)
+
+
+def _first_row(batch: Any) -> Any:
+    return {name: rows[:1] for name, rows in batch.items()} if isinstance(batch, dict) else batch[:1]
+
+
+def _sizes(shape: str | None) -> list[int] | None:
+    if shape is None:
+        return None
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise InputError(
+            f"--input {shape!r} is not a shape",
+            fix="pass positive whole numbers, such as --input 1,3,224,224",
+        )
+    return sizes

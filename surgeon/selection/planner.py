@@ -1,0 +1,172 @@
+"""Planner: the linked groups of a model in the blocks that a request asks for, and what leaves at a share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+
+import numpy as np
+
+from surgeon.coupling.groups import Group
+from surgeon.coupling.links import Link
+from surgeon.ops.ids import DimIds
+from surgeon.selection.amounts import of_pattern
+from surgeon.selection.cost import Choice, ShapeModel, needed_blocks, nothing
+from surgeon.selection.linked_groups import LinkedGroups, build, narrowed, sides
+from surgeon.selection.request import Request
+from surgeon.selection.shares import CLOSE
+
+
+@dataclasses.dataclass
+class State:
+    """How many steps each band loses."""
+
+    bands: list[LinkedGroups]
+    counts: list[int]
+
+
+class Planner:
+    def __init__(
+        self,
+        groups: list[Group],
+        scores: Callable[[Group], DimIds],
+        shapes: ShapeModel,
+        request: Request,
+        links: list[Link],
+        block: int,
+        additive: bool,
+    ) -> None:
+        self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
+        self.score, self.additive = scores, additive
+        self.narrow = False  # whether groups of convolutions that hold one block may keep a part of it
+        self._bands: dict[tuple[str, ...], list[LinkedGroups]] = {}
+        self._slots: dict[str, list[DimIds]] = {}
+        self._needed = needed_blocks(shapes.graph)
+
+    def bands(self, ratio: float) -> list[LinkedGroups]:
+        asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
+        chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
+        key = tuple(group.name for group in chosen)
+        if key not in self._bands:
+            found = self._built(chosen, self._block)
+            if isinstance(self.request.options["round_to"], str) and all(
+                len(band.legal()) == 1 for band in found
+            ):
+                found = self._built(chosen, self._narrowed)
+            self._bands[key] = found
+        return self._bands[key]
+
+    def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[LinkedGroups]:
+        def whole(group: Group) -> tuple[int, int]:
+            sizes = [
+                (self._needed.get((m.tensor, m.dim), 1) * group.width, len(m.index)) for m in group.members
+            ]
+            needed = [size // math.gcd(size, own) for size, own in sizes if size > group.width]
+            return block(group), math.lcm(*needed)
+
+        return build(groups, self.links, self.score, self.request, whole, self.additive)
+
+    def _narrowed(self, group: Group) -> int:
+        return narrowed(self.block, group.width)
+
+    def _block(self, group: Group) -> int:
+        """What the group's width is a multiple of.
+
+        Convolutions pad narrower widths to a whole block, and leave their fast path behind one, so that a
+        part of a block saves nothing; matrix products do not, so that narrow groups may keep less. If nothing
+        could leave a model otherwise, all may.
+        """
+        tensors = self.shapes.graph.tensors
+        if not isinstance(self.request.options["round_to"], str):
+            return self.block
+        if self.narrow:
+            return self._narrowed(group)
+        convolved = any(tensors[member.tensor].dim() > 2 for member in group.members)
+        return self.block if convolved and group.width >= self.block else narrowed(self.block, group.width)
+
+    def relaxed(self) -> bool:
+        """Whether smaller parts of groups may leave now than before; never where the user named the block."""
+        if self.request.options["round_to"] != "auto" or (self.narrow and self.block == 1):
+            return False
+        if self.narrow:
+            self.block //= 2
+        self.narrow = True
+        self._bands.clear()
+        return True
+
+    def at(self, ratio: float, scope: str | None = None, bands: list[LinkedGroups] | None = None) -> State:
+        """What leaves at this share of channels."""
+        bands = self.bands(ratio) if bands is None else bands
+        scope = scope or self.request.scope
+        counts = [0] * len(bands)
+        if scope == "uniform" and self.request.ratio is not None:
+            counts = [band.closest(ratio if band.ratio is None else band.ratio, CLOSE) for band in bands]
+        elif scope == "uniform":
+            counts = [band.nearest(ratio * band.steps) for band in bands]
+        else:
+            pools: dict[Hashable, list[int]] = defaultdict(list)
+            for number, band in enumerate(bands):
+                pools[_structure(band) if scope == "isomorphic" else ""].append(number)
+            for pool in pools.values():
+                for number, count in _lowest([bands[i] for i in pool], ratio).items():
+                    counts[pool[number]] = bands[pool[number]].nearest(count)
+        return State(bands, counts)
+
+    def choice(self, state: State) -> Choice:
+        """The units that leave; fewer where units of one group would together take all indices of a slot."""
+        choice = nothing(self.shapes.solution)
+        for band, count in zip(state.bands, state.counts, strict=True):
+            band.remove(choice, count)
+            while count and any(self._empties(choice, group) for group in band.groups):
+                band.give_back(choice)
+                count = band.fewer(count) or 0
+                band.remove(choice, count)
+        return choice
+
+    def _empties(self, choice: Choice, group: Group) -> bool:
+        return any(self.shapes.leaves(slot, choice).all() for slot in self._shared(group))
+
+    def _shared(self, group: Group) -> list[DimIds]:
+        """The slots with an index that two units hold: it leaves with either."""
+        if group.name not in self._slots:
+            slots = self.shapes.propagation.slots
+            found = [m for m in group.members if len(m.index) > int(m.index.max()) + 1]
+            self._slots[group.name] = [slots[member.tensor, member.dim] for member in found]
+        return self._slots[group.name]
+
+
+def _lowest(bands: list[LinkedGroups], ratio: float) -> dict[int, int]:
+    """Steps that leave if the lowest scores of all these bands do, up to this share of their channels."""
+    total = sum(band.width * band.steps for band in bands)
+    entries = sorted(
+        (
+            (float(score), number)
+            for number, band in enumerate(bands)
+            for score in np.maximum.accumulate(band.score)[: max(band.steps - band.kept, 0)]
+        ),
+        key=lambda entry: entry[0],
+    )
+    counts: dict[int, int] = defaultdict(int)
+    gone = 0.0
+    for _, number in entries:
+        if gone + bands[number].width / 2 > ratio * total:
+            break
+        counts[number] += 1
+        gone += bands[number].width
+    return counts
+
+
+def _structure(band: LinkedGroups) -> Hashable:
+    """What groups of like structure have in common: the kinds of slots that they touch, and how often (Fang
+    et al., 2024).
+    """
+    return tuple(
+        (
+            group.kind,
+            group.attention,
+            tuple(sorted(Counter((m.tensor.rpartition(".")[2], m.dim) for m in group.members).items())),
+        )
+        for group in band.groups
+    )

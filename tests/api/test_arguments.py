@@ -1,0 +1,90 @@
+"""Arguments that stand in the wrong place or have another library's name: one error that says what was meant."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.errors import InputError
+from surgeon.selection.options import OPTIONS, PlanOptions, check_names
+
+X = torch.randn(2, 5)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+WRONG: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "inputs as the ratio": (lambda m: surgeon.shrink(m, X), "example_inputs="),
+    "a tuple of inputs as the ratio": (lambda m: surgeon.shrink(m, (X,)), "example_inputs="),
+    "named inputs as the ratio": (lambda m: surgeon.shrink(m, {"x": X}), "example_inputs="),
+    "inputs as the ratio of a plan": (lambda m: surgeon.inspect(m, X).plan(X), "example_inputs="),
+    "swapped": (lambda m: surgeon.inspect(X, m), "the model comes first"),
+    "swapped in shrink": (lambda m: surgeon.shrink(X, m), "the model comes first"),
+    "ratio and model swapped": (lambda m: surgeon.shrink(0.5, m), "the model comes first"),
+    "a ratio as the inputs": (lambda m: surgeon.inspect(m, 0.5), "surgery.plan(0.5)"),
+    "flops": (lambda m: surgeon.shrink(m, flops=0.5, example_inputs=X), "did you mean macs?"),
+    "pruning_ratio": (
+        lambda m: surgeon.shrink(m, pruning_ratio=0.5, example_inputs=X),
+        "did you mean ratio?",
+    ),
+    "ignored_layers": (
+        lambda m: surgeon.inspect(m, X).plan(0.5, ignored_layers=[m]),
+        "did you mean ignore?",
+    ),
+    "a slip": (lambda m: surgeon.inspect(m, X).plan(0.5, criteron="l2"), "did you mean criterion?"),
+    "a module as the ratio's name": (lambda m: surgeon.inspect(m, X).plan({m[0]: 0.5}), "named_modules()"),
+    "no model": (lambda m: surgeon.inspect(m, X).plan(0.5).apply(None), "plan.apply(model)"),
+    "a module of another model": (lambda m: surgeon.inspect(m, X).explain(nn.Linear(2, 2)), "not part of"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_one_error_says_what_was_meant(case: str) -> None:
+    call, text = WRONG[case]
+    with pytest.raises(InputError) as caught:
+        call(net())
+    assert text in str(caught.value) and len(str(caught.value)) < 900
+
+
+def test_a_module_can_be_explained() -> None:
+    model = net()
+    surgery = surgeon.inspect(model, X)
+    assert str(surgery.explain(model[0])) == str(surgery.explain("0"))
+
+
+def test_print_outs_are_short_where_they_should_be() -> None:
+    surgery = surgeon.inspect(net(), X)
+    plan = surgery.plan(0.5, round_to=1)
+    for text in (repr(plan), repr(surgery)):
+        assert len(text) < 300 and "\n" not in text
+    assert "Sequential" in repr(surgery) and "1 groups" in repr(surgery)
+    assert "0.weight[0] keeps 8" in str(plan) and str(plan).startswith("Plan: 130 -> 66 params")
+
+
+@pytest.mark.parametrize("function", [surgeon.Surgery.plan, surgeon.shrink, surgeon.iterate])
+def test_the_options_stand_once(function: Callable[..., Any]) -> None:
+    """All of them are in the signature, with their defaults, and explained."""
+    parameters = inspect.signature(function).parameters
+    for name, option in OPTIONS.items():
+        assert parameters[name].default == option.default
+        assert f"\n    {name}: " in (function.__doc__ or "")
+    assert set(OPTIONS) == set(PlanOptions.__annotations__)
+    check_names(OPTIONS)
+
+
+def test_selection_is_plain_data() -> None:
+    surgery = surgeon.inspect(net(), X)
+    selection = surgery.select(0.5, round_to=1)
+    small, plan = surgery.cut(0.5, round_to=1)
+    assert selection.kept == plan.kept and selection.cost.macs == plan.macs
+    assert plan == surgery.plan(0.5, round_to=1) == surgeon.Plan.from_json(small._surgeon_plans[-1])
+    again = plan.apply(surgery.model)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
