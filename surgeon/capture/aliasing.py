@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.graph.graph import Spec
+from surgeon.graph.opaque_ops import as_written
 
 aten = torch.ops.aten
 getitem = operator.getitem
@@ -71,13 +72,39 @@ def functional(func: Any) -> Any:
     namespace = getattr(torch.ops, func._schema.name.split("::")[0])
     if name in _RENAMED:
         return _RENAMED[name]
-    packet = getattr(namespace, name.removesuffix("_"), None) if name.endswith("_") else None
+    known = name.endswith("_") and hasattr(namespace, name.removesuffix("_"))
+    packet = getattr(namespace, name.removesuffix("_")) if known else None
     if packet is None:
         return None
     overloads = [
         getattr(packet, name) for name in sorted(packet.overloads(), key=lambda n: n != func._overloadname)
     ]
     return next((op for op in overloads if _takes(op)[: len(_takes(func))] == _takes(func)), None)
+
+
+@cache
+def without_out(func: Any) -> Any:
+    """The op that returns what a form with an `out` argument writes: `add.out` -> `add.Tensor`. None if there is none."""
+    places = _write_positions(func)
+    if not all(by_name for _, _, by_name in places):
+        return None
+    packet = getattr(getattr(torch.ops, func._schema.name.split("::")[0]), func._schema.name.split("::")[1])
+    written_to = {name for _, name, _ in places}
+    rest = [argument for argument in _takes(func) if argument[0] not in written_to]
+    found = (getattr(packet, name) for name in packet.overloads())
+    return next((op for op in found if _takes(op) == rest and not writes(op)), None)
+
+
+@cache
+def whole(func: Any) -> Any:
+    """An op that writes, as one that returns what it writes, whatever it is."""
+    return as_written(func, tuple((place, name) for place, name, _ in _write_positions(func)))
+
+
+@cache
+def names(op: Any) -> frozenset[str]:
+    """The names of an op's arguments."""
+    return frozenset(argument.name for argument in op._schema.arguments)
 
 
 def _takes(op: Any) -> list[tuple[str, str]]:

@@ -37,8 +37,7 @@ class AlignedRun(PlainMode):
         call = self.calls[self.at]
         return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if has(name, Trait.COPIES) or name == "as_strided_":
             return func(*args, **kwargs)

@@ -65,6 +65,7 @@ def capture(
         example_inputs, assumed = find_inputs(model)
     args, kwargs = real_indices(normalize(example_inputs))
     recorder = Recorder(model)
+    sizes = SizeMode(recorder.node_of, recorder.assign, recorder.product)
     asked: list[Decision] = []
     with quiet_run(model, 0, training, answers, asked):
         try:
@@ -75,7 +76,7 @@ def capture(
                 with (
                     looking_inside_functional(),
                     recorder,
-                    SizeMode(recorder.node_of, recorder.assign, recorder.product),
+                    sizes,
                 ):
                     before = python_draws()
                     output = model(*given[0], **given[1])
@@ -83,7 +84,7 @@ def capture(
                         Decision("value", f"a number drawn by {name}", "one of many", None)
                         for name in drawn_since(before)
                     ]
-            graph = recorder.finish(output, args, kwargs, assumed, outputs)
+            graph = recorder.finish(output, args, kwargs, assumed, outputs, sizes.reads)
             decisions = (*graph.decisions, *dict.fromkeys(asked))
             told = tuple((answers or {}).items())
             return dataclasses.replace(graph, training=training, answers=told, decisions=decisions)

@@ -11,15 +11,39 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from surgeon.capture.control_flow import ControlFlow
+from surgeon.graph.opaque_ops import as_op
+
 
 class PlainMode(TorchDispatchMode):
     """A dispatch mode that torch.compile never meets, so its handler is not wrapped against it (10 us an
     op).
+
+    While one runs, functions that forward compiles on its way run as they are, and `cond` and `while_loop` are what
+    Python does: the branch that is taken, a loop. Other operators that take functions come as ops (`HigherOrder`).
     """
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+    def __enter__(self) -> PlainMode:
+        self.control_flow = ControlFlow()
+        self.control_flow.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return]  # torch does not say
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.control_flow.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.call(as_op(func), args, kwargs or {})
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an op."""
+        return func(*args, **kwargs)
 
 
 class Meta(PlainMode):
@@ -30,8 +54,7 @@ class Meta(PlainMode):
     tensor.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(t.is_meta for t in given):
             return func(*to_meta(args), **to_meta(kwargs))

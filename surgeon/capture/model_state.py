@@ -37,12 +37,12 @@ class Rescue(PlainMode):
             if tensor.layout is torch.strided and not tensor.is_meta:
                 self.parameters[tensor.untyped_storage()._cdata].append(tensor)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for target in written(func, args, kwargs or {}):
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        for target in written(func, args, kwargs):
             if target.layout is torch.strided and not target.is_meta:
                 for tensor in self.parameters.pop(target.untyped_storage()._cdata, ()):
                     self.saved[id(tensor)] = tensor, tensor.detach().clone()
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def put_back(self) -> None:
         """Give the tensors the values that they had."""

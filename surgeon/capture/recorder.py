@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from surgeon.capture import aliasing as _views
 from surgeon.capture.call_stack import CallStack, user_line
 from surgeon.capture.meta_run import PlainMode
-from surgeon.capture.paths.decisions import decisions_of
+from surgeon.capture.paths.decisions import decisions_of, note_value, reads_a_value
 from surgeon.capture.value_dependent import decides, decision
 from surgeon.errors import CaptureError
-from surgeon.graph.graph import HELD, Call, Graph, Spec
+from surgeon.graph.graph import HELD, Call, Graph, Read, Spec
 from surgeon.graph.messages import source_line
+from surgeon.graph.opaque_ops import HigherOrder, held_by_functions
 from surgeon.graph.tensors import architecture, held_tensors, named, named_tensors, tensor_leaves
 
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
@@ -195,8 +196,7 @@ class Recorder(PlainMode):
 
     # -- ops -------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten.copy_.default and _views.overlap(*args[:2]):
             raise CaptureError(
                 "a tensor is copied onto a part of itself that overlaps with it",
@@ -215,6 +215,8 @@ class Recorder(PlainMode):
             self._nodes(args),
             {key: self._nodes(value) for key, value in kwargs.items()},
         )
+        if isinstance(func, HigherOrder):
+            graph_kwargs["held"] = self._nodes(held_by_functions(args))
         out = func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             node = self._turn(func, args, graph_args, graph_kwargs)
@@ -222,6 +224,8 @@ class Recorder(PlainMode):
             node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
+        if reads_a_value(func):
+            note_value(self.node(self._value(args[0])), out, node.meta["source"])
         if decides(func, args, kwargs):
             node.meta["decision"] = decision(out)
         self.calls.append(Call(func, node, self.stack.current, node.meta["source"], self.within))
@@ -277,21 +281,36 @@ class Recorder(PlainMode):
     def _write(
         self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any
     ) -> fx.Node:
-        pure = _views.functional(func)
-        if pure is None or len(written) != 1 or not args or written[0] is not args[0]:
-            raise CaptureError(
-                f"cannot record {func}, which writes to its inputs in place",
-                where=self.stack.current,
-                why="it has no functional form that surgeon knows",
-                fix="replace the in-place op in the model's forward by one that returns a new tensor",
-            )
-        node = self._emit(
-            pure,
-            graph_args,
-            {**graph_kwargs, **_views.left_out(func, pure, graph_args, graph_kwargs)},
-            _spec(args[0]),
+        pure = (
+            _views.functional(func) if written[0] is (args[0] if args else None) else _views.without_out(func)
         )
-        value = self._value(args[0])
+        if pure is None or len(written) != 1:
+            return self._write_whole(func, graph_args, graph_kwargs, written, out)
+        rest = {key: value for key, value in graph_kwargs.items() if key in _views.names(pure)}
+        more = _views.left_out(func, pure, graph_args, graph_kwargs)
+        node = self._emit(pure, graph_args, {**rest, **more}, _spec(written[0]))
+        self._now_holds(written[0], node)
+        if isinstance(out, Tensor) and self._lookup(out) is None:
+            self._bind(out, self._value(written[0]))
+        return node
+
+    def _write_whole(
+        self, func: Any, graph_args: Any, graph_kwargs: Any, written: list[Tensor], out: Any
+    ) -> fx.Node:
+        """An op without a functional form, as one op that gives its outputs and what it wrote."""
+        outputs = list(out) if isinstance(out, list | tuple) else [] if out is None else [out]
+        spec = tuple(_spec(item) if isinstance(item, Tensor) else None for item in (*outputs, *written))
+        node = self._emit(_views.whole(func), graph_args, graph_kwargs, spec)
+        for index, tensor in enumerate(written, len(outputs)):
+            self._now_holds(tensor, self._item(node, index))
+        for index, item in enumerate(outputs):
+            if isinstance(item, Tensor) and self._lookup(item) is None:
+                self._bind(item, _Value(self._item(node, index)))
+        return node
+
+    def _now_holds(self, tensor: Tensor, node: fx.Node) -> None:
+        """A tensor was written to: it holds another value, and so does all that it is a view of."""
+        value = self._value(tensor)
         value.node = node
         while value.base is not None:
             base = value.base
@@ -308,10 +327,7 @@ class Recorder(PlainMode):
             base.node = self._emit(inverse[0], inverse[1], inverse[2], base_spec)
             value = base
         value.version += 1
-        self._mark(self._value(args[0]), value.version)
-        if isinstance(out, Tensor) and self._lookup(out) is None:
-            self._bind(out, self._value(args[0]))
-        return node
+        self._mark(self._value(tensor), value.version)
 
     def _mark(self, value: _Value | None, version: int) -> None:
         while value is not None:
@@ -327,16 +343,18 @@ class Recorder(PlainMode):
         kwargs: Mapping[str, Any],
         assumed: str,
         names: Sequence[str] | None = None,
+        reads: Sequence[Read] = (),
     ) -> Graph:
         leaves = list(tensor_leaves(output))
-        if not leaves:
+        if not leaves and not reads:
             raise CaptureError(
                 f"the model's output holds no tensor (it is a {type(output).__name__})",
                 fix="let forward return a tensor, or a dict, list, tuple or dataclass of tensors",
             )
         counted = named(leaves, names)
         outputs = tuple((path, self.node(self._value(tensor))) for path, tensor in counted)
-        self.graph.output(tuple(node for _, node in outputs))
+        left = [read.node for read in reads if read.node is not None]
+        self.graph.output((*(node for _, node in outputs), *left))
         return Graph(
             fx=self.graph,
             tensors=self.tensors,
@@ -346,6 +364,7 @@ class Recorder(PlainMode):
             hash=self.hash,
             calls=tuple(self.calls),
             outputs=outputs,
+            reads=tuple(reads),
             results=tuple(tensor.detach() for _, tensor in counted),
             inputs=tuple(self.inputs),
             args=args,

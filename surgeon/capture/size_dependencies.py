@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from surgeon.capture.call_stack import user_line
-from surgeon.capture.paths.decisions import looks_at_a_value, note_length, note_value
-from surgeon.capture.size_tracing import Sizes
+from surgeon.capture.paths.decisions import note_length
+from surgeon.capture.size_tracing import Sizes, inside_transform
 from surgeon.capture.traced_size import Follows, SizeNumber, TracedInt
+from surgeon.graph.graph import Read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SizeMode(Sizes):
     ) -> None:
         super().__init__()
         self.node_of, self.assign, self.within = node_of, assign, within
+        self.reads: list[Read] = []
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         node = self.node_of(tensor) if size > 1 else None
@@ -61,6 +63,10 @@ class SizeMode(Sizes):
             count if node is None else SizeNumber(count, tuple(Follows(node, d) for d in range(tensor.dim())))
         )
 
+    def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        self.reads.append(Read(how, self.node_of(tensor), tensor.detach().clone(), user_line()))
+        return function(tensor)
+
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         self.within(number)
         try:
@@ -69,13 +75,13 @@ class SizeMode(Sizes):
             self.within(0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if inside_transform():
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
             self.assign(args[0], args[1])
         result = super().__torch_function__(func, types, args, kwargs)
-        if looks_at_a_value(name):
-            note_value(name, self.node_of(args[0]), result, user_line())
-        elif name == "__len__":
+        if name == "__len__":
             note_length(self.node_of(args[0]), result, user_line())
         elif name in ("numel", "nelement") and type(result) is int:
             return self.all_entries(args[0], result)

@@ -20,10 +20,20 @@ import torch.nn.functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from surgeon.capture.control_flow import IN_PYTHON
+
 _PRODUCTS = {  # torch makes them of other ops where a size is 1, or by how the operands lie in memory
     torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum, torch.tensordot, torch.linalg.multi_dot,
     torch.nn.functional.linear, torch.nn.functional.bilinear, torch.nn.functional.scaled_dot_product_attention,
 }  # fmt: skip
+
+
+def inside_transform() -> bool:
+    """Whether a transform such as `vmap` runs: sizes are those of one sample there, and the ops are on all of them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_LEAVE = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))  # what they give is none of torch's
 
 
 class Sizes(TorchFunctionMode):
@@ -37,16 +47,27 @@ class Sizes(TorchFunctionMode):
         """What the code gets for one size."""
         raise NotImplementedError
 
+    def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        """What the code gets of values that leave torch: `function(tensor)`, or what it gives for others."""
+        return function(tensor)
+
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         """Run a product and give what it gives; `number` counts them from 1."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if inside_transform():
+            return func(*args, **(kwargs or {}))
+        if func in IN_PYTHON:
+            with self:
+                return IN_PYTHON[func](*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _LEAVE and isinstance(args[0], Tensor):
+            return self.read(name, args[0], lambda tensor: func(tensor, *args[1:], **(kwargs or {})))
         if func in _PRODUCTS:
             self.products += 1
             return self.product(self.products, lambda: func(*args, **(kwargs or {})))
         result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
         if name == "size" and isinstance(result, int):
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
             return self.one(args[0], dim % args[0].dim(), result)

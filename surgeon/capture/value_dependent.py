@@ -11,12 +11,15 @@ is proved: draws of other sizes are other draws.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.utils._pytree
 from torch import Tensor, fx
+
+from surgeon.graph.graph import Read
 
 _LIMIT = 1 << 22  # results larger than this are not kept
 _ORDERS = frozenset(("sort", "topk"))
@@ -37,6 +40,18 @@ def draws(name: str) -> bool:
 
 
 _CONVERT = torch.ops.aten._to_copy.default
+
+
+class RecordedReads:
+    """Hands out, read by read, the values that left torch in the recorded run."""
+
+    def __init__(self, reads: Sequence[Read]) -> None:
+        self.rest = list(reads)[::-1]
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """What the code is to get for this tensor: the recorded values, if they are of its shape."""
+        recorded = self.rest.pop().value if self.rest else tensor
+        return recorded.clone() if recorded.shape == tensor.shape else tensor
 
 
 def decides(op: Any, args: Any, kwargs: Any) -> bool:

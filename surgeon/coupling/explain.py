@@ -75,6 +75,7 @@ ADVICE = (
         "windows of memory",
         "let `as_strided` step through channels from end to end, with windows along other dims alone",
     ),
+    ("leaves torch", "compute it with torch's own ops, or after the model"),
     (
         "makes anew",
         "make the table once, in __init__, as long as any input needs it; or compute it from the tensor that reads it",

@@ -76,6 +76,11 @@ def propagate(graph: Graph, *further: Graph) -> Propagation:
         for path, node in run.outputs:
             constraints.node = node
             constraints.freeze_all(axes[node], f"is the model's output '{path}'")
+        for read in run.reads:
+            if read.node is not None:
+                constraints.node = read.node
+                line = source_line(read.source)
+                constraints.freeze_all(axes[read.node], f"leaves torch by {read.how} at {line}")
     constraints.node = None
     return Propagation(constraints, slots, axes)
 

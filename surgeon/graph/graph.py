@@ -63,6 +63,19 @@ class Decision:
 
 
 @dataclasses.dataclass(frozen=True)
+class Read:
+    """Values that left torch, for NumPy or a list, say: what is made of them is not recorded.
+
+    `node` holds them, None if the run did not make it; `value` is what they were.
+    """
+
+    how: str
+    node: fx.Node | None
+    value: Tensor
+    source: tuple[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
     """A recorded run.
 
@@ -81,6 +94,7 @@ class Graph:
         calls: the ops in the order in which they ran.
         outputs: (path, node) of each output tensor, e.g. ("logits", node).
         results: the values of the outputs.
+        reads: values that left torch, in order.
         inputs: (path, node) of each input tensor.
         args, kwargs: the inputs of the run.
         assumed: what was assumed about the example inputs, "" if they were given.
@@ -102,6 +116,7 @@ class Graph:
     calls: tuple[Call, ...]
     outputs: tuple[tuple[str, torch.fx.Node], ...]
     results: tuple[Tensor, ...]
+    reads: tuple[Read, ...]
     inputs: tuple[tuple[str, torch.fx.Node], ...]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]

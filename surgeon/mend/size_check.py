@@ -23,9 +23,9 @@ from surgeon.capture.aliasing import getitem
 from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.capture.size_tracing import Sizes, looking_inside_functional
+from surgeon.capture.size_tracing import Sizes, inside_transform, looking_inside_functional
 from surgeon.capture.traced_size import CheckedInt
-from surgeon.capture.value_dependent import replay
+from surgeon.capture.value_dependent import RecordedReads, replay
 from surgeon.errors import MendError
 from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Call, Graph, Spec, spec
@@ -178,12 +178,16 @@ class _SmallSizes(Sizes):
     def __init__(self, comparer: _Comparer, comparisons: bool) -> None:
         super().__init__()
         self.comparer, self.comparisons = comparer, comparisons
+        self.reads = RecordedReads(comparer.reads)
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         old = self.comparer.old_shape(tensor) if self.comparisons else None
         if old is None or len(old) != tensor.dim() or old[dim] == size:
             return size
         return CheckedInt(size, old[dim], self.comparer.compared)
+
+    def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        return function(self.reads.value(tensor))
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         return self.comparer.product(number, run)
@@ -192,7 +196,7 @@ class _SmallSizes(Sizes):
         name = getattr(func, "__name__", "").rstrip("_")
         if name.endswith("dropout") and len(args) > 1:  # (input, rate, training), by torch's layers as well
             self.comparer.rates.append(Rate(self.comparer.stack.owner, source_line(user_line()), args[1]))
-        if name not in ("reshape", "view"):
+        if inside_transform() or name not in ("reshape", "view"):
             return super().__torch_function__(func, types, args, kwargs)
         try:
             return func(*args, **(kwargs or {}))
@@ -213,6 +217,7 @@ class _Comparer(AlignedRun):
         self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
         self.inside = False  # a product, whose ops are torch's matter
         self.used = _used(graph)
+        self.reads = graph.reads
         for name, tensor in named_tensors(small):
             if name in graph.tensors:
                 self._know(tensor, tuple(graph.tensors[name].shape))
@@ -233,8 +238,8 @@ class _Comparer(AlignedRun):
         """The notes of a run that did not reach its end: there may be more to note."""
         return [dataclasses.replace(note, stopped=why, reached=self.at) for note in self.notes]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = super().call(func, args, kwargs)
         if isinstance(out, Tensor) and self.old_shape(out) is None and args and isinstance(args[0], Tensor):
             before = self.old_shape(args[0])  # such as a copy, which is not held against the record
             if before is not None and out.shape == args[0].shape:
@@ -282,7 +287,7 @@ class _Comparer(AlignedRun):
         specs = call.node.meta["spec"]
         several = isinstance(out, list | tuple)
         for tensor, was in (
-            zip(out, specs, strict=True) if several and isinstance(specs, tuple) else [(out, specs)]
+            zip(out, specs, strict=False) if several and isinstance(specs, tuple) else [(out, specs)]
         ):
             if isinstance(tensor, Tensor) and isinstance(was, Spec):
                 self._know(tensor, was.shape)

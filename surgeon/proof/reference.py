@@ -14,7 +14,8 @@ from surgeon.capture.value_dependent import DRAWN, draws, replay
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments, arguments
-from surgeon.graph.graph import Graph
+from surgeon.graph.graph import Graph, Read
+from surgeon.graph.messages import source_line
 from surgeon.graph.tensors import as_real, named_tensors, tensor_leaves
 from surgeon.ops import masks
 from surgeon.ops.masked_op import MaskedOp, leak, nest, wide
@@ -24,6 +25,7 @@ from surgeon.ops.table import Family, Trait, absent_of, family, has, op_name
 from surgeon.proof.second_look import carries_nothing, empty_along
 
 TOLERANCE = 1e-9
+ROUNDED = 1e-6  # relative: numbers of the recorded run may have been rounded to float32
 
 Value = tuple[Tensor, Mask]
 Rescaled = dict[fx.Node, tuple[str, float, float]]  # the name of an argument, as recorded, as it is now
@@ -61,7 +63,9 @@ class Reference:
         given = [tensor for _, tensor in tensor_leaves((args, kwargs))]
         unique = list({id(t): t for t in given}.values())
         inputs = iter(unique)
-        keep = {node for _, node in self.graph.outputs}
+        read = [(said(read), read.node) for read in self.graph.reads if read.node is not None]
+        outputs = [*self.graph.outputs, *read]
+        keep = {node for _, node in outputs}
         for node in self.graph.fx.nodes:
             if node.op == "placeholder":
                 self.values[node] = (next(inputs), ())
@@ -76,7 +80,7 @@ class Reference:
                 for used in node.all_input_nodes:  # free what nobody reads any more
                     if self.last.get(used) is node and used not in keep:
                         self.values.pop(used, None)
-        return [(path, self.values[node]) for path, node in self.graph.outputs]
+        return [(path, self.values[node]) for path, node in outputs]
 
     def _compare(self, node: fx.Node) -> None:
         value = self.values[node]
@@ -102,7 +106,8 @@ class Reference:
         terms; with what it was and is.
         """
         for node, (name, before, after) in self.rescaled.items():
-            if scales(op_name(node), name) and not follows(
+            near = math.isclose(before, after, rel_tol=ROUNDED)
+            if scales(op_name(node), name) and not near and not follows(
                 node, before, after, self.fed, lambda value, dim: self.terms[value, dim]
             ):
                 return node, before, after
@@ -161,6 +166,11 @@ class Reference:
         data, mask = self.values[number]
         self.values[number] = torch.full_like(data, after), mask
         return given
+
+
+def said(read: Read) -> str:
+    """What values that left torch are called among the outputs."""
+    return f"values read by {read.how} at {source_line(read.source)}".rstrip()
 
 
 def distance(path: str, want: Tensor, mask: Mask, got: Tensor) -> float:

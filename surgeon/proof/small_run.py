@@ -20,19 +20,20 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
+from surgeon.capture.aliasing import written
 from surgeon.capture.meta_run import PlainMode
 from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.size_tracing import Sizes, looking_inside_functional
-from surgeon.capture.value_dependent import DRAWN, decides, draws, replay
+from surgeon.capture.value_dependent import DRAWN, RecordedReads, decides, draws, replay
 from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import Call, Graph, spec
 from surgeon.graph.queries import made_of_numbers, number_in
-from surgeon.graph.tensors import named_tensors, tensor_leaves
+from surgeon.graph.tensors import named, named_tensors, tensor_leaves
 from surgeon.ops.masked_op import leak, wide, widened
 from surgeon.ops.sums import scales
 from surgeon.ops.table import Family, Trait, alike, family, has, in_float64, op_name
-from surgeon.proof.reference import Rescaled
+from surgeon.proof.reference import ROUNDED, Rescaled, said
 
 _UNUSED = {"empty", "as_strided", "_to_copy"}  # ops that a run may have more of: they compute nothing either
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
@@ -82,9 +83,10 @@ class _Upgrade(PlainMode):
         self.exact: dict[fx.Node, Tensor] = {}
         self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        args, kwargs = widened(args), {k: widened(v) for k, v in (kwargs or {}).items()}
+        args, kwargs = widened(args), {k: widened(v) for k, v in kwargs.items()}
+        args = _all_wide(args, written(func, args, kwargs))
         for place, node in self.lifted.get(self.at, ()):
             if place < len(args) and isinstance(args[place], Tensor):
                 self.exact[node] = args[place].clone()
@@ -141,9 +143,11 @@ class _Upgrade(PlainMode):
 class _Products(Sizes):
     """Tells of the products that run, and tells the code the dtype that it knows, as it may decide by it."""
 
-    def __init__(self, told: Callable[[int, Callable[[], Any]], Any], dtype: torch.dtype) -> None:
+    def __init__(self, told: Callable[[int, Callable[[], Any]], Any], graph: Graph) -> None:
         super().__init__()
-        self.told, self.dtype = told, dtype
+        self.told, self.dtype = told, _dtype(graph)
+        self.recorded = RecordedReads(graph.reads)
+        self.left: list[Tensor] = []  # values that leave torch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
@@ -151,6 +155,11 @@ class _Products(Sizes):
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         return size
+
+    def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        """The code gets what the original got, in its type: what it makes of that is then the same."""
+        self.left.append(tensor.detach().clone())
+        return function(self.recorded.value(tensor))
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         return self.told(number, run)
@@ -174,6 +183,12 @@ def _of_indices(dtypes: list[torch.dtype]) -> bool:
     return not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
 
+def _all_wide(args: Any, targets: list[Tensor]) -> Any:
+    """Arguments of an op in float64: code gets others from outside of torch (NumPy, objects). What is written stays."""
+    kept = {id(tensor) for tensor in targets}
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t if id(t) in kept else wide(t), args)
+
+
 def _leaves(args: Any) -> list[Tensor]:
     return [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, Tensor)]
 
@@ -188,7 +203,7 @@ def _constants(func: Any, args: Any, kwargs: Any) -> dict[str, float]:
     for name, item in Arguments(func, args, kwargs).items():
         single = isinstance(item, Tensor) and item.dim() == 0 and not item.is_complex()
         if single or (isinstance(item, int | float) and not isinstance(item, bool)):
-            numbers[name] = float(item)
+            numbers[name] = float(item.detach() if isinstance(item, Tensor) else item)
     return numbers
 
 
@@ -220,12 +235,13 @@ def run_small(
         elif value is not tensor:
             tensor.data.copy_(value)
     mode = _Upgrade(graph, leaking)
+    products = _Products(mode.product, graph)
     with (
         float64(),
         quiet_run(twin, 0, graph.training, dict(graph.answers)),
         looking_inside_functional(),
         mode,
-        _Products(mode.product, _dtype(graph)),
+        products,
     ):
         try:
             output = output_of(twin, args, kwargs)
@@ -235,7 +251,13 @@ def run_small(
                 why="the plan does not fit the model's code",
                 fix="make the plan anew with surgery.plan(...)",
             ) from error
-    return list(tensor_leaves(output)), mode.trace, _exact(graph, mode.exact)
+    outputs = named(list(tensor_leaves(output)), graph.named or None)
+    left = [
+        (said(read), value)
+        for read, value in zip(graph.reads, products.left, strict=False)
+        if read.node is not None
+    ]
+    return [*outputs, *left], mode.trace, _exact(graph, mode.exact)
 
 
 def _traced(graph: Graph) -> list[Call]:
@@ -258,12 +280,16 @@ def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
 
 
 def _exact(graph: Graph, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
-    """Those of the tensors that are the recorded ones but for rounding to the recorded dtype."""
-    return {
-        node: tensor
-        for node, tensor in found.items()
-        if torch.equal(tensor.to(graph.tensors[str(node.target)].dtype), graph.tensors[str(node.target)])
-    }
+    """Those of the tensors that are the recorded ones but for rounding to the recorded dtype; where values left torch,
+    but for some roundings on the way.
+    """
+
+    def same(tensor: Tensor, recorded: Tensor) -> bool:
+        rounded = tensor.to(recorded.dtype)
+        near = bool(graph.reads) and torch.allclose(rounded, recorded, rtol=ROUNDED, atol=0)
+        return near or torch.equal(rounded, recorded)
+
+    return {node: tensor for node, tensor in found.items() if same(tensor, graph.tensors[str(node.target)])}
 
 
 def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
@@ -297,7 +323,11 @@ def changed_constants(graph: Graph, steps: Mapping[fx.Node, Step]) -> Rescaled:
         given = arguments(node)
         for place, after in step.constants.items():
             before = number_in(given[place], made) if place in given else None
-            if before is None or math.isclose(before, after, rel_tol=_ROUNDED):
+            if before is None or before == after:
+                continue
+            if math.isclose(before, after, rel_tol=ROUNDED):
+                if graph.reads:  # computed outside of torch, of the same values
+                    found[node] = (place, before, after)
                 continue
             exact = before in _EPSILONS and after == _FINEST  # torch takes the dtype's where none is given
             if exact or scales(op_name(node), place):
@@ -305,6 +335,5 @@ def changed_constants(graph: Graph, steps: Mapping[fx.Node, Step]) -> Rescaled:
     return found
 
 
-_ROUNDED = 1e-6  # numbers of the recorded run may have been rounded to float32
 _FINEST = torch.finfo(torch.float64).eps
 _EPSILONS = {torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}

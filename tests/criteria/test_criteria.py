@@ -778,10 +778,10 @@ def test_a_mode_sees_the_tensors_that_autograd_tracks() -> None:
     seen: list[Tensor] = []
 
     class Mode(PlainMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if "convolution" in str(func):
                 seen.append(args[0])
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     conv = nn.Conv2d(3, 4, 3)
     x = torch.randn(1, 3, 6, 6, requires_grad=True) * 1.0

@@ -17,22 +17,21 @@ from surgeon.graph.graph import Decision, spec
 from surgeon.graph.messages import source_line
 from surgeon.ops.table import op_name
 
-_SAID = {
-    **dict.fromkeys(("__bool__", "is_nonzero", "equal", "allclose", "__contains__"), "a value"),
-    **dict.fromkeys(("item", "__int__", "__float__", "__index__", "__complex__"), "a number that was read from a tensor"),
-}  # fmt: skip
+_READS = frozenset(
+    ("_local_scalar_dense", "is_nonzero", "equal")
+)  # `bool(x)`, `x.item()`, `torch.equal`, and what is made of them
 
 
-def looks_at_a_value(name: str) -> bool:
-    """Whether a function of torch's, by name, tells Python something about the values of a tensor."""
-    return name in _SAID
+def reads_a_value(op: Any) -> bool:
+    """Whether an op tells Python, or another op, something about the values of a tensor."""
+    return str(op._schema.name).removeprefix("aten::") in _READS
 
 
-def note_value(name: str, node: fx.Node | None, result: Any, source: tuple[str, int] | None) -> None:
-    """Write down at a node that Python was told something about its value."""
-    if node is not None and source is not None:
-        made = Decision("value", _SAID[name], str(result)[:20], source, node)
-        node.meta.setdefault("decisions", []).append(made)
+def note_value(node: fx.Node, result: Any, source: tuple[str, int] | None) -> None:
+    """Write down at a node that something about its value was read."""
+    if source is not None:
+        said = "a value" if isinstance(result, bool) else "a number that was read from a tensor"
+        node.meta.setdefault("decisions", []).append(Decision("value", said, str(result)[:20], source, node))
 
 
 def note_length(node: fx.Node | None, result: Any, source: tuple[str, int] | None) -> None:

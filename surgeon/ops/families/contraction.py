@@ -274,7 +274,7 @@ def grouped_in_float64(
 defaults(Family.CONTRACTION, ids=contraction, absent=product_absent)
 
 op("mm", Family.CONTRACTION, "self:nk, mat2:kj -> nj")
-op("addmm", Family.CONTRACTION, "self:+, mat1:nk, mat2:kj -> nj")
+op("addmm _sparse_addmm", Family.CONTRACTION, "self:+, mat1:nk, mat2:kj -> nj")
 op("bmm", Family.CONTRACTION, "self:(nh)ik, mat2:(nh)kj -> (nh)ij", traits={Trait.SCORES})
 op("baddbmm", Family.CONTRACTION, "self:+, batch1:(nh)ik, batch2:(nh)kj -> (nh)ij", traits={Trait.SCORES})
 op("addbmm", Family.CONTRACTION, "self:+, batch1:bik, batch2:bkj -> ij")

@@ -92,4 +92,12 @@ op(
     """,
     Family.ELEMENTWISE,
 )
+op(  # gradients of activations: of forces and the like, which forward takes by autograd
+    """
+    elu_backward gelu_backward hardsigmoid_backward hardswish_backward hardtanh_backward
+    leaky_relu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward
+    softplus_backward tanh_backward threshold_backward
+    """,
+    Family.ELEMENTWISE,
+)
 op("_prelu_kernel prelu", Family.ELEMENTWISE, ids=prelu, absent=prelu_absent)
