@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgeon.capture.capture import capture
-from surgeon.errors import CaptureError
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import tensor_leaves
 
@@ -185,9 +184,15 @@ def test_several_inputs_and_keywords() -> None:
     torch.testing.assert_close(interpret(graph, a, b)[0], a @ b * 3.0)
 
 
-def test_a_write_that_cannot_be_recorded_is_refused() -> None:
-    with pytest.raises(CaptureError, match="in place"):
-        capture(Run(lambda s, x: torch.add(x, 1, out=torch.empty(3, 4))), torch.ones(3, 4))
+def test_forms_with_out_are_recorded_as_those_that_return() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        out = torch.empty(3, 8)
+        torch.add(x, 1, out=out[:, 4:])
+        torch.mul(x, 2, out=out[:, :4])
+        return out
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(interpret(capture(Run(forward), x), x)[0], torch.cat([x * 2, x + 1], 1))
 
 
 def test_hooks_run_and_stay() -> None:
