@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.paths.decisions import note_length
@@ -64,7 +65,9 @@ class SizeMode(Sizes):
         )
 
     def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
-        self.reads.append(Read(how, self.node_of(tensor), tensor.detach().clone(), user_line()))
+        with _disable_current_modes():
+            value = tensor.detach().clone()
+        self.reads.append(Read(how, self.node_of(tensor), value, user_line()))
         return function(tensor)
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:

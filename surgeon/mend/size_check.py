@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.aliasing import getitem
 from surgeon.capture.aligned_run import AlignedRun, alike, same
@@ -296,7 +297,8 @@ class _Comparer(AlignedRun):
 
     def _hold_constants(self, call: Call, op: Any, args: Any, kwargs: Any) -> None:
         sizes = wanted(call.node, self.shapes, self.choice)
-        self.constants += changed_constants(call, Arguments(op, args, kwargs), self.made, sizes)
+        with _disable_current_modes():  # the values are looked at outside of the run
+            self.constants += changed_constants(call, Arguments(op, args, kwargs), self.made, sizes)
 
     def _match(self, func: Any, args: Any) -> Call:
         name = alike(func)

@@ -107,8 +107,10 @@ class Reference:
         """
         for node, (name, before, after) in self.rescaled.items():
             near = math.isclose(before, after, rel_tol=ROUNDED)
-            if scales(op_name(node), name) and not near and not follows(
-                node, before, after, self.fed, lambda value, dim: self.terms[value, dim]
+            if (
+                scales(op_name(node), name)
+                and not near
+                and not follows(node, before, after, self.fed, lambda value, dim: self.terms[value, dim])
             ):
                 return node, before, after
         return None

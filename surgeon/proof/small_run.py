@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.aliasing import written
 from surgeon.capture.meta_run import PlainMode
@@ -158,7 +159,8 @@ class _Products(Sizes):
 
     def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
         """The code gets what the original got, in its type: what it makes of that is then the same."""
-        self.left.append(tensor.detach().clone())
+        with _disable_current_modes():
+            self.left.append(tensor.detach().clone())
         return function(self.recorded.value(tensor))
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
