@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgeon.capture.inputs import find_inputs, normalize
@@ -23,6 +22,7 @@ from surgeon.capture.recorder import Recorder
 from surgeon.capture.size_dependencies import SizeMode
 from surgeon.capture.size_tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
+from surgeon.graph.entrance import check_model
 from surgeon.graph.graph import Decision, Graph
 from surgeon.graph.tensors import tensor_leaves
 
@@ -47,19 +47,10 @@ def capture(
             are no outputs of the graph: their channels may leave, and nothing compares them.
 
     Raises:
-        InputError: no output has one of the names.
+        InputError: no output has one of the names, or the model has lazy layers that did not run.
         CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"expected a torch.nn.Module, got {type(model).__name__}", fix="pass the model itself"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "a TorchScript module cannot be cut",
-            why="its forward is compiled and its sizes are constants of the compiled code",
-            fix="pass the original nn.Module and script the small model afterwards",
-        )
+    check_model(model)
     assumed = ""
     if example_inputs is None:
         example_inputs, assumed = find_inputs(model)

@@ -91,6 +91,14 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             fix="pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
         )
     for path, tensor in leaves:
+        if tensor.is_nested:
+            raise InputError(
+                "example_inputs holds a nested tensor, of rows of several lengths",
+                where=path,
+                fix="pass a padded tensor (torch.nested.to_padded_tensor), with a mask if the model takes one",
+            )
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_sparse_coo().coalesce().values()  # its numbers
         if tensor.is_floating_point() and not tensor.is_meta and torch.isnan(tensor).any():
             raise InputError(
                 "example_inputs holds NaN", where=path, fix="pass finite inputs: NaN would hide every proof"

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from surgeon.capture.control_flow import ControlFlow
+from surgeon.graph.nests import map_tensors
 from surgeon.graph.opaque_ops import as_op
 
 
@@ -121,4 +122,4 @@ def real_indices(tree: Any) -> Any:
             return tensor
         return torch.full_like(tensor, 2 if tensor.dtype is not torch.bool else 1, device="cpu")
 
-    return torch.utils._pytree.tree_map_only(Tensor, made, tree)
+    return map_tensors(tree, made)

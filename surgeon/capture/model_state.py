@@ -22,6 +22,7 @@ from surgeon.capture.meta_run import Meta, MetaAttention, PlainMode
 from surgeon.capture.paths.global_modes import answering
 from surgeon.capture.paths.no_dropout import NoDropout
 from surgeon.graph.graph import Decision
+from surgeon.graph.nests import map_tensors
 
 
 class Rescue(PlainMode):
@@ -62,7 +63,7 @@ def copies(inputs: Any) -> Any:
         return known.setdefault(id(tensor), tensor.clone())
 
     with _disable_current_modes():
-        return torch.utils._pytree.tree_map_only(Tensor, copied, inputs)
+        return map_tensors(inputs, copied)
 
 
 def output_of(model: Any, args: Any, kwargs: Any) -> Any:

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import torch.utils._pytree
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.capture.capture import capture
 from surgeon.capture.inputs import calls_of
 from surgeon.capture.paths.same_run import adds_nothing, gives_the_same
 from surgeon.capture.rebuilt_state import rebuilt
 from surgeon.errors import CaptureError, InputError
+from surgeon.graph.entrance import check_model
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import source_line
+from surgeon.graph.nests import map_tensors
 from surgeon.graph.queries import read_tensors
 
 
@@ -52,6 +54,7 @@ def record_runs(
     Raises:
         InputError, CaptureError: see `capture`.
     """
+    check_model(model)
     calls = calls_of(model, example_inputs)
     graphs = [capture(model, given, outputs=outputs) for given in calls]
     if len(calls) > 1:
@@ -97,9 +100,7 @@ def _in_training(model: nn.Module, run: Graph) -> Graph:
     try:
         return _again(model, run, (run.args, run.kwargs), training=True)
     except CaptureError as error:
-        twice = torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, (run.args, run.kwargs)
-        )
+        twice = map_tensors((run.args, run.kwargs), lambda t: torch.cat([t, t]) if t.dim() else t)
         try:
             return _again(model, run, twice, training=True)
         except CaptureError:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgeon.errors import InputError
+from surgeon.graph.nests import attributes
 
 
 def architecture(model: nn.Module) -> str:
@@ -111,9 +113,9 @@ def _leaves(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor
         items = iter(enumerate(value))
     elif dataclasses.is_dataclass(value):
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        items = iter(vars(value).items())
-    else:
+    elif isinstance(value, nn.Module | type | ModuleType):
         return
+    else:
+        items = iter(attributes(value).items())
     for key, item in items:
         yield from _leaves(item, f"{path}.{key}" if path else str(key), seen)

@@ -29,6 +29,7 @@ from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
+from surgeon.graph.nests import map_tensors
 from surgeon.graph.tensors import named_tensors
 from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
@@ -326,22 +327,11 @@ def _double(tree: Any, drawn: bool) -> Any:
     call).
     """
     generator = torch.Generator().manual_seed(0)
-    made: dict[int, Tensor] = {}
-
-    def convert(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            if id(item) not in made:
-                made[id(item)] = fresh(item)
-            return made[id(item)]
-        if isinstance(item, dict):
-            return {k: convert(v) for k, v in item.items()}
-        if isinstance(item, tuple) and hasattr(item, "_fields"):
-            return type(item)(*[convert(v) for v in item])
-        return type(item)(convert(v) for v in item) if isinstance(item, list | tuple) else item
 
     def fresh(tensor: Tensor) -> Tensor:
-        if not drawn or not (tensor.is_floating_point() or tensor.is_complex()):
+        numbers = tensor.is_floating_point() or tensor.is_complex()
+        if not drawn or not numbers or tensor.layout is not torch.strided:
             return wide(tensor.detach())
         return torch.randn(tensor.shape, generator=generator, dtype=widened(tensor.dtype)).to(tensor.device)
 
-    return convert(tree)
+    return map_tensors(tree, fresh)

@@ -1,0 +1,117 @@
+"""check_model(model): refuse modules that cannot be recorded and cut, at the entrance and with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from surgeon.errors import CaptureError, InputError
+
+_QUANTISED = (
+    "torch.ao.nn", "torch.ao.quantization", "torch.nn.quantized", "torch.quantization", "torchao", "bitsandbytes",
+    "optimum.quanto", "auto_gptq", "gptqmodel", "awq", "hqq",
+)  # fmt: skip
+_SHARDED = (
+    "torch.distributed.fsdp",
+    "torch.distributed._composable",
+    "torch.distributed.tensor",
+    "deepspeed",
+)
+_EXPORTED = ("torch.export",)
+_HARMLESS = (
+    "QuantStub",
+    "DeQuantStub",
+    "QuantWrapper",
+    "FloatFunctional",
+)  # of a model that is not quantised yet
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model that can be cut.
+
+    Raises:
+        InputError: it has lazy layers that have not run yet.
+        CaptureError: it is no module, or compiled, exported, quantised or sharded.
+    """
+    if not isinstance(model, nn.Module):
+        exported = _comes_from(type(model), _EXPORTED)
+        fix = "pass the nn.Module that was exported" if exported else "pass the model itself"
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}", fix=fix)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "a TorchScript module cannot be cut",
+            why="its forward is compiled and its sizes are constants of the compiled code",
+            fix="pass the original nn.Module and script the small model afterwards",
+        )
+    for path, module in model.named_modules():
+        _check_module(path, module)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _check_tensor(name, tensor)
+
+
+def _check_module(path: str, module: nn.Module) -> None:
+    kind, where = type(module), f"{path or 'the model'} ({type(module).__name__})"
+    if _comes_from(kind, _EXPORTED):
+        raise CaptureError(
+            "a module of an exported program cannot be cut",
+            where=where,
+            why="sizes are constants of the exported graph, and it knows one mode alone",
+            fix="pass the original nn.Module, and export the small model",
+        )
+    if _comes_from(kind, _SHARDED):
+        raise _sharded(where)
+    prepared = isinstance(getattr(module, "activation_post_process", None), nn.Module)
+    if _comes_from(kind, _QUANTISED) and (kind.__name__ not in _HARMLESS or prepared):
+        raise _quantised(where)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise InputError(
+            "the model has lazy layers whose tensors have no size yet",
+            where=name,
+            fix="call model(...) once on the example inputs, then try again",
+        )
+    if _comes_from(type(tensor), _SHARDED) or hasattr(tensor, "ds_id"):
+        raise _sharded(name)
+    if tensor.is_quantized or _comes_from(type(tensor), _QUANTISED):
+        raise _quantised(name)
+    if is_traceable_wrapper_subclass(tensor):
+        raise CaptureError(
+            f"a tensor of the model is a {type(tensor).__name__}, which cannot be cut",
+            where=name,
+            why="it holds its values in a form of its own",
+            fix="pass the model with plain tensors, and wrap those of the small model",
+        )
+
+
+def _quantised(where: str) -> CaptureError:
+    return CaptureError(
+        "a quantised model cannot be cut",
+        where=where,
+        why="its weights are packed, or prepared to be, for the sizes that they have",
+        fix="cut the original model, then quantise the small one",
+    )
+
+
+def _sharded(where: str) -> CaptureError:
+    return CaptureError(
+        "a sharded model cannot be cut",
+        where=where,
+        why="each process holds a part of its tensors",
+        fix="cut the model before it is sharded, then shard the small one (surgeon.broadcast_plan gives all processes one plan)",
+    )
+
+
+def _comes_from(kind: type, packages: Iterable[str]) -> bool:
+    """Whether a class, or one that it builds on, is one of these packages."""
+    return any(
+        base.__module__ == package or base.__module__.startswith(f"{package}.")
+        for base in kind.__mro__
+        for package in packages
+    )
