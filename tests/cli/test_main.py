@@ -21,6 +21,7 @@ import surgeon
 from surgeon import Plan
 from surgeon.cli import main as cli
 from surgeon.cli import models
+from surgeon.cli import shrink as shrinking
 from surgeon.errors import InputError, MissingExtraError, ProofError
 
 SOURCE = """
@@ -283,9 +284,8 @@ def test_a_failure_halfway_leaves_earlier_results_alone(
     def fails(*_: Any, **__: Any) -> None:
         raise ProofError("made to fail")
 
-    monkeypatch.setattr(
-        cli, "_export", fails
-    )  # after model.safetensors and plan.json were written to the draft
+    # after model.safetensors and plan.json were written to the draft
+    monkeypatch.setattr(shrinking, "_export", fails)
     done = run("shrink", f"{source}:Net", "--input", "1,3,8,8", "--ratio", "0.25", "--out", out)
     assert done.exit_code == 1
     assert "made to fail" in done.stderr
