@@ -98,7 +98,33 @@ class Solution:
 
 
 def solve(constraints: Constraints) -> Solution:
-    """See the module's text. The cost is linear in the number of facts, up to a few passes."""
+    """See the module's text. The cost is linear in the number of facts, up to a few passes.
+
+    Example: six channels 0 ... 5 are seen as 2 x 3: rows 6, 7 and columns 8 ... 13 (see `Constraints.split`). The
+    channels are composites; rows and columns are what can be chosen. An op that sums over the rows joins their
+    columns: 8, 9, 10 are left.
+
+    >>> constraints = Constraints()
+    >>> channels = constraints.new(6)
+    >>> axes = constraints.split(channels.reshape(2, 3), (0, 1))
+    >>> constraints.read(axes)
+    >>> _ = constraints.collapse(axes[1], 0)
+    >>> solution = solve(constraints)
+    >>> solution.root[axes[1]].tolist()
+    [[8, 9, 10], [8, 9, 10]]
+    >>> int(solution.row[4]), int(solution.column[4])
+    (7, 9)
+
+    If channel 4 may not leave, neither may its row 7 nor its column 9. Of that row, channel 3 then leaves just when
+    column 8 does: they are one class.
+
+    >>> constraints.freeze(channels[4], "is read elsewhere")
+    >>> solution = solve(constraints)
+    >>> solution.frozen[solution.root[[7, 9]]].tolist()
+    [True, True]
+    >>> bool(solution.root[3] == solution.root[8])
+    True
+    """
     n = constraints.count
     root = np.arange(n, dtype=np.int64)
     frozen = np.zeros(n, dtype=bool)
@@ -253,9 +279,7 @@ def _close_parts(
         marked = np.zeros_like(frozen)
         marked[united[np.flatnonzero(frozen)]] = True
         c, r, k = united[cell], united[row], united[column]
-        stuck = marked[c]
-        marked[r[stuck]] = True
-        marked[k[stuck]] = True
+        marked[k[marked[c]]] = True  # then the cell is the same as its row, which is frozen with it
         both = marked[r] & marked[k]
         marked[c[both]] = True
         if np.array_equal(united, root) and np.array_equal(marked[united], frozen[root]):

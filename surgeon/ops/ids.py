@@ -198,7 +198,19 @@ class Constraints:
         return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
 
     def compose(self, outer: DimIds, inner: DimIds) -> DimIds:
-        """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does."""
+        """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does.
+
+        Example: a value of 2 x 3 with ids 0, 1 on its rows and 2, 3, 4 on its columns is flattened. Its six entries
+        get ids 5 ... 10, and entry 6 (row 0, column 1), for one, leaves if and only if 0 or 3 does.
+
+        >>> constraints = Constraints()
+        >>> rows, columns = constraints.new((2, 1)), constraints.new((1, 3))
+        >>> constraints.compose(rows, columns)
+        array([ 5,  6,  7,  8,  9, 10])
+        >>> part = constraints.parts[0]
+        >>> part.cell[1], part.row[1], part.column[1]
+        (np.int64(6), np.int64(0), np.int64(3))
+        """
         shape = np.broadcast_shapes(outer.shape, inner.shape)
         outer, inner = self._spread(outer, shape), self._spread(inner, shape)
         key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
@@ -225,6 +237,20 @@ class Constraints:
         outer to inner.
 
         One dim: the track itself. Several: the innermost gets columns, the outer ones rows, recursively.
+
+        Example: six channels 0 ... 5 are seen as 2 x 3 (`view(2, 3)`). The two rows get ids 6 and 7. Each row has
+        columns of its own, 8, 9, 10 and 11, 12, 13: row 0 may lose its first column where row 1 loses its last, but
+        both lose equally many, which is a balance. Channel 4 (row 1, column 1) leaves if and only if 7 or 12 does.
+
+        >>> constraints = Constraints()
+        >>> axes = constraints.split(constraints.new(6).reshape(2, 3), (0, 1))
+        >>> axes[0].tolist(), axes[1].tolist()
+        ([[6], [7]], [[8, 9, 10], [11, 12, 13]])
+        >>> constraints.balances[0].matrix.tolist()
+        [[8, 9, 10], [11, 12, 13]]
+        >>> part = constraints.parts[0]
+        >>> part.cell[4], part.row[4], part.column[4]
+        (np.int64(4), np.int64(7), np.int64(12))
         """
         dims = [d for d in dims if track.shape[d] > 1 and varies(track, d)]
         if not dims:
@@ -303,6 +329,20 @@ class Constraints:
 
         A track that varies along a dim inside its own is made constant along it: the order of what stays
         would otherwise differ from the order of the merged dim.
+
+        Example: six channels 0 ... 5, seen as 2 x 3 and flattened again, are the same six ids: what `split` made
+        of them is remembered. Turned before that (3 x 2, so the columns, which differ by row, are outside), the
+        columns of both rows are joined first (8 with 11, 9 with 12, 10 with 13), and the entries are new.
+
+        >>> constraints = Constraints()
+        >>> axes = constraints.split(constraints.new(6).reshape(2, 3), (0, 1))
+        >>> constraints.merge(axes, (0, 1), (2, 3)).tolist()
+        [[0, 1, 2], [3, 4, 5]]
+        >>> turned = {0: axes[1].T, 1: axes[0].T}
+        >>> constraints.merge(turned, (0, 1), (3, 2)).tolist()
+        [[14, 15], [16, 17], [18, 19]]
+        >>> [(join.left.tolist(), join.right.tolist()) for join in constraints.joins]
+        [([8, 11, 9, 12, 10, 13], [8, 8, 9, 9, 10, 10])]
         """
         merged: DimIds | None = None
         for position, dim in enumerate(dims):

@@ -43,6 +43,14 @@ def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
 def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new: tuple[int, ...]) -> ValueIds:
     """Tracks after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest
     passes.
+
+    Example: [2, 6] with ids 0, 1 and 2 ... 7 becomes [2, 2, 3]. The first dim passes; the second one is cut into
+    rows 8, 9 and, for each row, columns 10, 11, 12 and 13, 14, 15.
+
+    >>> constraints = Constraints()
+    >>> axes = {0: constraints.new((2, 1)), 1: constraints.new((1, 6))}
+    >>> {dim: ids.tolist() for dim, ids in sorted(reshape(constraints, axes, (2, 6), (2, 2, 3)).items())}
+    {0: [[[0]], [[1]]], 1: [[[8], [9]]], 2: [[[10, 11, 12], [13, 14, 15]]]}
     """
     pairs = _segments(old, new)
     if pairs is None:
