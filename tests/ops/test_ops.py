@@ -54,7 +54,7 @@ class Op(nn.Module):
 
 @dataclasses.dataclass
 class Found:
-    model: Op
+    model: nn.Module
     graph: Graph
     propagation: Propagation
     solution: Solution
@@ -62,7 +62,10 @@ class Found:
 
 
 def analyse(case: Case) -> Found:
-    model = Op(case)
+    return analysed(Op(case))
+
+
+def analysed(model: nn.Module) -> Found:
     graph = capture(model, torch.ones(()))
     propagation = propagate(
         dataclasses.replace(graph, outputs=())
@@ -148,7 +151,11 @@ def removal(found: Found, group: Group, seed: int) -> Any:
 
 @EACH
 def test_what_a_group_lets_go_may_go(case: Case) -> None:
-    found = analyse(case)
+    check_removals(analyse(case))
+
+
+def check_removals(found: Found) -> None:
+    """One step of each group, three ways: the op on what is left gives what the whole one gives of it."""
     shapes = ShapeModel(found.graph, found.propagation, found.solution)
     for group in found.groups:
         for seed in range(3):
@@ -159,6 +166,40 @@ def test_what_a_group_lets_go_may_go(case: Case) -> None:
             assert small.numel() == want.numel()
             assert small.shape == shapes.shape(found.graph.outputs[0][1], choice)
             torch.testing.assert_close(small.flatten().double(), want.double(), rtol=1e-12, atol=1e-12)
+
+
+class MergedOp(nn.Module):
+    """The same op on operands two of whose dims are one dim of a slot: it sees a grid."""
+
+    def __init__(self, case: Case, place: int) -> None:
+        super().__init__()
+        plain = Op(case)
+        self.run, self.place, self.shapes = case.run, place, case.shapes
+        for name in "abc"[: len(case.shapes)]:
+            setattr(self, name, nn.Parameter(self._merged(getattr(plain, name).detach())))
+
+    def _merged(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(self.place, self.place + 1) if tensor.dim() > self.place + 1 else tensor
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(
+            *[getattr(self, name).view(shape) * x for name, shape in zip("abc", self.shapes, strict=False)]
+        )
+
+
+PLACED = [
+    (case, place)
+    for case in CASES
+    for place in range(3)
+    if any(len(shape) > place + 1 for shape in case.shapes)
+]
+
+
+@pytest.mark.parametrize(("case", "place"), PLACED, ids=lambda item: getattr(item, "op", item))
+def test_what_a_group_lets_go_of_a_grid_may_go(case: Case, place: int) -> None:
+    """The rows above, on views: what an op does to ids holds for grids as for dims of their own."""
+    found = analysed(MergedOp(case, place))
+    check_removals(found)
 
 
 @EACH

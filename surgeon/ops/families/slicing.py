@@ -153,7 +153,7 @@ def _scattered(
         if d in window and d in inner:
             written = beside(ctx.constraints, [window[d], inner[d]])
             if axes[d].shape[dim] == 1:
-                axes[d] = written
+                axes[d] = ctx.constraints.collapse(written, dim)  # as the base, it does not vary there
             elif ctx.constraints.is_unowned(written).any():
                 rows = np.broadcast_shapes(
                     *(tuple(1 if j == dim else n for j, n in enumerate(t.shape)) for t in (axes[d], written))
