@@ -220,13 +220,10 @@ class Constraints:
                 known = self.new(inner.size)
                 self.parts.append(Part(known, outer, inner, False, self.node))
             else:
-                pairs, first, index = np.unique(
-                    np.stack([outer, inner]), axis=1, return_index=True, return_inverse=True
-                )
-                order = np.argsort(np.argsort(first))  # ids in order of appearance
+                pairs, index = np.unique(np.stack([outer, inner]), axis=1, return_inverse=True)
                 cells = self.new(pairs.shape[1])
-                known = cells[order][index.ravel()]
-                self.parts.append(Part(cells[order], pairs[0], pairs[1], False, self.node))
+                known = cells[index.ravel()]
+                self.parts.append(Part(cells, pairs[0], pairs[1], False, self.node))
             self.mark_unowned(known[self._unowned[outer] | self._unowned[inner]])
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner

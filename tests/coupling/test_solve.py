@@ -84,6 +84,17 @@ def test_what_no_op_reads_stays() -> None:
     assert frozen(solution, channels) == [False, False, False, True]
 
 
+def test_padding_that_is_summed_over_stays() -> None:
+    """It matters how many there are, and no weight would show which of them left."""
+    constraints = Constraints()
+    channels, padding = constraints.new(3), constraints.new(2)
+    constraints.mark_unowned(padding)
+    both = np.concatenate([channels, padding])
+    constraints.read({0: both})
+    constraints.reduced(both)
+    assert frozen(solve(constraints), both) == [False, False, False, True, True]
+
+
 @pytest.mark.parametrize("module", ["ops.ids", "ops.families.reshape", "coupling.solve"])
 def test_worked_examples(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"surgeon.{module}"))
