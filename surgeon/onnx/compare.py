@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,9 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import InputError
-from surgeon.files import silence
 from surgeon.graph.tensors import tensor_leaves
-from surgeon.onnx.file import open_session
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Array = np.ndarray[Any, Any]
@@ -120,17 +117,6 @@ def _array(path: str, tensor: Tensor) -> Array:
         return cast(Array, tensor.numpy())
     except TypeError as error:
         raise InputError(f"{tensor.dtype} cannot be fed to a file", where=path, why=str(error)) from error
-
-
-def run_file(path: Path, inputs: Inputs) -> list[Any]:
-    """The outputs of a file in ONNX Runtime on the CPU.
-
-    Raises:
-        Exception: ONNX Runtime's own, which share no class.
-    """
-    with silence():
-        session = open_session(path)
-        return list(session.run(None, feeds(inputs, session.get_inputs())))
 
 
 def relative_error(found: Any, expected: Any) -> float:

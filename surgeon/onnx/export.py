@@ -9,14 +9,12 @@ another batch size, with fresh values.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,14 @@ from torch.utils import _pytree as pytree
 
 from surgeon.capture.capture import capture
 from surgeon.capture.inputs import find_inputs, normalize
-from surgeon.capture.model_state import output_of, quiet_run
+from surgeon.capture.model_state import quiet_run
 from surgeon.errors import CaptureError, ExportError, FileError, FuseError, InputError, MissingExtraError
 from surgeon.files import silence
 from surgeon.fusion.fuse import FoldReport, folds, plans_of
 from surgeon.fusion.fuse import fuse as fold
-from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx import compare as agree
 from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
 from surgeon.onnx.file import (
-    INLINE_LIMIT,
     SCOPES,
     draft_of,
     head,
@@ -43,13 +39,15 @@ from surgeon.onnx.file import (
     opset_of,
     params_of,
     read,
+    save,
     size_on_disk,
 )
-from surgeon.onnx.validate import ANY_BATCH, compare, larger
+from surgeon.onnx.interface import clear_stale_shapes, fixed_values, settle_inputs
+from surgeon.onnx.torch_export import without_writes, write
+from surgeon.onnx.validate import compare, larger
 from surgeon.ops.macs import macs_of
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,7 @@ class ExportReport:
             the same weights.
         limit: the largest error that was allowed; above 1e-4 (float16: 1e-2) it is 16 times what moves if
             each number of the model and its inputs is moved in the last bit.
+        fixed: arguments that are no tensors, as "name = value": they are constants of the file.
     """
 
     path: Path
@@ -82,13 +81,15 @@ class ExportReport:
     folds: FoldReport | None = None
     compared: str = "as it is"
     limit: float = 1e-4
+    fixed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         file = f"{self.path}: {self.size_bytes:,} bytes, {self.params:,} params, opset {self.opset}"
         batches = ", ".join(map(str, self.batch_sizes))
+        fixed = f"; fixed in the file: {', '.join(self.fixed)}" if self.fixed else ""
         return (
             f"{file}; ONNX Runtime differs from torch by {self.error:.1e} "
-            f"(at most {self.limit:.0e} is allowed; batch {batches})"
+            f"(at most {self.limit:.0e} is allowed; batch {batches}){fixed}"
         )
 
 
@@ -151,18 +152,21 @@ def export(
                 inputs = with_batch(inputs, max(batch, 2))
                 batches = (max(batch, 2), 5 if batch == 3 else 3)
                 dynamic_shapes = _any_batch(inputs)
-            with _without_writes(ready, inputs):
-                _write(ready, draft, inputs, opset, dynamic_shapes, simplify)
+            with without_writes(ready, inputs):
+                write(ready, draft, inputs, opset, dynamic_shapes, simplify)
             if simplify == "onnxslim":
                 _slim(draft)
             proto = _checked(draft, opset)
+            settle_inputs(proto, ready, inputs, dynamic_batch)
+            draft.write_bytes(proto.SerializeToString())  # weights that lie beside it stay there
             sizes = [with_batch(inputs, size) for size in batches]
             if not dynamic_batch and dynamic_shapes is not None:
                 sizes += larger(ready, inputs, proto)
             agreement = compare(expected, draft, sizes)
+            clear_stale_shapes(proto, agreement.shapes)
             report = ExportReport(
                 target, 0, params_of(proto), agreement.error, tuple(batch_size_of(s) for s in sizes), opset_of(proto), macs,
-                folds(ready), agreement.how, agreement.limit,
+                folds(ready), agreement.how, agreement.limit, fixed_values(model, inputs),
             )  # fmt: skip
             _describe(draft, proto, report, model)
             name_by_content(draft)
@@ -224,94 +228,10 @@ def _any_batch(inputs: Inputs) -> Any:
     return pytree.tree_map(dims, kwargs or args)
 
 
-@contextlib.contextmanager
-def _without_writes(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Layers that may work in place do not, where that changes nothing: torch.export takes twice as long over
-    those that do.
-    """
-    layers = [module for module in model.modules() if getattr(module, "inplace", None) is True]
-    before = list(_outputs(model, inputs)) if layers else []
-    try:
-        for layer in layers:
-            layer.inplace = False  # type: ignore[assignment]  # a flag of torch's activations
-        after = list(_outputs(model, inputs)) if layers else []
-        if not all(
-            torch.equal(a, b) for a, b in zip(before, after, strict=True)
-        ):  # forward reads what a layer wrote
-            for layer in layers:
-                layer.inplace = True  # type: ignore[assignment]  # the same
-        yield
-    finally:
-        for layer in layers:
-            layer.inplace = True  # type: ignore[assignment]  # the same
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
-    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
-        for _, tensor in tensor_leaves(output_of(model, args, kwargs)):
-            yield tensor.nan_to_num() if tensor.is_floating_point() else tensor
-
-
-def _write(
-    model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str
-) -> None:
-    """Run the exporter; `shapes` is None if every size is fixed."""
-    args, kwargs = inputs
-    large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > INLINE_LIMIT
-    options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
-    names = _output_names(model, inputs)
-    try:
-        with silence():
-            torch.onnx.export(
-                model, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=bool(simplify), verbose=False,
-                external_data=large, output_names=names, **options,
-            )  # fmt: skip
-    except OSError:
-        raise
-    except Exception as error:  # the exporter and the model's own code: all of it is reported
-        causes = [text for cause in _chain(error) if (text := str(cause).strip())]
-        text = "\n".join(causes).lower()
-        if shapes is not None and any(word in text for word in _SPECIALISED):
-            why = "its code fixes the batch size: " + head(causes[-1])
-            raise ExportError(
-                "the model cannot be exported with a dynamic batch", why=why, fix=ANY_BATCH
-            ) from error
-        raise ExportError(
-            "torch.onnx.export could not export the model",
-            where=type(model).__name__,
-            why=f"{type(error).__name__}: {head(causes[-1] if causes else '')}",
-            fix="change the op that is named, try dynamic_batch=False or another opset, or update torch and onnxscript",
-        ) from error
-
-
-def _output_names(model: nn.Module, inputs: Inputs) -> list[str] | None:
-    """The names that the model gives its outputs (keys of dicts, fields); None where two are alike or the
-    model fails.
-    """
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
-    taken = {path for part in inputs for path, _ in tensor_leaves(part)}
-    with contextlib.suppress(Exception):  # torch.onnx.export reports what the model cannot do
-        names = [
-            path if not path[0].isdigit() else f"output.{path}"
-            for path, _ in tensor_leaves(output_of(model, args, kwargs))
-        ]
-        if len(set(names)) == len(names) and not taken & set(names):
-            return names
-    return None
-
-
 def _slim(draft: Path) -> None:
-    import onnx
-
     with silence():
         slimmed = _onnxslim().slim(read(draft, weights=True))
-    onnx.save(
-        slimmed,
-        str(draft),
-        save_as_external_data=slimmed.ByteSize() > INLINE_LIMIT,
-        location=f"{draft.name}.data",
-    )
+    save(slimmed, draft)
 
 
 def _checked(draft: Path, opset: int | None) -> Any:
@@ -358,9 +278,3 @@ def _describe(draft: Path, proto: Any, report: ExportReport, model: nn.Module) -
         del item.metadata_props[:]
         item.metadata_props.extend(scopes)
     draft.write_bytes(proto.SerializeToString())
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

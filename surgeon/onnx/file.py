@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from surgeon.errors import FileError
 from surgeon.files import draft_folder, locked, put, regular_target, unwritable
@@ -118,6 +118,14 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
+def save(proto: Any, path: Path) -> None:
+    """Write a file; weights that protobuf cannot hold lie in `<path>.data` beside it."""
+    import onnx
+
+    large = proto.ByteSize() > INLINE_LIMIT
+    onnx.save(proto, str(path), save_as_external_data=large, location=f"{path.name}.data")
+
+
 def size_on_disk(path: Path, proto: Any = None) -> int:
     """Bytes of a file and its external weights."""
     external = _external(read(path) if proto is None else proto)
@@ -142,6 +150,29 @@ def params_of(proto: Any) -> int:
 def opset_of(proto: Any) -> int:
     """Version of the default operator set."""
     return int(next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")))
+
+
+class DeclaredInput(NamedTuple):
+    """An input as ONNX Runtime's sessions say it: type is `tensor(float)` and the like."""
+
+    name: str
+    type: str
+
+
+_TYPES = {"FLOAT": "float", "DOUBLE": "double"}
+
+
+def declared_inputs(proto: Any) -> list[DeclaredInput]:
+    """The inputs that a file wants, without running it."""
+    import onnx
+
+    given = {tensor.name for tensor in proto.graph.initializer}
+    found = []
+    for item in proto.graph.input:
+        kind = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type)
+        if item.name not in given:
+            found.append(DeclaredInput(item.name, f"tensor({_TYPES.get(kind, kind.lower())})"))
+    return found
 
 
 def open_session(

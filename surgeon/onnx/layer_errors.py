@@ -15,7 +15,7 @@ import numpy as np
 from surgeon.errors import QuantizeError
 from surgeon.files import silence
 from surgeon.onnx.compare import Array
-from surgeon.onnx.file import INLINE_LIMIT, head, open_session, read
+from surgeon.onnx.file import head, open_session, read, save
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -106,9 +106,7 @@ def _watching(path: Path, names: list[str], copy: Path) -> Any:
     proto = read(path, weights=True)
     known = {item.name for item in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    onnx.save(
-        proto, str(copy), save_as_external_data=proto.ByteSize() > INLINE_LIMIT, location=f"{copy.name}.data"
-    )
+    save(proto, copy)
     try:
         with silence():
             return open_session(copy, exact=True)

@@ -5,14 +5,18 @@ each by ONNX Runtime's own tools.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgeon.onnx.compare import Array
-from surgeon.onnx.file import INLINE_LIMIT, read, size_on_disk
+from surgeon.onnx.file import INLINE_LIMIT, read, save, size_on_disk
+from surgeon.onnx.float_nodes import float_nodes, per_tensor_weights, with_finite_constants, with_names
 
 METHODS = ("static", "dynamic", "fp16")
 RANGES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -37,19 +41,22 @@ class Request:
     ignore: tuple[str, ...]
 
 
-def _entropy_ranges(ready: Path, reader: Any, folder: Path, large: bool) -> Path:
-    """A file of ranges by entropy, for quantize_static.
+def _histogram_ranges(ready: Path, reader: Any, folder: Path, large: bool, ranges: str) -> Path:
+    """A file of ranges by entropy or percentile, for quantize_static.
 
-    Left to itself it counts values in as many bins as there are int8 numbers, which leaves one range to
-    choose from: the whole.
+    Left to itself, entropy counts values in as many bins as there are int8 numbers, which leaves one range to
+    choose from: the whole. And histograms take no infinity: masks are finite here (their sums stay float).
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator, save_tensors_data
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+    finite = folder / "finite.onnx"
+    save(with_finite_constants(read(ready, weights=True)), finite)
     calibrator = create_calibrator(
-        ready, [*{*QDQRegistry, *QLinearOpsRegistry}], augmented_model_path=str(folder / "augmented.onnx"),
-        calibrate_method=CalibrationMethod.Entropy, use_external_data_format=large, extra_options=_ENTROPY_BINS,
+        finite, [*{*QDQRegistry, *QLinearOpsRegistry}], augmented_model_path=str(folder / "augmented.onnx"),
+        calibrate_method=CalibrationMethod[RANGES[ranges]], use_external_data_format=large,
+        extra_options=_ENTROPY_BINS if ranges == "entropy" else {},
     )  # fmt: skip
     calibrator.collect_data(reader)
     save_tensors_data(calibrator.compute_data(), folder / "ranges.json")
@@ -78,6 +85,7 @@ def _static(source: Path, draft: Path, feeds: list[dict[str, Array]], request: R
         CalibrationDataReader,
         CalibrationMethod,
         QuantFormat,
+        QuantType,
         quantize_static,
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -90,24 +98,32 @@ def _static(source: Path, draft: Path, feeds: list[dict[str, Array]], request: R
             return next(self.left, None)
 
     with tempfile.TemporaryDirectory(dir=draft.parent) as folder:
-        ready = Path(folder) / "ready.onnx"
+        named, ready = Path(folder) / "named.onnx", Path(folder) / "ready.onnx"
         large = size_on_disk(source) > INLINE_LIMIT
+        proto = with_names(read(source, weights=True))
+        save(proto, named)
         quant_pre_process(
-            str(source),
+            str(named),
             str(ready),
             skip_optimization=True,
             skip_symbolic_shape=True,
             save_as_external_data=large,
         )
         known = (
-            {"calibration_cache_path": _entropy_ranges(ready, Reader(), Path(folder), large)}
-            if request.ranges == "entropy"
+            {
+                "calibration_cache_path": _histogram_ranges(
+                    ready, Reader(), Path(folder), large, request.ranges
+                )
+            }
+            if request.ranges != "minmax"
             else {}
         )
+        one_scale = {name: [{"quant_type": QuantType.QInt8}] for name in per_tensor_weights(proto)}
         quantize_static(
             str(ready), str(draft), Reader(), quant_format=QuantFormat.QDQ, per_channel=request.per_channel,
-            reduce_range=request.reduce_range, nodes_to_exclude=list(request.ignore),
-            calibrate_method=CalibrationMethod[RANGES[request.ranges]], use_external_data_format=large, **known,
+            reduce_range=request.reduce_range, nodes_to_exclude=[*request.ignore, *float_nodes(proto)],
+            calibrate_method=CalibrationMethod[RANGES[request.ranges]], use_external_data_format=large,
+            extra_options={"TensorQuantOverrides": one_scale} if one_scale else {}, **known,
         )  # fmt: skip
 
 
@@ -124,15 +140,38 @@ def _dynamic(source: Path, draft: Path, feeds: list[dict[str, Array]], request: 
 
 
 def _fp16(source: Path, draft: Path, feeds: list[dict[str, Array]], request: Request) -> None:
-    import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     half = convert_float_to_float16(
-        read(source, weights=True), keep_io_types=True, node_block_list=list(request.ignore) or None
-    )
-    onnx.save(
-        half, str(draft), save_as_external_data=half.ByteSize() > INLINE_LIMIT, location=f"{draft.name}.data"
-    )
+        read(source, weights=True), keep_io_types=True, node_block_list=list(request.ignore) or None,
+    )  # fmt: skip
+    save(half, draft)
 
 
 WRITERS: dict[str, Callable[..., None]] = {"static": _static, "dynamic": _dynamic, "fp16": _fp16}
+
+
+# x86 without VNNI adds pairs of int8 products in 16 bits (`vpmaddubsw`): 255 * 127 twice does not fit. Weights of 7 bits
+# always do (ONNX Runtime's page on quantisation).
+_LARGEST = 255, 127  # of unsigned and of signed 8-bit numbers
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether int8 products saturate on this CPU: whether ONNX Runtime gets the sum of two of the largest of them wrong."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    left, right = _LARGEST
+    weight = numpy_helper.from_array(np.full((2, 1), right, np.int8), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "products",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [1, 1])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((1, 2), left, np.uint8)})
+    return int(found.item()) != 2 * left * right

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.capture.inputs import normalize
-from surgeon.errors import InputError, QuantizeError, SurgeonError
+from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.files import silence
 from surgeon.onnx import compare as agree
-from surgeon.onnx import saturation
+from surgeon.onnx import methods
+from surgeon.onnx.child import run_in_child
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import draft_of, head, name_by_content, open_session, read, size_on_disk
+from surgeon.onnx.float_nodes import check_scales
 from surgeon.onnx.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
 from surgeon.onnx.methods import METHODS, RANGES, WRITERS, Request
 
@@ -129,8 +131,10 @@ def quantize(
             raise QuantizeError(f"ONNX Runtime cannot quantise this file ({method})", where=str(source), why=head(str(error)),
                                 fix=fix) from error  # fmt: skip
         small = read(draft)
+        check_scales(small)
         _check_changed(proto, small, source, method)
         _describe(proto, small, draft, method)
+        _check_runs(draft, checks[0], source)
         after = _Runner(draft, "the quantised file")
         gap, layers = output_error(before.session, after.session, checks), layer_losses(source, draft, checks)
         scores = (None, None) if evaluate is None else (evaluate(before), evaluate(after))
@@ -138,7 +142,7 @@ def quantize(
         name_by_content(draft)
         sizes = size_on_disk(source, proto), size_on_disk(draft)
     bits = 16 if method == "fp16" else 8 - request.reduce_range
-    saturates = bits == 8 and saturation.products_saturate()
+    saturates = bits == 8 and methods.products_saturate()
     return QuantizeReport(
         target, method, sizes[0], sizes[1], gap, scores[0], scores[1], layers, bits, saturates
     )
@@ -151,7 +155,7 @@ def _request(
         raise InputError(
             "fp16 has no weights of 7 bits", fix='leave out reduce_range, or pass method="static"'
         )
-    reduced = method != "fp16" and (saturation.products_saturate() if reduce_range is None else reduce_range)
+    reduced = method != "fp16" and (methods.products_saturate() if reduce_range is None else reduce_range)
     return Request(ranges, per_channel, reduced, tuple(ignore))
 
 
@@ -222,6 +226,18 @@ def _check_changed(proto: Any, small: Any, source: Path, method: str) -> None:
             why=why,
             fix='try method="static", or fewer names in ignore',
         )
+
+
+def _check_runs(draft: Path, fed: dict[str, Array], source: Path) -> None:
+    """Refuse a file that ONNX Runtime cannot run; tried in a child, which it may end."""
+    try:
+        run_in_child(draft, [fed], exact=True)
+    except FileError as error:
+        where = error.where.replace(str(draft), str(source))
+        fix = "name the node in ignore=[...], or use another method"
+        raise QuantizeError(
+            "ONNX Runtime cannot run the quantised file", where=where, why=error.why, fix=fix
+        ) from error
 
 
 def _describe(proto: Any, small: Any, draft: Path, method: str) -> None:

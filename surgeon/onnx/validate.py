@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon.capture.model_state import output_of
-from surgeon.errors import ExportError
+from surgeon.errors import ExportError, SurgeonError
 from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx import compare as agree
 from surgeon.onnx.bf16_to_fp32 import widen
+from surgeon.onnx.child import try_inputs
 from surgeon.onnx.compare import Inputs, batch_size_of
 from surgeon.onnx.file import head
 
@@ -48,6 +49,9 @@ def larger(model: nn.Module, inputs: Inputs, proto: Any) -> list[Inputs]:
     return [twice]
 
 
+Shapes = list[tuple[int, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """How a file was compared with its model.
@@ -56,11 +60,13 @@ class Agreement:
         how: "as it is", or "in float32" with the same weights.
         error: the largest relative error over outputs and sizes on fresh values.
         limit: what was allowed: more than usual where rounding alone moves the model's outputs so far.
+        shapes: of the file's outputs, for each of the sizes.
     """
 
     how: str
     error: float
     limit: float
+    shapes: list[Shapes]
 
 
 def compare(model: nn.Module, draft: Path, sizes: Sequence[Inputs]) -> Agreement:
@@ -83,21 +89,26 @@ def compare(model: nn.Module, draft: Path, sizes: Sequence[Inputs]) -> Agreement
 
 def _worst(how: str, model: nn.Module, draft: Path, sizes: Sequence[Inputs]) -> Agreement:
     found = [_gap(model, draft, inputs, seed) for seed, inputs in enumerate(sizes, 1)]
-    return Agreement(how, max(error for error, _ in found), max(limit for _, limit in found))
+    errors, limits, shapes = zip(*found, strict=True)
+    return Agreement(how, max(errors), max(limits), list(shapes))
 
 
-def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> tuple[float, float]:
-    """The largest relative error over the outputs on fresh values, and the largest that was allowed."""
+def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> tuple[float, float, Shapes]:
+    """The largest relative error over the outputs on fresh values, the largest that was allowed, and the outputs'
+    shapes.
+    """
     args, kwargs = agree.fresh(inputs, seed)
     batch = batch_size_of(inputs)
     expected = _outputs(model, (args, kwargs), batch)
     try:
-        found = agree.run_file(draft, (args, kwargs))
-    except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
-        why = f"{type(error).__name__}: {head(str(error))}"
+        (found,) = try_inputs(draft, [(args, kwargs)])
+    except SurgeonError as error:
         fix = "pass dynamic_batch=False if the batch is named, another precision if a dtype is, or try another opset"
         raise ExportError(
-            "ONNX Runtime cannot run the exported file", where=f"batch {batch}", why=why, fix=fix
+            "ONNX Runtime cannot run the exported file",
+            where=f"batch {batch}, {error.where}".rstrip(", "),
+            why=error.why or error.what,
+            fix=fix,
         ) from error
     if len(found) != len(expected):
         fix = "return each output once, as a tensor or a tuple or dict of tensors"
@@ -118,7 +129,8 @@ def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> tuple[floa
                 why="the exporter or ONNX Runtime changed the model's arithmetic, or forward is random or fixes the batch size",
                 fix="export with dynamic_batch=False, fuse=False or another opset; compare op by op if it stays",
             )
-    return max(errors, default=0.0), max(limits, default=_DEFAULT_TOLERANCE)
+    shapes = [array.shape for array in found]
+    return max(errors, default=0.0), max(limits, default=_DEFAULT_TOLERANCE), shapes
 
 
 def _outputs(model: nn.Module, inputs: Inputs, batch: int) -> list[tuple[str, Tensor]]:

@@ -147,6 +147,31 @@ def test_tables_quote_results() -> None:
         )
 
 
+MARKED = re.compile(r"<!-- numbers: ([^\n]+?) -->\n((?:.+\n)+)")
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
+
+
+def unquoted(text: str, measured: str) -> list[str]:
+    """Numbers of a marked paragraph that no result holds; single digits and what stands in code or links are left out."""
+    said = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    known = set(NUMBER.findall(measured))
+    return [number for number in NUMBER.findall(said) if len(number) > 1 and number not in known]
+
+
+def test_prose_quotes_results() -> None:
+    """A paragraph below `<!-- numbers: FILE ... -->` says only numbers that one of the files holds."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    marked = [(path.name, *found) for path in files for found in MARKED.findall(path.read_text())]
+    assert {name for name, _, _ in marked} >= {"README.md", "deployment.md"}
+    for name, sources, text in marked:
+        measured = " ".join((ROOT / source).read_text() for source in sources.split())
+        assert not unquoted(text, measured), f"{name} says numbers that {sources} does not hold"
+
+
+def test_a_number_that_was_not_measured_is_found() -> None:
+    assert unquoted("of 852 cuts `1.5` finds 850, [x](y23) in 1 of 2", "| 852 | 851 | 1.5 |") == ["850"]
+
+
 def test_what_is_quoted_wrongly_is_found() -> None:
     assert within(["resnet50", "2"], ["resnet50", "1", "2"])
     assert not within(["resnet50", "3"], ["resnet50", "1", "2"])
