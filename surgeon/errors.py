@@ -45,6 +45,10 @@ class ConfigWarning(SurgeonWarning):
     """The model's config cannot say the widths that are left: `save_pretrained` would not round-trip."""
 
 
+class WidthWarning(SurgeonWarning):
+    """Numbers of the model's modules may say a width that is no more, and nothing shows whether they do."""
+
+
 class BlockWarning(SurgeonWarning):
     """A budget needs narrower blocks than kernels like."""
 
@@ -86,6 +90,10 @@ class BudgetError(SurgeonError, ValueError):
 
 class PlanError(SurgeonError, ValueError):
     """A plan is damaged, edited, or belongs to another architecture."""
+
+
+class CopyError(SurgeonError):
+    """The model holds something that leads back to it and cannot be bound to a copy."""
 
 
 class MendError(SurgeonError):

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from surgeon import criteria
 from surgeon.api.surgery import Surgery
-from surgeon.capture.model_state import uncollected
+from surgeon.capture.model_state import at_work
 from surgeon.capture.paths.decisions import said
 from surgeon.capture.runs import record_runs
 from surgeon.coupling.analysis import Analysis, analyse
@@ -25,7 +25,7 @@ from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 
 
-@uncollected()
+@at_work()
 def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[str] | None = None) -> Surgery:
     """Run the model, in eval mode and in training mode, and find out what can leave.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgeon.api.select import select
 from surgeon.api.sensitivity import Sensitivity, sensitivity
-from surgeon.capture.model_state import uncollected
+from surgeon.capture.model_state import at_work
 from surgeon.coupling.analysis import Analysis
 from surgeon.coupling.explain import Explanation, explain
 from surgeon.coupling.frozen import FrozenGroup
@@ -174,7 +174,7 @@ class Surgery:
         return sensitivity(self, data, loss=loss, ratios=ratios, n_jobs=n_jobs, **options)
 
     @takes_options
-    @uncollected()
+    @at_work()
     def select(self, ratio: Ratio | None = None, **options: Unpack[PlanOptions]) -> Selection:
         """What leaves, as plain data; the model's code is not looked at yet.
 
@@ -187,7 +187,7 @@ class Surgery:
         return select(self, Request.of(ratio, **options))
 
     @takes_options
-    @uncollected()
+    @at_work()
     def plan(self, ratio: Ratio | None = None, **options: Unpack[PlanOptions]) -> Plan:
         """Choose what leaves, and find what the model's code needs changed; nothing is changed yet.
 
@@ -207,7 +207,7 @@ class Surgery:
         return self._cutter.plan(self.select(ratio, **options))
 
     @takes_options
-    @uncollected()
+    @at_work()
     def cut(self, ratio: Ratio | None = None, **options: Unpack[PlanOptions]) -> tuple[nn.Module, Plan]:
         """The small model and its plan: the same as `plan` and `Plan.apply`, with one copy less.
 

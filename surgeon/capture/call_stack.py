@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class CallStack(contextlib.ExitStack):
         super().__init__()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[str] = [""]
+        self._thread = threading.get_ident()  # the hooks are called in all threads
 
     @property
     def current(self) -> str:
@@ -53,10 +55,12 @@ class CallStack(contextlib.ExitStack):
         return self
 
     def _push(self, module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         self._stack.append(self._paths.get(id(module), self._stack[-1]))
 
     def _pop(self, _module: nn.Module, _args: Any, _out: Any) -> None:
-        if len(self._stack) > 1:
+        if len(self._stack) > 1 and threading.get_ident() == self._thread:
             self._stack.pop()
 
 

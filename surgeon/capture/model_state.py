@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,42 +14,17 @@ import numpy as np
 import torch
 import torch.utils._pytree
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.capture.aliasing import written
-from surgeon.capture.meta_run import Meta, MetaAttention, PlainMode
+from surgeon.capture.isolation.mode import Isolation
+from surgeon.capture.isolation.snapshot import snapshots
+from surgeon.capture.meta_run import Meta, MetaAttention
 from surgeon.capture.paths.global_modes import answering
 from surgeon.capture.paths.no_dropout import NoDropout
 from surgeon.graph.graph import Decision
 from surgeon.graph.nests import map_tensors
-
-
-class Rescue(PlainMode):
-    """Keeps the values that a run writes over of a model's tensors: all buffers (batch norms write into theirs
-    without saying so), and of the parameters those that some op writes into.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.saved = {id(t): (t, t.detach().clone()) for t in model.buffers() if not t.is_meta}
-        self.parameters: dict[int, list[Tensor]] = defaultdict(list)
-        for tensor in model.parameters():
-            if tensor.layout is torch.strided and not tensor.is_meta:
-                self.parameters[tensor.untyped_storage()._cdata].append(tensor)
-
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        for target in written(func, args, kwargs):
-            if target.layout is torch.strided and not target.is_meta:
-                for tensor in self.parameters.pop(target.untyped_storage()._cdata, ()):
-                    self.saved[id(tensor)] = tensor, tensor.detach().clone()
-        return func(*args, **kwargs)
-
-    def put_back(self) -> None:
-        """Give the tensors the values that they had."""
-        with torch.no_grad():
-            for tensor, value in self.saved.values():
-                if not torch.equal(tensor, value):  # a backward pass may wait for the others as they are
-                    tensor.copy_(value)
+from surgeon.graph.process import LOCK, callers_device, plain_torch
 
 
 def copies(inputs: Any) -> Any:
@@ -86,73 +60,138 @@ def uncollected() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """Uncollected, and with torch as it is by itself (see `plain_torch`)."""
+    with uncollected(), plain_torch():
+        yield
+
+
+@contextlib.contextmanager
 def quiet_run(
     model: nn.Module,
     seed: int,
     training: bool = False,
     answers: Mapping[str, bool] | None = None,
     asked: list[Decision] | None = None,
+    isolated: bool = True,
 ) -> Iterator[None]:
-    """Eval (or training) mode, no gradients, no autocast, a fixed seed; all of it put back afterwards.
+    """Eval (or training) mode, no gradients, no autocast, draws that depend on the seed alone; all of it put back
+    afterwards.
 
-    Never in inference mode, in which torch keeps ops in one piece that it takes apart elsewhere: a plan made
-    there would not fit. Fused kernels that hide what a layer does are off: the fast path of transformer
-    layers, and oneDNN's where there are recurrent layers. A model on the meta device runs on shapes alone
-    (see `Meta`).
+    The mode is set on the modules, not by `train()`: classes override that to merge weights, or to start a
+    training. Never in inference mode, in which torch keeps ops in one piece that it takes apart elsewhere: a plan
+    made there would not fit. Fused kernels and compiled code that hide what a layer does are off: the fast path
+    of transformer layers, oneDNN's where there are recurrent layers, and what `torch.compile` made. A model on
+    the meta device runs on shapes alone (see `Meta`).
 
-    What forward keeps on its modules (caches, counters, hooks) is taken away again, and so is what it puts in
-    the place of their tensors' data. In training mode the values are put back as well: batch norms update
-    theirs, and some code bounds its weights. Dropouts are left out of a run in training mode.
+    What forward changes is put back: tensors of any kind bit for bit, the lists, dicts and objects that modules
+    hold, NumPy arrays, generators. One model runs at a time, whatever threads there are. Dropouts are left out of
+    a run in training mode.
 
     Args:
         answers, asked: what the model's code is told of global modes, and what it asks (see `global_modes`).
+        isolated: False for what cannot run under a torch mode (exporters): then the process's own generators are
+            seeded and put back, and of tensors only what they are, not what they hold.
     """
-    flags = {module: module.training for module in model.modules()}
-    kept = [(held, held.copy()) for module in flags for held in _holders(module)]
-    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.layout is torch.strided)
-    data = [(tensor, tensor.data) for tensor in tensors]
-    rescue = Rescue(model) if training else None
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in flags)
-    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    modes: list[Any] = [Meta(), MetaAttention()] if any(p.is_meta for p in model.parameters()) else []
-    modes += [NoDropout(), rescue] if rescue is not None else []
+    mode = Isolation(seed) if isolated else None
+    with LOCK, contextlib.ExitStack() as stack:
+        stack.enter_context(_kept(model, values=training and not isolated))
+        stack.enter_context(_other_draws(seed))
+        if mode is None:
+            stack.enter_context(_fork_rng(seed))
+        else:
+            stack.callback(mode.restore)
+        for context in _ways_to_run(model, isolated):
+            stack.enter_context(context)
+        stack.enter_context(answering(model, answers or {}, asked))
+        if mode is not None:
+            stack.enter_context(mode)
+        on_meta = any(p.is_meta for p in model.parameters())
+        stack.enter_context(callers_device(on_meta))
+        if on_meta:
+            stack.enter_context(Meta())
+            stack.enter_context(MetaAttention())
+        if training:
+            stack.enter_context(NoDropout())
+        stack.enter_context(_in_mode(model, training))
+        yield
+
+
+def _ways_to_run(model: nn.Module, isolated: bool) -> Iterator[Any]:
+    """What decides how a model runs: no gradients, no fused kernels."""
+    yield torch.inference_mode(False)
+    yield torch.no_grad()
+    yield from map(_without_autocast, _AUTOCAST)
+    yield _NoFastPath() if isolated else _fast_path_off()
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield torch.backends.mkldnn.flags(enabled=False)
+    yield _uncompiled(model)
+
+
+class _NoFastPath(TorchFunctionMode):
+    """While there is any function mode, torch's transformer layers take no fused kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in training or eval mode."""
+    flags = [(module, module.training) for module in model.modules()]
     try:
-        with contextlib.ExitStack() as stack:
-            contexts: tuple[contextlib.AbstractContextManager[Any], ...] = (
-                torch.random.fork_rng(devices=[]),
-                _other_draws(seed),
-                torch.inference_mode(False),
-                torch.no_grad(),
-                *map(_without_autocast, _AUTOCAST),
-                answering(model, answers or {}, asked),
-                plain,
-                *modes,
-            )
-            for context in contexts:
-                stack.enter_context(context)
-            torch.manual_seed(seed)
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.train(training)
-            yield
+        for module, _ in flags:
+            module.training = training
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _fast_path_off() -> Iterator[None]:
+    """The same where no mode may be active."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for held, before in kept:
-            if isinstance(held, list):
-                if len(held) != len(before) or any(a is not b for a, b in zip(held, before, strict=True)):
-                    held[:] = before
-            elif len(held) != len(before) or any(
-                held.get(name) is not value for name, value in before.items()
-            ):
-                held.clear()
-                held.update(before)
-        for module, flag in flags.items():
-            module.training = flag
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """The modules' own code instead of what `module.compile()` and `torch.compile(module)` made of it; `_kept`
+    puts it back.
+    """
+    for module in model.modules():
+        if "_compiled_call_impl" in module.__dict__:
+            module.__dict__["_compiled_call_impl"] = None
+        inner = dict(module.named_children()).get("_orig_mod")
+        if inner is not None and "dynamo_ctx" in module.__dict__:
+            module.__dict__["forward"] = inner
+    yield
+
+
+@contextlib.contextmanager
+def _kept(model: nn.Module, values: bool) -> Iterator[None]:
+    """What a model holds and what its parameters and buffers are, put back afterwards; their values if asked."""
+    held = snapshots(model)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout is torch.strided]
+    data = [(tensor, tensor.data) for tensor in tensors]
+    numbers = [(tensor, tensor.detach().clone()) for tensor in tensors] if values else []
+    try:
+        yield
+    finally:
+        for put_back in held:
+            put_back()
         for tensor, before in data:
             if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
                 tensor.data = before
-        if rescue is not None:
-            rescue.put_back()
+        with torch.no_grad():
+            for tensor, value in numbers:
+                if not torch.equal(tensor, value):  # a backward pass may wait for the others as they are
+                    tensor.copy_(value)
 
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices
@@ -165,6 +204,14 @@ def _without_autocast(device: str) -> Iterator[None]:
         yield
         return
     with torch.autocast(device, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _fork_rng(seed: int) -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
         yield
 
 
@@ -193,13 +240,3 @@ def drawn_since(before: tuple[Any, Any]) -> list[str]:
     python, array = python_draws()
     moved = array[2] != before[1][2] or not np.array_equal(array[1], before[1][1])
     return ["Python's random"] * (python != before[0]) + ["NumPy's random"] * moved
-
-
-def _holders(module: nn.Module) -> Iterator[Any]:
-    """What a module keeps things in: its attributes, and the dicts and lists among them (buffers, hooks,
-    caches).
-    """
-    yield module.__dict__
-    for value in module.__dict__.values():
-        if type(value) in (dict, OrderedDict, list):
-            yield value

@@ -12,6 +12,8 @@ the number that must change with it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from surgeon.capture.control_flow import IN_PYTHON
+from surgeon.graph.process import LOCK
 
 _PRODUCTS = {  # torch makes them of other ops where a size is 1, or by how the operands lie in memory
     torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum, torch.tensordot, torch.linalg.multi_dot,
@@ -76,18 +79,42 @@ class Sizes(TorchFunctionMode):
         return result
 
 
+_inside = threading.local()
+_PATCHED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_originals: dict[str, Any] = {}
+_users = 0
+
+
 @contextlib.contextmanager
 def looking_inside_functional() -> Iterator[None]:
     """Let a function mode see the ops inside torch's own Python functions (such as
     multi_head_attention_forward).
+
+    Those ask functions of `torch.nn.functional` whether to hand themselves over; in this thread the answer is no.
     """
-    module = torch.nn.functional
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    global _users
+    with LOCK:
+        if not _users:
+            _patch()
+        _users += 1
+    before = getattr(_inside, "depth", 0)
+    _inside.depth = before + 1
     try:
-        for name in before:
-            setattr(module, name, lambda *_: False)
         yield
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        _inside.depth = before
+        with LOCK:
+            _users -= 1
+            if not _users:
+                vars(torch.nn.functional).update(_originals)
+
+
+def _patch() -> None:
+    module = torch.nn.functional
+    _originals.update({name: getattr(module, name) for name in _PATCHED if hasattr(module, name)})
+    for name, function in _originals.items():
+        setattr(module, name, functools.partial(_answer, function))
+
+
+def _answer(function: Callable[..., bool], *args: Any) -> bool:
+    return not getattr(_inside, "depth", 0) and function(*args)

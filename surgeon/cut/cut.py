@@ -6,22 +6,26 @@ small module's shapes and any of the model's values.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from surgeon.cut.bindings import check_bindings
 from surgeon.cut.plan import Plan, carrying
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
-from surgeon.errors import ConfigWarning, warn
+from surgeon.errors import ConfigWarning, MendError, WidthWarning, warn
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, unsaid
-from surgeon.mend.edits import Edit
+from surgeon.mend.edits import Edit, apply_edit
 from surgeon.mend.mend import find_edits
+from surgeon.mend.size_check import compare
+from surgeon.mend.unread.widths import follow_widths
 from surgeon.selection.cost import ShapeModel
 from surgeon.selection.selection import Selection
+
+_SAID = 5  # numbers that a warning names
 
 
 class Cutter:
@@ -50,7 +54,6 @@ class Cutter:
         """
         small = shrink_module(self.model, selection.kept)
         plan = self._plan(selection, small)
-        check_bindings(self.model, small)
         plan.warn()
         return carrying(small, self.model, plan), plan
 
@@ -76,9 +79,37 @@ class Cutter:
             memory=selection.cost.memory,
             macs_before=selection.before.macs,
             params_before=selection.before.params,
-            edits=(*mended.edits, *self._config_edits(selection, small)),
+            edits=(*mended.edits, *self._unread(selection, small), *self._config_edits(selection, small)),
             request={**selection.request, **rescaled},
         )
+
+    def _unread(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
+        """Edits of numbers that say widths and that no run reads; they are undone if a run does notice them."""
+        if not selection.kept:
+            return ()
+        edits, undecided = follow_widths(small, self.runs[0])
+        for edit in edits:
+            apply_edit(small, edit)
+        if edits and self._noticed(selection, small):
+            for edit in reversed(edits):
+                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
+            undecided += [f"{edit.module}.{edit.name} = {edit.old}".removeprefix(".") for edit in edits]
+            edits = []
+        if undecided:
+            more = f" and {len(undecided) - _SAID} more" if len(undecided) > _SAID else ""
+            warn(
+                f"numbers that may say a width and that no run reads keep their value: {', '.join(undecided[:_SAID])}{more}; "
+                "set them before calling what reads them",
+                WidthWarning,
+            )
+        return tuple(edits)
+
+    def _noticed(self, selection: Selection, small: nn.Module) -> bool:
+        """Whether a run passes other sizes than the cut asks for."""
+        try:
+            return bool(compare(small, self.runs, self.shapes, selection.choice))
+        except MendError:
+            return True
 
     def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
         if self.config is None or not selection.kept:

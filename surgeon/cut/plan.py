@@ -14,17 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from surgeon.cut.bindings import check_bindings
 from surgeon.cut.optimizer_state import carry, check_optimizer
 from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
 from surgeon.cut.plan_text import described
 from surgeon.cut.slice import shrink_module
 from surgeon.errors import FileError, InputError, PlanError, ProofWarning
 from surgeon.files import read_file, write_atomically
+from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.edits import Edit
 
@@ -57,7 +56,7 @@ class Plan:
     edits: tuple[Edit, ...] = ()
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    @torch.inference_mode(mode=False)  # whatever the caller is in: the small model can be trained
+    @plain_torch()  # the small model can be trained, whatever the caller is in
     def apply(self, model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
         """A new, smaller module of the same class; `model` is not touched.
 
@@ -83,7 +82,6 @@ class Plan:
         if optimizer is not None:
             check_optimizer(optimizer, model)
         small = shrink_module(model, self.kept, self.edits)
-        check_bindings(model, small)
         self.warn()
         carrying(small, model, self)
         if optimizer is not None:

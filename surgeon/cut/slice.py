@@ -8,20 +8,18 @@ made.
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import math
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgeon.cut.weight_hooks import recompute
 from surgeon.errors import PlanError
-from surgeon.graph.tensors import named_tensors
+from surgeon.graph.copying.model_copy import copied_with
+from surgeon.graph.tensors import copied_tensor, like, named_tensors
 from surgeon.mend.edits import Edit, apply_edit, refresh
 
 Kept = Mapping[str, Mapping[int, list[int]]]
@@ -39,12 +37,14 @@ def shrink_module(
 
     Raises:
         PlanError: a name or index does not fit the model.
+        CopyError: the copy would hold a part of the original.
         MendError: an edit does not fit the model's code.
     """
     slicer = slicer or Slicer()
     memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
-    small: nn.Module = _clone(model, memo)
+    small = copied_with(model, memo)
     for path, module in small.named_modules():
+        recompute(module)
         refresh(module, path)
     for edit in edits:
         apply_edit(small, edit)
@@ -105,21 +105,18 @@ class Slicer:
         self._take = take
 
     def __call__(self, tensor: Tensor, cut: Mapping[int, list[int]]) -> Tensor:
-        """A new tensor (parameter, if it was one) with only the kept indices along each dim; its gradient
-        follows.
+        """A new tensor (parameter, if it was one) with only the kept indices along each dim, in the same order in
+        memory (channels last, say); its gradient follows.
         """
+        if not cut:
+            return copied_tensor(tensor)
         found: dict[int, Tensor] = {}
         for dim, index in cut.items():
             found[dim], needed = self._index(index)
             if dim >= tensor.dim() or not 0 < needed <= tensor.shape[dim]:
                 raise _unfit(dim, tensor)
-        data = self._take(tensor.detach(), found)
-        if not isinstance(tensor, nn.Parameter):
-            return data
-        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
-        new.__class__ = type(tensor)
-        new.__dict__.update({k: v for k, v in tensor.__dict__.items() if not isinstance(v, weakref.ref)})
-        if tensor.grad is not None:
+        new = like(tensor, _in_order_of(tensor, self._take(tensor.detach(), found)))
+        if tensor.is_leaf and tensor.grad is not None:
             new.grad = self(tensor.grad, cut)
         return new
 
@@ -127,9 +124,19 @@ class Slicer:
         """The indices as a tensor, and the size that a dim must have at least; 0 if they are no indices."""
         if id(index) not in self._known:
             sound = bool(index) and min(index) >= 0 and all(a < b for a, b in itertools.pairwise(index))
-            self._known[id(index)] = index, torch.tensor(index), index[-1] + 1 if sound else 0
+            self._known[id(index)] = index, torch.tensor(index, device="cpu"), index[-1] + 1 if sound else 0
         _, rows, needed = self._known[id(index)]
         return rows, needed
+
+
+def _in_order_of(tensor: Tensor, data: Tensor) -> Tensor:
+    """A slice of a tensor whose dims follow each other in memory as those of the tensor do."""
+    if tensor.layout is not torch.strided or data.dim() < 2:
+        return data
+    window = tensor.detach()
+    for dim, size in enumerate(data.shape):
+        window = window.narrow(dim, 0, size)
+    return torch.empty_like(window, memory_format=torch.preserve_format).copy_(data)
 
 
 def _unfit(dim: int, tensor: Tensor) -> PlanError:
@@ -138,68 +145,3 @@ def _unfit(dim: int, tensor: Tensor) -> PlanError:
         why="they must be ascending, not empty, and within the dim",
         fix="make the plan anew with surgery.plan(...)",
     )
-
-
-def _clone(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy` of a module tree, several times faster on torch's own layout of a module.
-
-    Modules with a copying or pickling protocol of their own are left to deepcopy.
-    """
-    if id(module) in memo:
-        return memo[id(module)]
-    if isinstance(module, torch.jit.ScriptModule):  # its copies know of no memo
-        return _compiled(module, memo)
-    kind = type(module)
-    own = (
-        "__deepcopy__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__getstate__",
-        "__getnewargs__",
-        "__getnewargs_ex__",
-        "__slots__",
-    )
-    standard = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
-    if not standard or kind.__setstate__ not in _SET_STATE:
-        return copy.deepcopy(module, memo)
-    new = kind.__new__(kind)
-    memo[id(module)] = new
-    for name, value in module.__dict__.items():
-        if name == "_modules":
-            new.__dict__[name] = {key: None if m is None else _clone(m, memo) for key, m in value.items()}
-        elif name in ("_parameters", "_buffers") and type(value) is dict:
-            new.__dict__[name] = {key: None if t is None else memo[id(t)] for key, t in value.items()}
-        elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
-            new.__dict__[name] = value
-        elif (
-            type(value) in (dict, OrderedDict, set, list)
-            and all(type(v) in _ATOMIC for v in value)
-            and not _mapped(value)
-        ):
-            new.__dict__[name] = value.copy() if value else type(value)()
-        else:
-            new.__dict__[name] = copy.deepcopy(value, memo)
-    return new
-
-
-def _compiled(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
-    """A copy of a TorchScript module, with the sliced tensors set in it."""
-    new: nn.Module = copy.deepcopy(module)
-    for name, tensor in named_tensors(module):
-        *path, attribute = name.split(".")
-        setattr(functools.reduce(getattr, path, new), attribute, memo[id(tensor)])
-    return new
-
-
-def _mapped(value: Any) -> bool:
-    """Whether a dict holds anything: its values may be shared objects."""
-    return isinstance(value, dict) and bool(value)
-
-
-_ATOMIC = frozenset(
-    {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
-)
-_SET_STATE = (
-    nn.Module.__setstate__,
-    nn.modules.conv._ConvNd.__setstate__,
-)  # they only add what old files lack

@@ -16,7 +16,6 @@ is left alone.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from typing import Any
@@ -31,7 +30,9 @@ from surgeon.errors import CaptureError, FuseError
 from surgeon.fusion import constants, products
 from surgeon.fusion.fold import Fold, Foldable, counted, set_module
 from surgeon.fusion.forward import DROPOUTS
+from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.graph import Graph
+from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import tensor_leaves
 
 _RULES = (
@@ -79,6 +80,7 @@ class FoldReport:
         return ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "nothing to fold"
 
 
+@plain_torch()
 def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """A deep copy of `model` in which every exact fold is made; see `folds` for the list of them.
 
@@ -162,18 +164,11 @@ def _check_eval(model: Any) -> None:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    try:
-        fused = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise FuseError(
-            "the model cannot be copied",
-            where=type(model).__name__,
-            why=str(error),
-            fix="let copy.deepcopy(model) work",
-        ) from error
-    if isinstance(fused, nn.Module):  # capture refuses anything else
-        fused.__dict__[_CUT_BY] = plan_texts(model)
-        fused.__dict__.pop(PLANS, None)  # they make the unfused model
+    if not isinstance(model, nn.Module):  # capture refuses it
+        return model
+    fused = copied(model)
+    fused.__dict__[_CUT_BY] = plan_texts(model)
+    fused.__dict__.pop(PLANS, None)  # they make the unfused model
     return fused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ def is_read(node: fx.Node, output: int) -> bool:
     )
 
 
-def made_of_numbers(graph: Graph) -> dict[fx.Node, Tensor]:
-    """The small values that hang on nothing but numbers in the model's code."""
+def made_of_numbers(graph: Graph, kernel: Callable[[Any], Any] = lambda op: op) -> dict[fx.Node, Tensor]:
+    """The small values that hang on nothing but numbers in the model's code; `kernel` says what computes an op."""
     made: dict[fx.Node, Tensor] = {}
     for node in graph.fx.nodes:
         inputs = node.all_input_nodes
@@ -75,7 +75,7 @@ def made_of_numbers(graph: Graph) -> dict[fx.Node, Tensor]:
             and math.prod(spec(node).shape) <= _SMALL
         ):
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: made[n])
-            made[node] = node.target(*args, **kwargs)
+            made[node] = kernel(node.target)(*args, **kwargs)
     return made
 
 

@@ -4,6 +4,7 @@ inputs and outputs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,25 @@ def named(leaves: list[tuple[str, Tensor]], names: Sequence[str] | None) -> list
             known = ", ".join(repr(path) for path, _ in leaves[:20])
             raise InputError(f"the model has no output {name!r}", fix=f"use some of {known}")
     return found
+
+
+def copied_tensor(tensor: Tensor) -> Tensor:
+    """A tensor with the same values in memory of its own; a computed one without what it was computed from."""
+    if type(tensor) is not Tensor and not isinstance(tensor, nn.Parameter) and tensor.is_leaf:
+        return copy.deepcopy(tensor)  # a subclass knows what it consists of
+    new = like(tensor, tensor.detach().clone())
+    if tensor.is_leaf and tensor.grad is not None:
+        new.grad = tensor.grad.detach().clone()
+    return new
+
+
+def like(tensor: Tensor, data: Tensor) -> Tensor:
+    """New data as a parameter, if the tensor is one, and with gradients where it asks for them."""
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(data, requires_grad=tensor.requires_grad)
+        new.__class__ = type(tensor)
+        return new
+    return data.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -327,7 +327,7 @@ def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
-    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | type):
+    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | types.ModuleType | type):
         return
     if isinstance(value, int):
         yield path, value

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.capture.isolation.mode import Isolation
 from surgeon.coupling.propagate import Slot
+from surgeon.graph.process import LOCK
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.attribute_path import set_path
 
@@ -82,7 +84,7 @@ class ConfigModel:
 
     def build(self, values: Values, device: str = "meta") -> nn.Module | None:
         """The model that the changed config describes; None if the class refuses it."""
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with LOCK, Isolation(seed=0), torch.device(device):
             try:
                 model: nn.Module = self.kind(self.changed(values))
                 return model.eval()

@@ -9,7 +9,6 @@ another batch size, with fresh values.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -29,6 +28,8 @@ from surgeon.errors import CaptureError, ExportError, FileError, FuseError, Inpu
 from surgeon.files import silence
 from surgeon.fusion.fuse import FoldReport, folds, plans_of
 from surgeon.fusion.fuse import fuse as fold
+from surgeon.graph.copying.model_copy import copied
+from surgeon.graph.process import plain_torch
 from surgeon.onnx import compare as agree
 from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
 from surgeon.onnx.file import (
@@ -93,6 +94,7 @@ class ExportReport:
         )
 
 
+@plain_torch()
 def export(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *,
     opset: int | None = None, dynamic_batch: bool = True, dynamic_shapes: Any = None, precision: str | None = None,
@@ -138,11 +140,11 @@ def export(
             "the first input has no batch dimension", fix="pass dynamic_batch=False, or inputs with a batch"
         )
     try:
-        with draft_of(target) as draft, quiet_run(model, seed=0):
+        with draft_of(target) as draft, quiet_run(model, seed=0, isolated=False):
             ready = _fused(model, inputs) if fuse else model
             expected = model
             if precision is not None:
-                ready = expected = copy.deepcopy(ready).to(
+                ready = expected = copied(ready).to(
                     PRECISIONS[precision]
                 )  # as rounded: rounding is no fault of the file
                 inputs = agree.cast_floats(inputs, PRECISIONS[precision])

@@ -5,7 +5,6 @@ fresh values.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.capture.model_state import output_of
 from surgeon.errors import ExportError, SurgeonError
+from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx import compare as agree
 from surgeon.onnx.bf16_to_fp32 import widen
@@ -82,7 +82,7 @@ def compare(model: nn.Module, draft: Path, sizes: Sequence[Inputs]) -> Agreement
         for suffix in ("", ".data"):
             stack.callback(wide.with_name(wide.name + suffix).unlink, missing_ok=True)
         widen(draft, wide)
-        exact = copy.deepcopy(model).float()
+        exact = copied(model).float()
         floats = [agree.cast_floats(inputs, torch.float32) for inputs in sizes]
         return _worst("in float32", exact, wide, floats)
 
@@ -151,7 +151,7 @@ def _rounding(
     worst = [0.0] * len(expected)
     for seed in range(_DRAWS):
         move = partial(_moved, torch.Generator().manual_seed(seed))
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         with torch.no_grad():
             for tensor in (*twin.parameters(), *twin.buffers()):
                 tensor.copy_(move(tensor))

@@ -4,6 +4,7 @@ absent entries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,36 @@ def widened(item: Any) -> Any:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64 or complex128; others (of whole numbers, say) as they are."""
     return tensor.to(widened(tensor.dtype))
+
+
+def by_default_float64(target: Any) -> Any:
+    """The op as it computes where float64 is torch's default dtype, without setting it for the whole process."""
+    return functools.partial(_by_default_float64, in_float64(target))
+
+
+def _by_default_float64(func: Any, *args: Any, **kwargs: Any) -> Any:
+    result = func(*args, **kwargs)
+    schema = getattr(func, "_schema", None)
+    if schema is None or not is_narrow(result) or any(map(is_narrow, (*args, *kwargs.values()))):
+        return result
+    names = [a.name for a in schema.arguments]
+    if "dtype" in names[len(args) :] and kwargs.get("dtype") is None:
+        return func(*args, **{**kwargs, "dtype": widened(result.dtype)})
+    for also_bool in (False, True):  # whole numbers that meet a number, or whose root is taken
+        if is_narrow(result):
+            result = func(*(_as_wide(item, also_bool) for item in args), **kwargs)
+    return result
+
+
+def is_narrow(item: Any) -> bool:
+    """Whether something is a tensor of real or complex numbers in less than float64."""
+    return isinstance(item, Tensor) and widened(item.dtype) != item.dtype
+
+
+def _as_wide(item: Any, also_bool: bool) -> Any:
+    if not isinstance(item, Tensor) or (item.dtype is torch.bool and not also_bool):
+        return item
+    return item.clone() if item.is_floating_point() or item.is_complex() else item.double()
 
 
 class MaskedOp:
@@ -79,7 +110,7 @@ class MaskedOp:
     def op(self) -> Any:
         """The op itself; views as reshapes, because the reference's layouts in memory may differ."""
         viewed = has(self.name, Trait.RESHAPES) and "size" in self.arguments
-        return torch.reshape if viewed else in_float64(self.node.target)
+        return torch.reshape if viewed else by_default_float64(self.node.target)
 
     @property
     def masked(self) -> bool:

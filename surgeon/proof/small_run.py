@@ -8,12 +8,10 @@ rounded to float32).
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,27 +26,17 @@ from surgeon.capture.size_tracing import Sizes, looking_inside_functional
 from surgeon.capture.value_dependent import DRAWN, RecordedReads, decides, draws, replay
 from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments, arguments
+from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.graph import Call, Graph, spec
 from surgeon.graph.queries import made_of_numbers, number_in
 from surgeon.graph.tensors import named, named_tensors, tensor_leaves
-from surgeon.ops.masked_op import leak, wide, widened
+from surgeon.ops.masked_op import by_default_float64, is_narrow, leak, wide, widened
 from surgeon.ops.sums import scales
-from surgeon.ops.table import Family, Trait, alike, family, has, in_float64, op_name
+from surgeon.ops.table import Family, Trait, alike, family, has, op_name
 from surgeon.proof.reference import ROUNDED, Rescaled, said
 
 _UNUSED = {"empty", "as_strided", "_to_copy"}  # ops that a run may have more of: they compute nothing either
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class DoesNotRunError(ProofError):
@@ -98,7 +86,7 @@ class _Upgrade(PlainMode):
         )
         result = self._decided(func, args, kwargs)
         if result is None:
-            result = in_float64(func)(*args, **kwargs)
+            result = by_default_float64(func)(*args, **kwargs)
         if added is not None:
             result.add_(added)
         if draws(name):
@@ -142,7 +130,9 @@ class _Upgrade(PlainMode):
 
 
 class _Products(Sizes):
-    """Tells of the products that run, and tells the code the dtype that it knows, as it may decide by it."""
+    """Tells of the products that run, makes tensors of Python's numbers in float64, and tells the code the dtype that
+    it knows, as it may decide by it.
+    """
 
     def __init__(self, told: Callable[[int, Callable[[], Any]], Any], graph: Graph) -> None:
         super().__init__()
@@ -152,6 +142,13 @@ class _Products(Sizes):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
+        if (
+            func in _OF_NUMBERS
+            and is_narrow(result)
+            and not (kwargs or {}).get("dtype")
+            and _has_no_dtype(args)
+        ):
+            return func(*args, **{**(kwargs or {}), "dtype": widened(result.dtype)})
         return self.dtype if result is torch.float64 else result
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
@@ -165,6 +162,14 @@ class _Products(Sizes):
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
         return self.told(number, run)
+
+
+_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
+
+
+def _has_no_dtype(args: Any) -> bool:
+    """Whether a tensor is made of Python's own numbers, whose dtype is torch's default."""
+    return not any(hasattr(item, "dtype") for item in torch.utils._pytree.tree_leaves(args))
 
 
 def _dtype(graph: Graph) -> torch.dtype:
@@ -227,7 +232,7 @@ def run_small(
         filled: numbers to take in place of those of some tensors.
     """
     with torch.no_grad():
-        twin = copy.deepcopy(small)._apply(wide)
+        twin = copied(small)._apply(wide)
     for name, tensor in named_tensors(twin):
         owner, _, attribute = name.rpartition(".")
         module = twin.get_submodule(owner)
@@ -239,7 +244,6 @@ def run_small(
     mode = _Upgrade(graph, leaking)
     products = _Products(mode.product, graph)
     with (
-        float64(),
         quiet_run(twin, 0, graph.training, dict(graph.answers)),
         looking_inside_functional(),
         mode,
@@ -320,7 +324,7 @@ def changed_constants(graph: Graph, steps: Mapping[fx.Node, Step]) -> Rescaled:
     Whether they may is for the reference to say, which knows what stays of the sums that they scale.
     """
     found: Rescaled = {}
-    made = made_of_numbers(graph)
+    made = made_of_numbers(graph, by_default_float64)
     for node, step in steps.items():
         given = arguments(node)
         for place, after in step.constants.items():

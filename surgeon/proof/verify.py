@@ -17,19 +17,22 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
+from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.runs import further_runs, record_runs
 from surgeon.cut.plan import Plan, check_fit
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.nests import map_tensors
+from surgeon.graph.process import plain_torch
+from surgeon.graph.queries import read_tensors
 from surgeon.graph.tensors import named_tensors
 from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
@@ -37,7 +40,7 @@ from surgeon.ops.table import Trait, has, op_name
 from surgeon.proof.reference import ROUNDED, TOLERANCE, Reference, distance
 from surgeon.proof.rounding import FACTOR, Limits, limits
 from surgeon.proof.second_look import filled, hides, shown
-from surgeon.proof.small_run import DoesNotRunError, changed_constants, float64, line_up, run_small
+from surgeon.proof.small_run import DoesNotRunError, changed_constants, line_up, run_small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _OverflowError(ProofError):
     """An output holds no finite number."""
 
 
+@plain_torch()
 def verify(
     model: nn.Module,
     small: nn.Module,
@@ -130,11 +134,11 @@ def verify(
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
     check_fit(plan, model)
-    _same_tensors(model, small, plan)
     if graph is None:
         runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs
     else:
         runs = further_runs(model, [graph]).graphs if isinstance(graph, Graph) else tuple(graph)
+    _same_tensors(model, small, plan, set().union(*map(read_tensors, runs)))
     looks = [_looked(model, small, plan, run, tolerance) for run in runs]
     unread = set(plan.kept).difference(*(look.shown for look in looks))
     proofs = [look.proof for look in looks]
@@ -207,7 +211,7 @@ def _compared(
     """
     args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
     outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, _kept(model, plan, fill or {}))
-    with float64():
+    with torch.no_grad(), Isolation(seed=0):
         steps = line_up(graph, trace)
         rescaled = changed_constants(graph, steps)
         results = {n: step.result for n, step in steps.items() if step.result is not None}
@@ -241,7 +245,7 @@ def _compared(
             return Reference(model, graph, plan, rescaled, results, run.exact, leaking, tensors)
 
         own = {n: t for n, t in {**dict(named_tensors(model)), **(fill or {})}.items() if n in graph.owned}
-        with float64():
+        with torch.no_grad(), Isolation(seed=0):
             allowed = limits(again, TOLERANCE, [*results], own, args, kwargs)
     if not _within(allowed, run.errors, errors):
         raise _differs(allowed, run.errors, errors)
@@ -299,12 +303,21 @@ def _kept(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan) -> None:
+def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan, read: Set[str]) -> None:
     """Every tensor of the small model is the original's at the kept indices, bit for bit: runs would not see
     dead channels.
+
+    Plain attributes that no run reads are left out: each run makes them anew (weights that hooks compute, kept
+    activations).
     """
+    stored = {
+        n
+        for values in (model.named_parameters, model.named_buffers)
+        for n, _ in values(remove_duplicate=False)
+    }
+    compared = {n: t for n, t in named_tensors(model) if n in stored or n in read}
     cut = dict(named_tensors(small))
-    for name, want in _kept(model, plan, dict(named_tensors(model))).items():
+    for name, want in _kept(model, plan, compared).items():
         got = cut.get(name)
         if got is None or got.shape != want.shape or not torch.equal(got.detach(), want):
             raise ProofError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import math
@@ -18,6 +17,8 @@ from surgeon.capture.batches import normal, samples_of
 from surgeon.capture.capture import capture
 from surgeon.cut.plan import Plan
 from surgeon.errors import InputError
+from surgeon.graph.copying.model_copy import copied
+from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import named_tensors
 from surgeon.recovery.distill import Distilling
 from surgeon.recovery.fold import fold
@@ -92,7 +93,7 @@ class Recovery:
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
 
-@torch.inference_mode(mode=False)  # whatever the caller is in
+@plain_torch()
 def recover(
     small: nn.Module,
     plan: Plan,
@@ -170,7 +171,7 @@ def recover(
             fix="leave example_inputs out: the first batch is what is recorded",
         )
     check_made_by(plan, small, model)
-    recovered = copy.deepcopy(small)
+    recovered = copied(small)
     if batches is None:
         return _folded(recovered, plan, model, example_inputs)
     read = [normal(batch, f"batch {number}") for number, batch in enumerate(batches_of(batches), 1)]

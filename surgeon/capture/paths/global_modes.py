@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -67,10 +68,12 @@ def answering(model: nn.Module, answers: Mapping[str, bool], asked: list[Decisio
 def _told(
     name: str, function: Callable[..., bool], answers: Mapping[str, bool], asked: list[Decision] | None
 ) -> Callable[..., bool]:
+    thread = threading.get_ident()  # others get the true answer
+
     def told(*args: Any, **kwargs: Any) -> bool:
         frame = sys._getframe(1)
         path = frame.f_code.co_filename
-        if path.startswith((_TORCH_DIR, _OWN_DIR)):
+        if path.startswith((_TORCH_DIR, _OWN_DIR)) or threading.get_ident() != thread:
             return function(*args, **kwargs)
         answer = answers.get(name)
         answer = function(*args, **kwargs) if answer is None else answer

@@ -1,0 +1,1 @@
+"""A model copied so that nothing of the first one can be reached from the copy."""

@@ -1,0 +1,115 @@
+"""follow_widths(small, graph) -> edits, undecided: whole numbers of modules that no forward reads but that say a
+width, such as the `num_features` from which a new head is made.
+
+A number follows a width if it equals the old size of the nearest cut tensors of its module, all of them have one
+new size, and forward does not read it (what forward reads, the run has shown to be right). If some of those
+tensors changed and some did not, nothing says which the number means: it is left, and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from surgeon.graph.graph import Graph
+from surgeon.graph.source_code import methods, names_used, own_classes
+from surgeon.graph.tensors import named_tensors
+from surgeon.mend.candidates import integers
+from surgeon.mend.edits import Edit
+from surgeon.mend.unread.module_lists import numbers_beside_paths
+
+_LEAST = 3  # smaller numbers say how many of something there are
+_DEEPEST = 4  # levels of modules below the one that holds the number
+_NEAR = 1  # so far below, tensors speak for a number that no method reads either
+
+Sizes = Mapping[str, Sequence[tuple[int, int]]]
+
+
+def follow_widths(small: nn.Module, graph: Graph) -> tuple[list[Edit], list[str]]:
+    """The edits that bring unread numbers in step with the widths, and those that may be wrong now, as text."""
+    sizes = _sizes(small, graph)
+    edits: list[Edit] = []
+    undecided: list[str] = []
+    for path, module in small.named_modules():
+        if not own_classes(module):  # torch's own layers are kept in step
+            continue
+        below = _below(sizes, path)
+        if not any(old != new for level in below for old, new in level):
+            continue
+        read = _read_by_forward(module)
+        others = set().union(*(names_used(method) for method in methods(module).values()))
+        for name, value in _numbers(module):
+            own = name.partition(".")[0]
+            if own in read:
+                continue
+            depth, new = _new_size(below, value)
+            if len(new) == 1 and (depth <= _NEAR or own in others):
+                edits += [Edit(path, "attribute", name, value, size) for size in new if size != value]
+            elif len(new) > 1 and own in others:
+                undecided.append(f"{path}.{name} = {value}".removeprefix("."))
+    edits += list(numbers_beside_paths(small, graph))
+    return _once(edits), undecided
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """A module's own numbers, those in its lists and dicts included; not those of configs and other objects, nor
+    those in lists of dicts.
+    """
+    for name, value in integers(module):
+        own = name.partition(".")[0]
+        if (
+            value >= _LEAST
+            and name.count(".") <= 1
+            and not own.startswith("_")
+            and type(getattr(module, own)) in (int, list, tuple, dict)
+        ):
+            yield name, value
+
+
+def _once(edits: list[Edit]) -> list[Edit]:
+    return list({(edit.module, edit.name): edit for edit in edits}.values())
+
+
+def _sizes(small: nn.Module, graph: Graph) -> dict[str, list[tuple[int, int]]]:
+    """{tensor name: (old, new) size of each dim}."""
+    return {
+        name: list(zip(graph.tensors[name].shape, tensor.shape, strict=True))
+        for name, tensor in named_tensors(small)
+        if name in graph.owned and tensor.dim() == graph.tensors[name].dim()
+    }
+
+
+def _below(sizes: Sizes, path: str) -> list[set[tuple[int, int]]]:
+    """The sizes of a module's tensors, level by level: its own, those of its parts, of their parts."""
+    levels: list[set[tuple[int, int]]] = [set() for _ in range(_DEEPEST + 1)]
+    prefix = f"{path}." if path else ""
+    for name, pairs in sizes.items():
+        if name.startswith(prefix):
+            depth = sum(not part.isdigit() for part in name.removeprefix(prefix).split(".")[:-1])
+            if depth <= _DEEPEST:
+                levels[depth].update(pairs)
+    return levels
+
+
+def _new_size(below: list[set[tuple[int, int]]], value: int) -> tuple[int, set[int]]:
+    """What the nearest tensors with a dim of this size have there now, and how far below they are."""
+    for depth, level in enumerate(below):
+        new = {after for before, after in level if before == value}
+        if new:
+            return depth, new
+    return 0, set()
+
+
+def _read_by_forward(module: nn.Module) -> set[str]:
+    """Names that the code of a module's forward uses, with that of the methods that it names."""
+    known = methods(module)
+    found: set[str] = set()
+    todo = ["forward"]
+    while todo:
+        name = todo.pop()
+        if name in known:
+            used = names_used(known.pop(name))
+            found |= used
+            todo += used
+    return found
