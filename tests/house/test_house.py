@@ -140,3 +140,9 @@ def test_public_names() -> None:
 def test_every_module_says_what_it_is() -> None:
     for path in ROOT.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Pytest imports them by their bare names."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

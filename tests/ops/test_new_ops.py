@@ -15,7 +15,7 @@ import surgeon
 from surgeon import ops
 from surgeon.capture.capture import capture
 from surgeon.ops import table
-from surgeon.selection.cost import macs_of
+from surgeon.ops.macs import macs_of
 
 library = torch.library.Library("newops", "DEF")
 library.define(
