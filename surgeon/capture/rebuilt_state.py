@@ -50,12 +50,15 @@ def rebuilt(model: nn.Module, runs: Sequence[Graph]) -> dict[str, Line]:
         functions = _reachable(module, ["forward"])
         hanging = [f for f in functions if _decides(f, decided)]
         hanging = [*hanging, *itertools.chain.from_iterable(_named_by(f, module) for f in hanging)]
+        storing = [f for f in functions if _code(f.__code__).stored]
+        if not storing and not hanging:
+            continue
         own = {
             name.removeprefix(f"{prefix}.") if prefix else name
             for name in first.owned
             if name.startswith(prefix)
         }
-        for function, everything in (*((f, False) for f in functions), *((f, True) for f in hanging)):
+        for function, everything in (*((f, False) for f in storing), *((f, True) for f in hanging)):
             for name, line in _code(function.__code__).stored:
                 for held in _meant(name, own, everything):
                     path = f"{prefix}.{held}" if prefix else held

@@ -110,8 +110,5 @@ def _sharded(where: str) -> CaptureError:
 
 def _comes_from(kind: type, packages: Iterable[str]) -> bool:
     """Whether a class, or one that it builds on, is one of these packages."""
-    return any(
-        base.__module__ == package or base.__module__.startswith(f"{package}.")
-        for base in kind.__mro__
-        for package in packages
-    )
+    roots = tuple(f"{package}." for package in packages)
+    return any(f"{base.__module__}.".startswith(roots) for base in kind.__mro__)
