@@ -25,7 +25,8 @@ ELSEWHERE = (
     "TrainerCallback",
     "AutoModel",
     "input_ids",
-    "@rule",
+    "Family.MOVEMENT",
+    "Family.CONTRACTION",
 )  # what other packages or files run
 
 
