@@ -71,6 +71,7 @@ def made_of_numbers(graph: Graph, kernel: Callable[[Any], Any] = lambda op: op) 
         if (
             node.op == "call_function"
             and known
+            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())  # a draw
             and isinstance(node.meta["spec"], Spec)
             and math.prod(spec(node).shape) <= _SMALL
         ):
