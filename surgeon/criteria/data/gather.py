@@ -113,7 +113,10 @@ def gather(
                     fix="pass a part of it, such as itertools.islice(loader, 20)",
                 )
             run, consumers = runs.of(args, kwargs, label) if statistics else (graph, ())
-            with quiet_run(model, seed=0), torch.set_grad_enabled(bool(needs & _BACKWARD)):
+            with (
+                quiet_run(model, seed=0, isolated=False),  # the sums below are kept
+                torch.set_grad_enabled(bool(needs & _BACKWARD)),
+            ):
                 output = _run(model, run, list(zip(statistics, consumers, strict=True)), args, kwargs, label)
                 if needs & _BACKWARD:
                     signs = torch.Generator().manual_seed(batches)  # each batch has signs of its own
