@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import surgeon
 from surgeon.cli import main as cli
+from surgeon.cli.shrink import _draft_folder as draft_folder
 from surgeon.errors import FileError
 from surgeon.latency.predict import LatencyTable
 from surgeon.onnx import file as onnx_file
@@ -127,7 +128,7 @@ def test_save(tmp_path: Path) -> None:
 
 def test_external_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both files are made beforehand; what is killed is how they come to their place."""
-    monkeypatch.setattr(importlib.import_module("surgeon.onnx.export"), "INLINE_LIMIT", 100)
+    monkeypatch.setattr(importlib.import_module("surgeon.onnx.torch_export"), "INLINE_LIMIT", 100)
     path, models = tmp_path / "out" / "m.onnx", [small(0, 512), small(1, 512)]
     for number, model in enumerate(models):
         surgeon.export(model, tmp_path / str(number) / "m.onnx", X)
@@ -172,7 +173,7 @@ def test_the_folder_of_the_command(tmp_path: Path) -> None:
     models = [surgeon.load(folder, net) for folder in made]
 
     def work(number: int) -> None:
-        with cli._draft_folder(out) as draft:
+        with draft_folder(out) as draft:
             for file in made[number].iterdir():
                 shutil.copy(file, draft / file.name)
 
