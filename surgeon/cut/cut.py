@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, unsaid
 from surgeon.mend.edits import Edit, apply_edit
 from surgeon.mend.mend import find_edits
-from surgeon.mend.size_check import compare
+from surgeon.mend.size_check import check
 from surgeon.mend.unread.widths import follow_widths
 from surgeon.selection.cost import ShapeModel
 from surgeon.selection.selection import Selection
@@ -88,9 +89,10 @@ class Cutter:
         if not selection.kept:
             return ()
         edits, undecided = follow_widths(small, self.runs[0])
+        before = self._numbers(selection, small) if edits else None
         for edit in edits:
             apply_edit(small, edit)
-        if edits and self._noticed(selection, small):
+        if edits and self._numbers(selection, small) != before:
             for edit in reversed(edits):
                 apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
             undecided += [f"{edit.module}.{edit.name} = {edit.old}".removeprefix(".") for edit in edits]
@@ -104,12 +106,13 @@ class Cutter:
             )
         return tuple(edits)
 
-    def _noticed(self, selection: Selection, small: nn.Module) -> bool:
-        """Whether a run passes other sizes than the cut asks for."""
+    def _numbers(self, selection: Selection, small: nn.Module) -> Any:
+        """The numbers that runs show: sizes that differ from what the cut asks for, constants, rates of dropout."""
         try:
-            return bool(compare(small, self.runs, self.shapes, selection.choice))
-        except MendError:
-            return True
+            found = check(small, self.runs, self.shapes, selection.choice)
+        except MendError as error:
+            return str(error)
+        return found.notes, found.constants, found.rates
 
     def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
         if self.config is None or not selection.kept:
