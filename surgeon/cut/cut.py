@@ -88,7 +88,7 @@ class Cutter:
         """Edits of numbers that say widths and that no run reads; they are undone if a run does notice them."""
         if not selection.kept:
             return ()
-        edits, undecided = follow_widths(small, self.runs[0])
+        edits, undecided = follow_widths(small, self.model, self.runs[0])
         before = self._numbers(selection, small) if edits else None
         for edit in edits:
             apply_edit(small, edit)

@@ -72,7 +72,6 @@ def test_a_width_that_is_a_number_elsewhere_is_changed_where_it_is_a_width(extra
     assert torch.equal(again(X), small(X))
 
 
-@pytest.mark.xfail(strict=True, reason="rates are no longer compared where the run leaves dropouts out")
 def test_a_rate_of_dropout_stays() -> None:
     class Dropped(Two):
         def forward(self, x: Tensor) -> Tensor:

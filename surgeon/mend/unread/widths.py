@@ -1,4 +1,4 @@
-"""follow_widths(small, graph) -> edits, undecided: whole numbers of modules that no forward reads but that say a
+"""follow_widths(small, model, graph) -> edits, undecided: whole numbers of modules that no forward reads but that say a
 width, such as the `num_features` from which a new head is made.
 
 A number follows a width if it equals the old size of the nearest cut tensors of its module, all of them have one
@@ -26,8 +26,15 @@ _NEAR = 1  # so far below, tensors speak for a number that no method reads eithe
 Sizes = Mapping[str, Sequence[tuple[int, int]]]
 
 
-def follow_widths(small: nn.Module, graph: Graph) -> tuple[list[Edit], list[str]]:
-    """The edits that bring unread numbers in step with the widths, and those that may be wrong now, as text."""
+def follow_widths(small: nn.Module, model: nn.Module, graph: Graph) -> tuple[list[Edit], list[str]]:
+    """The edits that bring unread numbers in step with the widths, and those that may be wrong now, as text.
+
+    Args:
+        small: the small model, with all other edits made.
+        model: the original; its code says what forward reads, because an edit may have put a traced forward,
+            which holds numbers instead of names, in its place.
+        graph: a recorded run of the original.
+    """
     sizes = _sizes(small, graph)
     edits: list[Edit] = []
     undecided: list[str] = []
@@ -37,7 +44,7 @@ def follow_widths(small: nn.Module, graph: Graph) -> tuple[list[Edit], list[str]
         below = _below(sizes, path)
         if not any(old != new for level in below for old, new in level):
             continue
-        read = _read_by_forward(module)
+        read = _read_by_forward(model.get_submodule(path))
         others = set().union(*(names_used(method) for method in methods(module).values()))
         for name, value in _numbers(module):
             own = name.partition(".")[0]
