@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
@@ -23,12 +23,8 @@ Sizes = Callable[[fx.Node, int], int]  # (value, dim) -> how many of its entries
 POWERS = (-1, -0.5, -0.25, 0.25, 0.5, 1)
 _COPIES = (1, 2, 3)  # attention with two or three products in one sum divides by sqrt(3 * head_dim)
 
-_REDUCING = ("sum", "mean", "linalg_vector_norm", "norm")
-# Of these ops a result is as many times larger as an operand is, or a power of it.
-_PROPORTIONAL = frozenset(
-    "mul div neg abs sqrt rsqrt pow reciprocal clamp clamp_min masked_fill where _to_copy relu".split()
-)
-_TOWARDS_THE_SUM = _PROPORTIONAL | {"add", "sub"}  # a bias that was added is scaled with the sum
+_SCALED = (Trait.PROPORTIONAL,)
+_TOWARDS_THE_SUM = (*_SCALED, Trait.ADDS)  # a bias that was added is scaled with the sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +75,7 @@ def sum_of(node: fx.Node, fed: set[fx.Node]) -> Sum | None:
     if operands:
         (value, dim), (other, _) = operands
         return Sum(value, (dim,), not fed.issuperset((value, other)))
-    if name not in _REDUCING:
+    if not has(name, Trait.SUMS):
         return None
     given = arguments(node)
     value, dims = given["self"], given.get("dim")
@@ -120,15 +116,15 @@ def _sums_of(node: fx.Node, fed: set[fx.Node]) -> Iterator[Sum]:
             into = sum_of(user, fed)
             if into is not None:
                 yield into
-            elif _passes(user, _PROPORTIONAL):
+            elif _passes(user, _SCALED):
                 todo.append(user)
 
 
-def _passes(node: fx.Node, names: frozenset[str]) -> bool:
+def _passes(node: fx.Node, traits: Iterable[Trait]) -> bool:
     if node.op != "call_function":
         return False
     name = op_name(node)
-    return name in names or family(name) is Family.MOVEMENT
+    return family(name) is Family.MOVEMENT or any(has(name, trait) for trait in traits)
 
 
 def follows(node: fx.Node, before: float, after: float, fed: set[fx.Node], kept: Sizes) -> bool:

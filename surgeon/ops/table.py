@@ -41,6 +41,9 @@ class Trait(enum.Enum):
     COPIES = "gives what it was given: computes nothing"
     RESHAPES = "the same entries in the same order"
     PERMUTES = "the same entries, dims in another order"
+    PROPORTIONAL = "its result is as many times larger as an operand is, or a power of it"
+    ADDS = "its result is the sum of its operands, or their difference"
+    SUMS = "its result is a sum over dims, a mean of it, or a root: a norm"
 
 
 @dataclasses.dataclass(frozen=True)

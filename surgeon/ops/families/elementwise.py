@@ -67,27 +67,34 @@ defaults(Family.ELEMENTWISE, ids=elementwise, absent=elementwise_absent)
 
 op(
     """
-    normal_functional uniform exponential abs acos acosh asin asinh atan atanh bernoulli bitwise_not
-    ceil celu clamp clamp_max clamp_min cos cosh dropout elu erf erfc erfinv exp exp2 expm1 fill
+    normal_functional uniform exponential acos acosh asin asinh atan atanh bernoulli bitwise_not
+    ceil celu clamp_max cos cosh dropout elu erf erfc erfinv exp exp2 expm1 fill
     floor frac gelu isfinite isinf isnan leaky_relu lift_fresh_copy log log10 log1p log2 log_sigmoid
-    logical_not logit mish nan_to_num native_dropout neg positive pow reciprocal relu6 round rsqrt
-    selu sgn sigmoid sign silu sin sinh softplus sqrt square tan tanh to trunc zero _to_copy
+    logical_not logit mish nan_to_num native_dropout positive relu6 round
+    selu sgn sigmoid sign silu sin sinh softplus square tan tanh to trunc zero
     empty_like full_like ones_like rand_like randn_like zeros_like ldexp special_erf special_expit
     angle _conj _conj_physical resolve_conj resolve_neg
     """,
     Family.ELEMENTWISE,
 )
 op(
-    "relu hardtanh hardswish hardsigmoid threshold softshrink hardshrink",
+    "abs clamp clamp_min neg pow reciprocal rsqrt sqrt _to_copy masked_fill mul div where",
+    Family.ELEMENTWISE,
+    traits={Trait.PROPORTIONAL},
+)
+op("relu", Family.ELEMENTWISE, traits={Trait.PROPORTIONAL, Trait.SATURATES})
+op(
+    "hardtanh hardswish hardsigmoid threshold softshrink hardshrink",
     Family.ELEMENTWISE,
     traits={Trait.SATURATES},
 )
+op("add sub", Family.ELEMENTWISE, traits={Trait.ADDS})
 op("clone alias detach contiguous lift_fresh", Family.ELEMENTWISE, traits={Trait.COPIES})
 op(
     """
-    add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy div eq floor_divide fmax fmin
-    fmod ge gt hypot le lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum
-    minimum mul ne remainder rsub sub where __and__ __or__ xlogy float_power true_divide complex
+    addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy eq floor_divide fmax fmin
+    fmod ge gt hypot le lerp logaddexp logical_and logical_or logical_xor lt maximum
+    minimum ne remainder rsub __and__ __or__ xlogy float_power true_divide complex
     polar logaddexp2
     """,
     Family.ELEMENTWISE,

@@ -17,7 +17,7 @@ from surgeon.ops.families.elementwise import elementwise_absent
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
 from surgeon.ops.masks import Mask
-from surgeon.ops.table import Family, defaults, op, op_name
+from surgeon.ops.table import Family, Trait, defaults, op, op_name
 
 
 def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
@@ -196,14 +196,15 @@ def passed(call: MaskedOp) -> Any:
 defaults(Family.REDUCTION, absent=passed)
 
 op(
-    "mean sum nansum amax amin var std var_mean std_mean",
+    "mean sum norm linalg_vector_norm",
     Family.REDUCTION,
     ids=reduction,
     absent=reduced,
     mixes=along,
+    traits={Trait.SUMS},
 )
 op(
-    "norm linalg_vector_norm logsumexp any all prod",
+    "nansum amax amin var std var_mean std_mean logsumexp any all prod",
     Family.REDUCTION,
     ids=reduction,
     absent=reduced,
