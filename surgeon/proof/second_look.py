@@ -18,7 +18,7 @@ from surgeon.graph.tensors import named_tensors
 from surgeon.ops import masks
 from surgeon.ops.masked_op import wide
 from surgeon.ops.masks import Mask
-from surgeon.ops.table import Family, family, op_name
+from surgeon.ops.table import Family, Trait, family, has, op_name, product
 
 
 def filled(model: nn.Module, cut: Collection[str]) -> dict[str, Tensor]:
@@ -64,11 +64,9 @@ def _only_added(node: fx.Node) -> bool:
         places = {place for place, value in arguments(user).items() if value is node}
         if family(name) is Family.MOVEMENT and _only_added(user):
             continue
-        if not (
-            places <= {"bias", "running_mean"}
-            or name in ("add", "sub")
-            or (name in ("addmm", "addmv", "baddbmm", "addbmm") and places == {"self"})
-        ):
+        multiplied = product(user)
+        added = {operand.name for operand in multiplied.added} if multiplied is not None else set()
+        if not (places <= added | {"bias", "running_mean"} or has(name, Trait.ADDS)):
             return False
     return True
 

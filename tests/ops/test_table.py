@@ -54,7 +54,7 @@ def test_every_op_has_a_rule_and_a_meaning() -> None:
 # and its traced forward), ways to combine scores, steps of recovery.
 WORDS = frozenset(
     """
-    add all any batch_norm copy div empty
+    add all any batch_norm copy div dropout empty
     eq exponential expand full index log max mean mode mul ne norm ones reshape rsub slice
     split sub sum to uniform view where zero zeros
     """.split()
