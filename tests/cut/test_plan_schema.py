@@ -253,7 +253,7 @@ def test_any_text_is_refused(data: bytes | str | int) -> None:
         ({"module": "none"}, "no such module"),
         ({"module": "forward"}, "no such module"),
         ({"module": "a.weight"}, "no such module"),
-        ({"name": "table.width", "old": 13, "new": 6}, "holds 12"),
+        ({"name": "table.width", "old": 13, "new": 7}, "holds 6"),
         ({"kind": "source", "name": "none:0"}, "no such method"),
         ({"kind": "source", "name": "forward:7"}, "not number 7"),
         ({"kind": "literal", "name": "view:9:0.1"}, "the call is not there"),
