@@ -182,7 +182,7 @@ CASES = [
     Case(
         "attention of fixed queries",
         lambda a, b: F.scaled_dot_product_attention(
-            torch.linspace(0, 1, 120).double().view(1, 4, 5, 6), a, b
+            torch.linspace(0, 1, 120, dtype=torch.float64).view(1, 4, 5, 6), a, b
         ),
         ((1, 4, 5, 6), (1, 4, 5, 6)),
         "a2=b2",

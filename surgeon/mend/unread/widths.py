@@ -44,11 +44,13 @@ def follow_widths(small: nn.Module, model: nn.Module, graph: Graph) -> tuple[lis
         below = _below(sizes, path)
         if not any(old != new for level in below for old, new in level):
             continue
-        read = _read_by_forward(model.get_submodule(path))
+        before = model.get_submodule(path)
+        read = _read_by_forward(before)
+        was = dict(_numbers(before))
         others = set().union(*(names_used(method) for method in methods(module).values()))
         for name, value in _numbers(module):
             own = name.partition(".")[0]
-            if own in read:
+            if own in read or value != was.get(name):  # what has been mended follows already
                 continue
             depth, new = _new_size(below, value)
             if len(new) == 1 and (depth <= _NEAR or own in others):
