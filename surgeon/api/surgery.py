@@ -19,7 +19,7 @@ from surgeon.coupling.groups import Group
 from surgeon.coupling.ignore import Ignored, path_of
 from surgeon.coupling.links import Link
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.cut.compose import composed
 from surgeon.cut.cut import Cutter
 from surgeon.cut.plan import Plan

@@ -4,7 +4,8 @@ from surgeon.coupling.frozen import FrozenGroup, find_frozen
 from surgeon.coupling.groups import Group, Member, find_groups
 from surgeon.coupling.links import Link, find_links
 from surgeon.coupling.propagate import Propagation, Slot, propagate
-from surgeon.coupling.solve import Solution, solve
+from surgeon.coupling.solution import Solution
+from surgeon.coupling.solve import solve
 
 __all__ = [
     "FrozenGroup",

@@ -8,7 +8,8 @@ from surgeon.coupling.frozen import FrozenGroup, find_frozen
 from surgeon.coupling.groups import Group, find_groups
 from surgeon.coupling.links import Link, find_links, reachable
 from surgeon.coupling.propagate import Propagation, propagate
-from surgeon.coupling.solve import Solution, solve
+from surgeon.coupling.solution import Solution
+from surgeon.coupling.solve import solve
 from surgeon.graph.graph import Graph
 
 SIZE_OF_FROZEN = "the model's code computes its size from one that is frozen"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.ops.ids import DimIds
 
 _DROPPED, _TRIED = (

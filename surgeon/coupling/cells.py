@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.ops.ids import DimIds
 
 

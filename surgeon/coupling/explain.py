@@ -17,7 +17,7 @@ from torch import fx
 
 from surgeon.coupling.analysis import Analysis
 from surgeon.coupling.propagate import Propagation, Slot
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.errors import InputError
 from surgeon.graph.messages import where
 from surgeon.ops.ids import DimIds

@@ -9,7 +9,7 @@ import numpy as np
 from torch import fx
 
 from surgeon.coupling.propagate import Propagation, Slot
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.ops.ids import DimIds
 
 

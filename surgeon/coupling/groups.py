@@ -18,7 +18,7 @@ from surgeon.coupling.balanced_steps import BalancedSets, find_lanes
 from surgeon.coupling.cells import cells_of, is_row, kinds_of
 from surgeon.coupling.frozen import FrozenGroup, _stuck
 from surgeon.coupling.propagate import Propagation, Slot
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.ops.ids import DimIds
 
 

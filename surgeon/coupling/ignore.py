@@ -14,7 +14,7 @@ from torch import fx, nn
 from surgeon.coupling.groups import Group
 from surgeon.coupling.links import Link, reachable
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
 from surgeon.graph.queries import nodes_inside

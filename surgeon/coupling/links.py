@@ -9,7 +9,7 @@ import numpy as np
 
 from surgeon.coupling.groups import Group
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.ops.ids import DimIds
 
 Link = tuple[str, str]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.coupling.groups import Group
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.criteria.activation import (
     ActivationMean,
     ActivationNorm,

@@ -10,7 +10,7 @@ from torch import nn
 from surgeon.coupling.groups import Group
 from surgeon.coupling.links import Link
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.cut.plan import Plan
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from surgeon.capture.aliasing import is_view, writes
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds

@@ -8,7 +8,8 @@ import importlib
 import numpy as np
 import pytest
 
-from surgeon.coupling.solve import Solution, solve
+from surgeon.coupling.solution import Solution
+from surgeon.coupling.solve import solve
 from surgeon.ops.ids import Constraints, DimIds
 
 

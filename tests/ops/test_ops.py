@@ -22,7 +22,8 @@ from surgeon.capture.capture import capture
 from surgeon.coupling.frozen import find_frozen
 from surgeon.coupling.groups import Group, find_groups
 from surgeon.coupling.propagate import Propagation, propagate
-from surgeon.coupling.solve import Solution, solve
+from surgeon.coupling.solution import Solution
+from surgeon.coupling.solve import solve
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph

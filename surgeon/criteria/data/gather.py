@@ -22,7 +22,7 @@ from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.size_tracing import looking_inside_functional
 from surgeon.coupling.groups import Group
 from surgeon.coupling.propagate import Propagation
-from surgeon.coupling.solve import Solution
+from surgeon.coupling.solution import Solution
 from surgeon.criteria.data.consumers import Atoms, Consumer, find_consumers, find_planes
 from surgeon.criteria.data.evidence import Evidence, Gradients, Statistics
 from surgeon.criteria.data.runs import Runs

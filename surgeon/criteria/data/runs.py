@@ -16,7 +16,8 @@ from torch import nn
 from surgeon.capture.aligned_run import repeated, same
 from surgeon.capture.batches import record
 from surgeon.coupling.propagate import Propagation, propagate
-from surgeon.coupling.solve import Solution, solve
+from surgeon.coupling.solution import Solution
+from surgeon.coupling.solve import solve
 from surgeon.criteria.data.consumers import Atoms, Consumer
 from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
