@@ -18,9 +18,9 @@ from torch import nn
 from surgeon.capture.inputs import find_inputs, normalize
 from surgeon.capture.meta_run import real_indices
 from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
-from surgeon.capture.recorder import Recorder
-from surgeon.capture.size_dependencies import SizeMode
-from surgeon.capture.size_tracing import looking_inside_functional
+from surgeon.capture.recording.recorder import Recorder
+from surgeon.capture.sizes.dependencies import SizeMode
+from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph.entrance import check_model
 from surgeon.graph.graph import Decision, Graph
@@ -56,14 +56,14 @@ def capture(
         example_inputs, assumed = find_inputs(model)
     args, kwargs = real_indices(normalize(example_inputs))
     recorder = Recorder(model)
-    sizes = SizeMode(recorder.node_of, recorder.assign, recorder.product)
+    sizes = SizeMode(recorder.values.node_of, recorder.values.assign, recorder.product)
     asked: list[Decision] = []
     with quiet_run(model, 0, training, answers, asked):
         try:
             with recorder.watching():
                 given = copies((args, kwargs))
                 for path, tensor in tensor_leaves(given):
-                    recorder.placeholder(path, tensor)
+                    recorder.values.placeholder(path, tensor)
                 with (
                     looking_inside_functional(),
                     recorder,

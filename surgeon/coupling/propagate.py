@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from surgeon.capture.traced_size import Follows
+from surgeon.capture.sizes.traced_size import Follows
 from surgeon.graph.graph import HELD, Graph, spec
 from surgeon.graph.messages import source_line
 from surgeon.ops.context import OpContext

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.capture.aliasing import getitem
 from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.capture.size_tracing import Sizes, inside_transform, looking_inside_functional
-from surgeon.capture.traced_size import CheckedInt
+from surgeon.capture.recording.aliasing import getitem
+from surgeon.capture.sizes.traced_size import CheckedInt
+from surgeon.capture.sizes.tracing import Sizes, inside_transform, looking_inside_functional
 from surgeon.capture.value_dependent import RecordedReads, replay
 from surgeon.errors import MendError
 from surgeon.graph.arguments import Arguments

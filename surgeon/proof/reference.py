@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.capture.aliasing import getitem
+from surgeon.capture.recording.aliasing import getitem
 from surgeon.capture.value_dependent import DRAWN, draws, replay
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError

@@ -19,10 +19,10 @@ import torch.utils._pytree
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.capture.aliasing import written
 from surgeon.capture.meta_run import PlainMode
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.capture.size_tracing import Sizes, looking_inside_functional
+from surgeon.capture.recording.aliasing import written
+from surgeon.capture.sizes.tracing import Sizes, looking_inside_functional
 from surgeon.capture.value_dependent import DRAWN, RecordedReads, decides, draws, replay
 from surgeon.errors import ProofError
 from surgeon.graph.arguments import Arguments, arguments

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.capture.aliasing import getitem
+from surgeon.capture.recording.aliasing import getitem
 from surgeon.criteria.data.consumers import moving, normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec

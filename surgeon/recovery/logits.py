@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.capture.aliasing import getitem
+from surgeon.capture.recording.aliasing import getitem
 from surgeon.criteria.data.consumers import moving
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
-from surgeon.capture.aliasing import getitem
 from surgeon.capture.aligned_run import alike
 from surgeon.capture.batches import Batch, record
 from surgeon.capture.meta_run import to_meta
+from surgeon.capture.recording.aliasing import getitem
 from surgeon.capture.value_dependent import replay
 from surgeon.errors import InputError
 from surgeon.graph.arguments import Arguments

@@ -17,7 +17,7 @@ import numpy as np
 from torch import fx
 from torch.nn import Parameter
 
-from surgeon.capture.aliasing import is_view, writes
+from surgeon.capture.recording.aliasing import is_view, writes
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution
 from surgeon.graph.arguments import arguments

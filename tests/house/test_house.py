@@ -31,10 +31,10 @@ FORBIDDEN = {
 LONGEST, MOST_ARGUMENTS, MOST_FILES = 300, 12, 14
 # Still to be split.
 LONG = """
-capture/recorder criteria/data/gather files mend/candidates mend/edits mend/mend mend/size_check
+criteria/data/gather files mend/candidates mend/edits mend/mend mend/size_check
 mend/traced_forward onnx/export ops/ids proof/small_run proof/verify recovery/layers recovery/layerwise recovery/paired_run
 """.split()
-FULL = ["ops", "capture"]
+FULL = ["ops"]
 # Public functions whose arguments are what they are for.
 WITH_OPTIONS = "shrink_command finetune iterate shrink".split()
 

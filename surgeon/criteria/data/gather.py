@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgeon.capture.batches import check_iterable, does_not_run, no_batch, normal, one_number, samples_of
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.capture.size_tracing import looking_inside_functional
+from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.coupling.groups import Group
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution

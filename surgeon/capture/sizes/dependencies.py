@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.paths.decisions import note_length
-from surgeon.capture.size_tracing import Sizes, inside_transform
-from surgeon.capture.traced_size import Follows, SizeNumber, TracedInt
+from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
+from surgeon.capture.sizes.tracing import Sizes, inside_transform
 from surgeon.graph.graph import Read
 
 

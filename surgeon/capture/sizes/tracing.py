@@ -2,7 +2,7 @@
 be followed.
 
 During capture `tensor.shape` and `tensor.size()` give whole numbers that know the value and dim that they were
-read from (`TracedInt`). What is done with them says which widths keep the same share (see `size_dependencies`),
+read from (`TracedInt`). What is done with them says which widths keep the same share (see `dependencies`),
 and where the code decides on a size. These are ordinary ints in every other respect, and gone after the capture.
 
 While the small model is compared, sizes remember what they were (`CheckedInt`): code that checks a size shows

@@ -1,0 +1,1 @@
+"""Op by op: what a run computes, as a pure graph."""
