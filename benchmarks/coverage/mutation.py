@@ -91,9 +91,9 @@ FAULTS = [
     Fault("selection/cost.py", "gone |= choice[part] & (part >= 0)", "gone |= choice[part]"),
     Fault("selection/knapsack.py", "        elif whole <= limit and lost(counts) < best[0]:", "        elif whole <= limit:"),
     # mend: sizes in the code
-    Fault("mend/expected_sizes.py", "pads[place] = kept if width > 0 else -kept", "pads[place] = kept"),
-    Fault("mend/expected_sizes.py", "    return {\"groups\": (out[1] if", "    return {\"groups\": (x[1] if"),
-    Fault("mend/expected_sizes.py", "int((~head).sum(axis=dim).max(initial=0))", "position - int(head.any())"),
+    Fault("mend/checking/expected_sizes.py", "pads[place] = kept if width > 0 else -kept", "pads[place] = kept"),
+    Fault("mend/checking/expected_sizes.py", "    return {\"groups\": (out[1] if", "    return {\"groups\": (x[1] if"),
+    Fault("mend/checking/expected_sizes.py", "int((~head).sum(axis=dim).max(initial=0))", "position - int(head.any())"),
     Fault("mend/candidates.py", "    if len(candidates) < 2:", "    if True:"),
     Fault("mend/mend.py", "            refused.bar(blamed, wrong)", "            pass"),
     # cut: slices

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from surgeon.graph.source_code import Use, methods_as_written, numbers, own_classes, uses
 from surgeon.mend.attribute_path import OF_TORCH
+from surgeon.mend.checking.notes import COMPARISONS, Note
 from surgeon.mend.edits import Edit, edits_of
 from surgeon.mend.refused import Refused
-from surgeon.mend.size_check import COMPARISONS, Note
 from surgeon.mend.traced_forward import foreign, literals, versions
 from surgeon.ops.table import alike
 

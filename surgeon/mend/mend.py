@@ -22,11 +22,12 @@ from surgeon.errors import MendError
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.mend.candidates import propose
-from surgeon.mend.constants import Constant, Judge, changed_rates, to_blame
+from surgeon.mend.checking.constants import Constant, Judge, changed_rates, to_blame
+from surgeon.mend.checking.expected_sizes import wanted
+from surgeon.mend.checking.notes import COMPARISONS, Note, of_ones
+from surgeon.mend.checking.size_check import Findings, check, compare
 from surgeon.mend.edits import Edit, apply_edit, undo_edits
-from surgeon.mend.expected_sizes import wanted
 from surgeon.mend.refused import Refused
-from surgeon.mend.size_check import COMPARISONS, Findings, Note, check, compare, of_ones
 from surgeon.mend.trials import reached, try_edits
 from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel

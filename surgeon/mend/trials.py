@@ -10,9 +10,10 @@ from torch import nn
 
 from surgeon.errors import MendError
 from surgeon.mend.candidates import propose
+from surgeon.mend.checking.notes import Note
+from surgeon.mend.checking.size_check import Findings
 from surgeon.mend.edits import Edit, apply_edit, undo_edits
 from surgeon.mend.refused import Refused, key
-from surgeon.mend.size_check import Findings, Note
 
 _PAIRS = 4  # second attributes that are tried with a first one
 

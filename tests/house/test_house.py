@@ -31,7 +31,7 @@ FORBIDDEN = {
 LONGEST, MOST_ARGUMENTS, MOST_FILES = 300, 12, 14
 # Still to be split.
 LONG = """
-criteria/data/gather files mend/candidates mend/edits mend/mend mend/size_check
+criteria/data/gather files mend/candidates mend/edits mend/mend
 mend/traced_forward onnx/export ops/ids proof/small_run proof/verify recovery/layers recovery/layerwise recovery/paired_run
 """.split()
 FULL = ["ops"]

@@ -27,7 +27,7 @@ from surgeon.coupling.solve import solve
 from surgeon.cut.plan import Plan
 from surgeon.errors import ProofError
 from surgeon.graph.graph import Graph
-from surgeon.mend.expected_sizes import wanted
+from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.ops import masks
 from surgeon.ops.ids import Constraints
 from surgeon.ops.table import known

@@ -1,162 +1,30 @@
-"""compare(small, runs, shapes, choice) -> notes: where a small model's code passes other sizes than the cut
-asks for.
-
-The small model is run under a mode that holds each op against the recorded run. A size that should have
-changed and did not is noted, and the right one is put in its place, so that one run finds all of them. So is
-a number that the code compares a size with and found equal to it before.
-"""
+"""Comparer: a mode that holds each op of the small model against the recorded run, and corrects its sizes."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.aligned_run import AlignedRun, alike, same
 from surgeon.capture.call_stack import user_line
-from surgeon.capture.model_state import output_of, quiet_run
 from surgeon.capture.recording.aliasing import getitem
-from surgeon.capture.sizes.traced_size import CheckedInt
-from surgeon.capture.sizes.tracing import Sizes, inside_transform, looking_inside_functional
-from surgeon.capture.value_dependent import RecordedReads, replay
+from surgeon.capture.value_dependent import replay
 from surgeon.errors import MendError
 from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Call, Graph, Spec, spec
 from surgeon.graph.messages import source_line
 from surgeon.graph.queries import made_of_numbers
 from surgeon.graph.tensors import named_tensors
-from surgeon.mend.constants import Constant, Rate, changed_constants
-from surgeon.mend.expected_sizes import wanted
+from surgeon.mend.checking.constants import Constant, Rate, changed_constants
+from surgeon.mend.checking.expected_sizes import wanted
+from surgeon.mend.checking.notes import Note, Notes, of_ones
 from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel
-
-COMPARISONS = ("eq", "ne")
-_END = sys.maxsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """One number that the small model's code got wrong: the op at `call` has `got` where the cut asks for
-    `want`.
-
-    An op of `COMPARISONS` is no op: before `call` the code compared a size, which is `want` now, with `got`.
-    """
-
-    call: int
-    module: str
-    source: tuple[str, int] | None
-    op: str
-    old: int
-    want: int
-    got: int
-    place: int = -1  # where in a list of sizes; -1 for a single number
-    stopped: str = dataclasses.field(
-        default="", compare=False
-    )  # with what the run stopped before its end, if it did
-    reached: int = dataclasses.field(default=_END, compare=False)  # the op that it came to
-
-    def __str__(self) -> str:
-        line = source_line(self.source)
-        op = f"comparison ({self.op})" if self.op in COMPARISONS else self.op
-        return (
-            f"{op} in module '{self.module}'"
-            + (f" at {line}" if line else "")
-            + f": {self.got} should be {self.want}"
-        )
-
-
-def compare(
-    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice, comparisons: bool = True
-) -> list[Note]:
-    """Run the small model as the original was run and note every size that differs from what the cut asks
-    for.
-
-    Args:
-        comparisons: where the code compares a new size with the old one, note it and let it find them equal
-            as before.
-
-    Raises:
-        MendError: the small model takes another path through its code, or an op gives a shape that was not
-            predicted.
-    """
-    return check(small, runs, shapes, choice, comparisons).notes
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """What a run of the small model showed: sizes that are wrong, and other numbers that changed."""
-
-    notes: list[Note]
-    constants: list[Constant]
-    rates: list[Rate] = dataclasses.field(default_factory=list)
-
-
-def check(
-    small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice, comparisons: bool = True
-) -> Findings:
-    """As `compare`; tells of numbers that are no sizes and differ from the recorded ones, too."""
-    found = Findings([], [])
-    for graph in runs:
-        mode = _Comparer(small, graph, shapes, choice)
-        with _buffers_kept(small):
-            found.notes.extend(_compare_one(small, graph, mode, comparisons))
-        found.constants.extend(mode.constants)
-        found.rates.extend(mode.rates)
-    return found
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a run in eval mode writes into buffers."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _compare_one(small: nn.Module, graph: Graph, mode: _Comparer, comparisons: bool) -> list[Note]:
-    with quiet_run(small, 0, graph.training, dict(graph.answers)), mode.stack:
-        try:
-            with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
-                output_of(small, graph.args, graph.kwargs)
-            mode.ended()
-        except MendError as error:
-            if not mode.notes:  # else: mend what is known, then look again
-                raise
-            return mode.stopped(error.what)
-        except Exception as error:
-            if mode.notes or mode.looked_ahead():
-                return mode.stopped(f"{type(error).__name__}: {error}")
-            raise MendError(
-                f"the small model does not run: {type(error).__name__}: {error}",
-                where=mode.place(),
-                why="its code uses a size that surgeon did not see",
-                fix="compute the size from the tensor's shape in the model's forward, or keep the layer with ignore=[...]",
-            ) from error
-    return mode.notes
-
-
-def of_ones(calls: Iterable[Call], shapes: ShapeModel, choice: Choice) -> str:
-    """What else to do if a width of these ops is 1 now: code may treat it apart (`squeeze`)."""
-    for call in calls:
-        spec = call.node.meta["spec"]
-        if isinstance(spec, Spec) and any(
-            now == 1 < was for was, now in zip(spec.shape, shapes.shape(call.node, choice), strict=True)
-        ):
-            return "; or keep two channels everywhere with min_channels=2: a width is 1 now, which code may treat apart"
-    return ""
 
 
 def _used(graph: Graph) -> set[fx.Node]:
@@ -171,46 +39,11 @@ def _used(graph: Graph) -> set[fx.Node]:
     return found
 
 
-class _SmallSizes(Sizes):
-    """Hands out sizes that know what they were; catches reshapes that do not fit, which fail before they
-    become an ATen op.
-    """
-
-    def __init__(self, comparer: _Comparer, comparisons: bool) -> None:
-        super().__init__()
-        self.comparer, self.comparisons = comparer, comparisons
-        self.reads = RecordedReads(comparer.reads)
-
-    def one(self, tensor: Tensor, dim: int, size: int) -> int:
-        old = self.comparer.old_shape(tensor) if self.comparisons else None
-        if old is None or len(old) != tensor.dim() or old[dim] == size:
-            return size
-        return CheckedInt(size, old[dim], self.comparer.compared)
-
-    def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
-        return function(self.reads.value(tensor))
-
-    def product(self, number: int, run: Callable[[], Any]) -> Any:
-        return self.comparer.product(number, run)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "").rstrip("_")
-        if name.endswith("dropout") and len(args) > 1:  # (input, rate, training), by torch's layers as well
-            self.comparer.rates.append(Rate(self.comparer.stack.owner, source_line(user_line()), args[1]))
-        if inside_transform() or name not in ("reshape", "view"):
-            return super().__torch_function__(func, types, args, kwargs)
-        try:
-            return func(*args, **(kwargs or {}))
-        except RuntimeError:
-            sizes = list(args[1]) if len(args) == 2 and isinstance(args[1], list | tuple) else list(args[1:])
-            return self.comparer.reshaped(args[0], sizes)
-
-
-class _Comparer(AlignedRun):
+class Comparer(AlignedRun):
     def __init__(self, small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice) -> None:
         super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
-        self.notes: list[Note] = []
+        self.notes = Notes(small, self.calls, shapes, choice)
         self.constants: list[Constant] = []
         self.rates: list[Rate] = []
         self.made = made_of_numbers(graph)
@@ -233,11 +66,7 @@ class _Comparer(AlignedRun):
 
     def compared(self, op: str, old: int, new: int) -> None:
         """Note that the code compares a size, which is `new`, with the number that it was."""
-        self.notes.append(Note(self.at, self.stack.owner, user_line(), op, old, new, old))
-
-    def stopped(self, why: str) -> list[Note]:
-        """The notes of a run that did not reach its end: there may be more to note."""
-        return [dataclasses.replace(note, stopped=why, reached=self.at) for note in self.notes]
+        self.notes.found.append(Note(self.at, self.stack.owner, user_line(), op, old, new, old))
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = super().call(func, args, kwargs)
@@ -312,7 +141,8 @@ class _Comparer(AlignedRun):
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
             want = wanted(call.node, self.shapes, self.choice)
             for position, value in want.items():
-                self._note(call, call.node.args[position], value, call.node.args[position], call.module)
+                old = call.node.args[position]
+                self.notes.add(self.at, call.module, call, old, value, old)
             self.at += 1
         raise MendError(
             "the small model takes another path through its code than the original",
@@ -369,7 +199,7 @@ class _Comparer(AlignedRun):
                     else got
                 )
             if got != new and not (isinstance(new, list) and self._idle(call, old, new, got)):
-                self._note(call, old, new, got)
+                self.notes.add(self.at, self.stack.owner, call, old, new, got)
                 args[position] = value
         return args
 
@@ -381,66 +211,6 @@ class _Comparer(AlignedRun):
             return False
         return all(found == new or before == new for before, new, found in zip(old, want, got, strict=True))
 
-    def _note(self, call: Call, old: Any, want: Any, got: Any, module: str | None = None) -> None:
-        several = isinstance(want, list)
-        triples = zip(old, want, got, strict=False) if several else [(old, want, got)]
-        for place, (before, new, found) in enumerate(triples):
-            if new != found:
-                numbers = int(before), int(new), int(found), place if several else -1
-                self.notes.append(
-                    Note(
-                        self.at,
-                        self.stack.owner if module is None else module,
-                        call.source,
-                        op_name(call.node),
-                        *numbers,
-                    )
-                )
-
-    def looked_ahead(self) -> bool:
-        """Note the next recorded size that must change: the code stopped before it, perhaps because it checks
-        sizes.
-
-        If the next op takes no size, what changes in its shape: torch's Python functions check sizes that no
-        op is given.
-        """
-        for call in self.calls[self.at :]:
-            if (
-                call is self.calls[self.at]
-                and not wanted(call.node, self.shapes, self.choice)
-                and call.node.meta["spec"]
-            ):
-                old_shape, new_shape = spec(call.node).shape, self.shapes.shape(call.node, self.choice)
-                self._note(call, list(old_shape), list(new_shape), list(old_shape), call.module)
-                if self.notes:
-                    self._note_its_kind(call)
-                    return True
-            for position, value in wanted(call.node, self.shapes, self.choice).items():
-                old: Any = call.node.args[position]
-                if isinstance(value, list):  # -1: what is left over
-                    old = [n if o == -1 else o for o, n in zip(old, value, strict=True)]
-                if not call.node.meta.get("derived"):
-                    self._note(call, old, value, old, call.module)
-            if self.notes:
-                return True
-        return False
-
-    def _note_its_kind(self, call: Call) -> None:
-        """The same of other modules of the class in which the code stopped: they would stop it next, one by
-        one.
-        """
-        kind, seen = type(self.small.get_submodule(call.module)), {call.module}
-        for later in self.calls[self.at + 1 :]:
-            if (
-                later.module in seen
-                or later.op is not call.op
-                or type(self.small.get_submodule(later.module)) is not kind
-            ):
-                continue
-            seen.add(later.module)
-            old = list(spec(later.node).shape)
-            self._note(later, old, list(self.shapes.shape(later.node, self.choice)), old, later.module)
-
     def reshaped(self, x: Tensor, sizes: list[Any]) -> Tensor:
         """What a reshape that failed should have given, noted."""
         call = self.calls[self.at]
@@ -450,9 +220,8 @@ class _Comparer(AlignedRun):
                 f"a reshape to {sizes} fails", where=self.place(), why="its sizes do not fit the smaller tensor",
                 fix="compute the sizes from the tensor's shape, or keep the layer with ignore=[...]",
             )  # fmt: skip
-        self._note(
-            call, call.node.args[1], want, [n if g == -1 else g for g, n in zip(sizes, want, strict=True)]
-        )
+        got = [n if g == -1 else g for g, n in zip(sizes, want, strict=True)]
+        self.notes.add(self.at, self.stack.owner, call, call.node.args[1], want, got)
         return x.reshape(want)
 
     def _check(self, call: Call, out: Any) -> None:
