@@ -19,7 +19,8 @@ if _TYPE_CHECKING:
     from surgeon.fusion.fuse import fuse
     from surgeon.onnx.export import export
     from surgeon.onnx.quantize import quantize
-    from surgeon.proof.verify import Proof, verify
+    from surgeon.proof.result import Proof
+    from surgeon.proof.verify import verify
     from surgeon.recovery.recover import Recovery, recover
     from surgeon.timing.bench import bench
     from surgeon.timing.doctor import doctor

@@ -20,7 +20,8 @@ from surgeon.coupling.analysis import Analysis, analyse
 from surgeon.cut.plan import Plan
 from surgeon.errors import AssumedWarning, InputError, PathWarning, ProofWarning, warn
 from surgeon.graph.graph import Graph
-from surgeon.proof.verify import Proof, verify
+from surgeon.proof.result import Proof
+from surgeon.proof.verify import verify
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 

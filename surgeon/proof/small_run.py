@@ -1,16 +1,7 @@
-"""trace: the small model's own run in float64, op by op, and how it lines up with the recorded run of the
-original.
-
-What the proof takes from it: the results of contractions to compare, and the numbers in the small model's
-code that differ from the original's for a good reason (they are made of widths, or the original's were
-rounded to float32).
-"""
+"""run_small(small, graph, args, kwargs): the small model's own run in float64, op by op."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,36 +16,20 @@ from surgeon.capture.recording.aliasing import written
 from surgeon.capture.sizes.tracing import Sizes, looking_inside_functional
 from surgeon.capture.value_dependent import DRAWN, RecordedReads, decides, draws, replay
 from surgeon.errors import ProofError
-from surgeon.graph.arguments import Arguments, arguments
+from surgeon.graph.arguments import Arguments
 from surgeon.graph.copying.model_copy import copied
-from surgeon.graph.graph import Call, Graph, spec
-from surgeon.graph.queries import made_of_numbers, number_in
+from surgeon.graph.graph import Graph, spec
 from surgeon.graph.tensors import named, named_tensors, tensor_leaves
 from surgeon.ops.masked_op import by_default_float64, is_narrow, leak, wide, widened
-from surgeon.ops.sums import scales
-from surgeon.ops.table import Family, Trait, alike, family, has, op_name
-from surgeon.proof.reference import ROUNDED, Rescaled, said
+from surgeon.ops.table import Family, Trait, family, has
+from surgeon.proof.line_up import Step, of_indices, optional, traced
+from surgeon.proof.reference import ROUNDED, said
 
-_UNUSED = {"empty", "as_strided", "_to_copy"}  # ops that a run may have more of: they compute nothing either
 _KEEP = 1 << 27  # entries of the small model's inner results that are kept for comparison (1 GiB)
 
 
 class DoesNotRunError(ProofError):
     """The small model stopped with an error."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One op of the small model's run: its name, the numbers among its arguments, its result if it is a
-    contraction.
-
-    `within` is the number of the product (see `_sizes`) that ran it, 0 if none did.
-    """
-
-    name: str
-    constants: dict[str, float]
-    result: Tensor | None
-    within: int
 
 
 class _Upgrade(PlainMode):
@@ -67,7 +42,7 @@ class _Upgrade(PlainMode):
         self.room = _KEEP
         self.within = 0
         self.at = 0  # the recorded op that comes next
-        self.ends = {call.within: place + 1 for place, call in enumerate(_traced(graph))}
+        self.ends = {call.within: place + 1 for place, call in enumerate(traced(graph))}
         self.lifted = _lifted(graph)
         self.exact: dict[fx.Node, Tensor] = {}
         self.decisions = [call.node for call in graph.calls if "decision" in call.node.meta][::-1]
@@ -93,7 +68,7 @@ class _Upgrade(PlainMode):
             result.fill_(DRAWN)
         if name == "lift_fresh":  # a tensor that the code makes of numbers, by name in float32
             result = wide(result)
-        if not _optional(name) and not _of_indices([t.dtype for t in _leaves(args)]):
+        if not optional(name) and not of_indices([t.dtype for t in _leaves(args)]):
             self.trace.append(
                 Step(name.rstrip("_"), _constants(func, args, kwargs), self._kept(name, result), self.within)
             )
@@ -178,18 +153,6 @@ def _dtype(graph: Graph) -> torch.dtype:
     return next((spec(node).dtype for node in nodes if spec(node).dtype.is_floating_point), torch.float64)
 
 
-def _optional(name: str) -> bool:
-    """Whether an op computes nothing: run or not by how a tensor lies in memory."""
-    return has(name, Trait.COPIES) or name.rstrip("_") in _UNUSED
-
-
-def _of_indices(dtypes: list[torch.dtype]) -> bool:
-    """Whether an op works on whole numbers alone, or on nothing: code may remember what such ops gave, and
-    not run them again.
-    """
-    return not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
-
-
 def _all_wide(args: Any, targets: list[Tensor]) -> Any:
     """Arguments of an op in float64: code gets others from outside of torch (NumPy, objects). What is written stays."""
     kept = {id(tensor) for tensor in targets}
@@ -198,10 +161,6 @@ def _all_wide(args: Any, targets: list[Tensor]) -> Any:
 
 def _leaves(args: Any) -> list[Tensor]:
     return [item for item in torch.utils._pytree.tree_leaves(args) if isinstance(item, Tensor)]
-
-
-def _dtypes(node: fx.Node) -> list[torch.dtype]:
-    return [spec(n).dtype for n in node.all_input_nodes]
 
 
 def _constants(func: Any, args: Any, kwargs: Any) -> dict[str, float]:
@@ -266,17 +225,12 @@ def run_small(
     return [*outputs, *left], mode.trace, _exact(graph, mode.exact)
 
 
-def _traced(graph: Graph) -> list[Call]:
-    """The recorded ops that a trace holds."""
-    return [c for c in graph.calls if not _optional(op_name(c.node)) and not _of_indices(_dtypes(c.node))]
-
-
 def _lifted(graph: Graph) -> dict[int, list[tuple[int, fx.Node]]]:
     """Where ops read tensors that the model's code made of numbers: place in the trace -> (argument,
     node).
     """
     found: dict[int, list[tuple[int, fx.Node]]] = {}
-    for index, call in enumerate(_traced(graph)):
+    for index, call in enumerate(traced(graph)):
         for place, item in enumerate(call.node.args):
             if not isinstance(item, fx.Node) or item.op != "get_attr" or item.target in graph.owned:
                 continue
@@ -296,50 +250,3 @@ def _exact(graph: Graph, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tenso
         return near or torch.equal(rounded, recorded)
 
     return {node: tensor for node, tensor in found.items() if same(tensor, graph.tensors[str(node.target)])}
-
-
-def line_up(graph: Graph, trace: list[Step]) -> dict[fx.Node, Step]:
-    """The steps of the small model's run by the node that they belong to; {} if the runs differ in their ops.
-
-    Products of which torch made other ops are left out.
-    """
-    found: dict[fx.Node, Step] = {}
-    recorded = [list(calls) for _, calls in itertools.groupby(_traced(graph), lambda call: call.within)]
-    ran = [list(steps) for _, steps in itertools.groupby(trace, lambda step: step.within)]
-    if len(recorded) != len(ran):
-        return {}
-    for calls, steps in zip(recorded, ran, strict=True):
-        if len(calls) == len(steps) and all(
-            alike(op_name(c.node)) == alike(s.name) for c, s in zip(calls, steps, strict=True)
-        ):
-            found |= dict(zip((call.node for call in calls), steps, strict=True))
-        elif not calls[0].within or calls[0].within != steps[0].within:
-            return {}
-    return found
-
-
-def changed_constants(graph: Graph, steps: Mapping[fx.Node, Step]) -> Rescaled:
-    """Numbers that scale what an op computes and that differ between the two runs: node -> (place, old, new).
-
-    Whether they may is for the reference to say, which knows what stays of the sums that they scale.
-    """
-    found: Rescaled = {}
-    made = made_of_numbers(graph, by_default_float64)
-    for node, step in steps.items():
-        given = arguments(node)
-        for place, after in step.constants.items():
-            before = number_in(given[place], made) if place in given else None
-            if before is None or before == after:
-                continue
-            if math.isclose(before, after, rel_tol=ROUNDED):
-                if graph.reads:  # computed outside of torch, of the same values
-                    found[node] = (place, before, after)
-                continue
-            exact = before in _EPSILONS and after == _FINEST  # torch takes the dtype's where none is given
-            if exact or scales(op_name(node), place):
-                found[node] = (place, before, after)
-    return found
-
-
-_FINEST = torch.finfo(torch.float64).eps
-_EPSILONS = {torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}

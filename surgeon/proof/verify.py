@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,67 +37,13 @@ from surgeon.graph.tensors import named_tensors
 from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
 from surgeon.ops.table import Trait, has, op_name
+from surgeon.proof.kept import check_tensors, kept_of
+from surgeon.proof.line_up import changed_constants, line_up
 from surgeon.proof.reference import ROUNDED, TOLERANCE, Reference, distance
+from surgeon.proof.result import Proof
 from surgeon.proof.rounding import FACTOR, Limits, limits
 from surgeon.proof.second_look import filled, hides, shown
-from surgeon.proof.small_run import DoesNotRunError, changed_constants, line_up, run_small
-
-
-@dataclasses.dataclass(frozen=True)
-class Proof:
-    """How far the small model is from the masked reference.
-
-    Attributes:
-        errors: max |small - reference| / max |reference| in float64, per output.
-        inner: the same, the largest over the results of all contractions (convolutions, matrix products,
-            attention). It counts where an output hides what happened before it, as a classifier that was
-            initialised to zero does.
-        compared: how many contractions were compared; 0 if the two runs do not line up op by op.
-        tolerance: the error up to which the cut counts as right, the largest one where values have limits of
-            their own: 1e-9, more where rounding alone moves the original so far.
-        rescaled: numbers of the model's code that follow a width, such as 1/sqrt(head_dim): (place, before,
-            after). Each scales a sum over a dim that lost such a share of its entries (or the root of it).
-            The reference uses the value after the cut.
-        hidden: channels that carried nothing wherever a contraction read them (zeros, or one number that
-            others carry as well), so that nothing shows whether they are the right ones.
-        unread: tensors that were cut and of which no run of the proof shows anything: nothing reads them, or
-            what does reaches no output and no product.
-        hidden_at: how many of the hidden channels each value has.
-    """
-
-    errors: Mapping[str, float]
-    tolerance: float
-    inner: float = 0.0
-    compared: int = 0
-    rescaled: tuple[tuple[str, float, float], ...] = ()
-    hidden: int = 0
-    unread: tuple[str, ...] = ()
-    hidden_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def error(self) -> float:
-        """The largest error of all outputs and inner results."""
-        return max(*self.errors.values(), self.inner)
-
-    @property
-    def not_shown(self) -> tuple[str, ...]:
-        """What the proof could not show, in sentences."""
-        said = []
-        if self.hidden:
-            where = ", ".join(f"{place} ({count})" for place, count in self.hidden_at.items())
-            said.append(f"{self.hidden} channels were zero throughout, which shows nothing of them: {where}")
-        if self.unread:
-            said.append(f"nothing is shown of tensors that no run read: {', '.join(self.unread)}")
-        return tuple(said)
-
-    def __str__(self) -> str:
-        text = f"proof: max relative error {self.error:.1e} in float64"
-        text += f" over {len(self.errors)} outputs and {self.compared} products"
-        if self.tolerance > TOLERANCE:
-            text += f" (allowed {self.tolerance:.0e}: {FACTOR} times what rounding changes in the original)"
-        if self.rescaled:
-            text += f"; {len(self.rescaled)} width-dependent constants follow the new widths"
-        return "; ".join((text, *self.not_shown))
+from surgeon.proof.small_run import DoesNotRunError, run_small
 
 
 class _OverflowError(ProofError):
@@ -138,7 +84,7 @@ def verify(
         runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs
     else:
         runs = further_runs(model, [graph]).graphs if isinstance(graph, Graph) else tuple(graph)
-    _same_tensors(model, small, plan, set().union(*map(read_tensors, runs)))
+    check_tensors(model, small, plan, set().union(*map(read_tensors, runs)))
     looks = [_looked(model, small, plan, run, tolerance) for run in runs]
     unread = set(plan.kept).difference(*(look.shown for look in looks))
     proofs = [look.proof for look in looks]
@@ -210,7 +156,7 @@ def _compared(
         fill: numbers of the original to take in place of those of some tensors.
     """
     args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
-    outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, _kept(model, plan, fill or {}))
+    outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, kept_of(model, plan, fill or {}))
     with torch.no_grad(), Isolation(seed=0):
         steps = line_up(graph, trace)
         rescaled = changed_constants(graph, steps)
@@ -286,46 +232,6 @@ def _check_constants(run: Reference) -> None:
             why="it scales no sum over a dim that lost such a share of its entries",
             fix="make it a number of its own, set in __init__, or keep the layer with ignore=[...]",
         )
-
-
-def _kept(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the plan keeps of tensors, by their names in the model; it names a tied tensor once."""
-    found: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    for name, tensor in named_tensors(model):
-        tied = first.setdefault(id(tensor), name)
-        if name not in tensors:
-            continue
-        part = tensors[name].detach()
-        for dim, kept in plan.kept.get(name, plan.kept.get(tied, {})).items():
-            part = part.index_select(dim, torch.as_tensor(kept, device=part.device))
-        found[name] = part
-    return found
-
-
-def _same_tensors(model: nn.Module, small: nn.Module, plan: Plan, read: Set[str]) -> None:
-    """Every tensor of the small model is the original's at the kept indices, bit for bit: runs would not see
-    dead channels.
-
-    Plain attributes that no run reads are left out: each run makes them anew (weights that hooks compute, kept
-    activations).
-    """
-    stored = {
-        n
-        for values in (model.named_parameters, model.named_buffers)
-        for n, _ in values(remove_duplicate=False)
-    }
-    compared = {n: t for n, t in named_tensors(model) if n in stored or n in read}
-    cut = dict(named_tensors(small))
-    for name, want in _kept(model, plan, compared).items():
-        got = cut.get(name)
-        if got is None or got.shape != want.shape or not torch.equal(got.detach(), want):
-            raise ProofError(
-                "a tensor of the small model is not the original's at the kept indices",
-                where=name,
-                why="the small model was changed since the cut, or comes from other weights or another plan",
-                fix="prove right after plan.apply(model), before training, recovery or fusion",
-            )
 
 
 def _reads_values(graph: Graph) -> bool:

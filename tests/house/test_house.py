@@ -32,7 +32,7 @@ LONGEST, MOST_ARGUMENTS, MOST_FILES = 300, 12, 14
 # Still to be split.
 LONG = """
 criteria/data/gather files mend/candidates mend/edits mend/mend
-mend/traced_forward onnx/export ops/ids proof/small_run proof/verify recovery/layers recovery/layerwise recovery/paired_run
+mend/traced_forward onnx/export ops/ids recovery/layers recovery/layerwise recovery/paired_run
 """.split()
 FULL = ["ops"]
 # Public functions whose arguments are what they are for.
