@@ -1,201 +1,22 @@
-"""Channel ids: integers on the entries of values, and a constraints of what must leave together.
-
-A value carries `ValueIds`: for each of its dims that can shrink, a *track*, an integer array that is
-broadcastable to the value's shape, full along that dim, and gives the id of every entry. A dim without a
-track is fixed. A track may also vary along other dims, its *rows*: in a value of heads x head_dim the track
-of the second dim may give each head its own ids, and then every row must lose equally many entries so that
-what stays is rectangular.
-
-The `Constraints` collects facts and never compares ids while it does; `solve` draws all conclusions at once
-(see `groups`):
-
-- joins:    a and b leave together.
-- freezes:  a may not leave, with the reason.
-- parts:    p leaves if and only if row or column leaves (p is a cell of a grid, or an index of a flattened
-  outer product).
-- balances: a matrix of ids of which every row keeps equally many.
-- shares:   ids that keep the same share as others: the model's code computes how many there are from how many
-  others there are.
-- free:     ids of nobody's slot (padding, expanded dims): they follow what they meet.
-- reduced:  entries that are summed or normalised over: free ones among them stay, because it matters how many
-  there are.
-- batched:  ids of rows that an op computes one by one (heads, groups).
-- read:     ids that an op computes with; others of a tensor were only cut off (a table that is longer than
-  the input).
-- dims:     the tracks of values: something must stay of each.
-- heads, head_dims: ids that batched products of activations compute one by one, or sum over and give
-  (attention).
-"""
+"""Constraints: facts about ids, and the ids of dims that are merged or cut."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from torch import fx
 
-DimIds = np.ndarray
-ValueIds = dict[int, DimIds]
+from surgeon.ops.ids.facts import DimIds, Facts, Part, ValueIds, ascending, varies
 
 
-@dataclasses.dataclass(frozen=True)
-class Join:
-    left: DimIds
-    right: DimIds
-    node: fx.Node | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Freeze:
-    ids: DimIds
-    reason: str
-    node: fx.Node | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """cell[i] leaves iff row[i] or column[i] leaves. `split`: made by cutting a dim, so row and column are
-    alternatives.
-    """
-
-    cell: DimIds
-    row: DimIds
-    column: DimIds
-    split: bool
-    node: fx.Node | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Balance:
-    matrix: DimIds
-    node: fx.Node | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """`own` and `other` keep the same share. No ids for a dim that is fixed."""
-
-    own: DimIds
-    other: DimIds
-    node: fx.Node | None
-
-
-class Constraints:
-    """Gives out ids and writes down facts about them. `node` is the op whose rule is speaking."""
+class Constraints(Facts):
+    """`Facts`, and what the ops that merge and cut dims write: parts of grids."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.joins: list[Join] = []
-        self.freezes: list[Freeze] = []
-        self.parts: list[Part] = []
-        self.balances: list[Balance] = []
-        self.shares: list[Share] = []
-        self.batched: list[DimIds] = []
-        self.heads: list[DimIds] = []
-        self.head_dims: list[DimIds] = []
-        self.dims: dict[int, DimIds] = {}
-        self._unowned = np.zeros(1 << 10, dtype=bool)
-        self._read = np.zeros(1 << 10, dtype=bool)
-        self.node: fx.Node | None = None
-        self._balanced: set[tuple[int, bytes]] = set()
-        self._even: dict[tuple[int, int], DimIds] = {}
+        super().__init__()
         self._splits: dict[tuple[bytes, tuple[int, ...]], ValueIds] = {}
         self._cells: dict[bytes, DimIds] = {}
         self._factors: dict[bytes, tuple[DimIds, DimIds]] = {}
-
-    def new(self, shape: int | tuple[int, ...]) -> DimIds:
-        """Fresh ids in an array of the given shape."""
-        size = int(np.prod(shape))
-        ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
-        self.count += size
-        if self.count > len(self._unowned):
-            self._unowned, self._read = (
-                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._unowned, self._read)
-            )
-        return ids
-
-    def mark_unowned(self, ids: DimIds) -> None:
-        """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of
-        them left.
-        """
-        self._unowned[ids] = True
-
-    def is_unowned(self, ids: DimIds) -> DimIds:
-        found: DimIds = self._unowned[ids]
-        return found
-
-    def value(self, axes: ValueIds) -> None:
-        """An op gives a value with these tracks."""
-        self.dims |= {id(track): track for track in axes.values() if track.size}
-
-    def read(self, axes: ValueIds) -> None:
-        """An op computes with these entries."""
-        for track in axes.values():
-            self._read[track] = True
-
-    @property
-    def is_read(self) -> DimIds:
-        """id -> whether an op computes with it."""
-        return self._read[: self.count]
-
-    def reduced(self, ids: DimIds) -> None:
-        """These entries are summed or normalised over."""
-        held = ids[self._unowned[ids]]
-        if held.size:
-            self.freeze(held, "is padding or a repeated entry that is reduced over")
-
-    def join(self, left: DimIds, right: DimIds) -> None:
-        """Entries that meet (after broadcasting) leave together."""
-        if left is right:
-            return
-        if left.shape != right.shape:
-            left, right = np.broadcast_arrays(left, right)
-        left, right = left.ravel(), right.ravel()
-        if left.size > 1 << 16:  # large arrays repeat few pairs
-            left, right = np.divmod(np.unique(left * self.count + right), self.count)
-        self.joins.append(Join(left, right, self.node))
-
-    def freeze(self, ids: DimIds, reason: str) -> None:
-        """These ids may not leave."""
-        self.freezes.append(Freeze(ids.ravel(), reason, self.node))
-
-    def freeze_all(self, axes: ValueIds, reason: str) -> None:
-        for track in axes.values():
-            self.freeze(track, reason)
-
-    def balance(self, track: DimIds, dim: int) -> None:
-        """Every row of `track` along `dim` keeps equally many entries."""
-        matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
-        if not _ascending(matrix):
-            matrix = np.unique(matrix, axis=0)
-        key = (len(matrix), hashlib.blake2b(np.ascontiguousarray(matrix)).digest())
-        if len(matrix) > 1 and matrix.shape[1] > 0 and key not in self._balanced:
-            self._balanced.add(key)
-            self.balances.append(Balance(matrix, self.node))
-
-    def even(self, track: DimIds, dim: int) -> None:
-        """`balance`, once for each track of a value, and only where it varies along other dims."""
-        if track.size == track.shape[dim] or (id(track), dim) in self._even:
-            return
-        self._even[id(track), dim] = track  # kept alive, so that its id stays its own
-        self.balance(track, dim)
-
-    def share(self, own: DimIds, other: DimIds) -> None:
-        """How many there are of the one is computed from how many there are of the other."""
-        self.shares.append(Share(own.ravel(), other.ravel(), self.node))
-
-    def collapse(self, track: DimIds, dim: int) -> DimIds:
-        """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any,
-        stands for all.
-        """
-        if track.shape[dim] == 1:
-            return track
-        first = np.take(track, [0], axis=dim)
-        self.join(track, first)
-        free = self._unowned[track]
-        return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
 
     def compose(self, outer: DimIds, inner: DimIds) -> DimIds:
         """Ids of the entries of a merged dim: an entry leaves if its outer or its inner id does.
@@ -216,7 +37,7 @@ class Constraints:
         key = b"".join((outer.tobytes(), b"|", inner.tobytes()))
         known = self._cells.get(key)
         if known is None:
-            if _ascending(inner):  # no pair occurs twice
+            if ascending(inner):  # no pair occurs twice
                 known = self.new(inner.size)
                 self.parts.append(Part(known, outer, inner, False, self.node))
             else:
@@ -266,7 +87,7 @@ class Constraints:
             return factors
         last = dims[-1]
         flat = np.moveaxis(track, last, -1)
-        if _ascending(track):  # every id once: every row and every cell is its own
+        if ascending(track):  # every id once: every row and every cell is its own
             row = np.moveaxis(self.new((*flat.shape[:-1], 1)), -1, last)
             column = self.new(track.shape)
         else:
@@ -357,15 +178,3 @@ class Constraints:
             return None
         full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))
         return np.broadcast_to(merged, full)
-
-
-def _ascending(track: DimIds) -> bool:
-    """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
-    flat = track.ravel()
-    return bool((flat[1:] > flat[:-1]).all())
-
-
-def varies(track: DimIds, dim: int) -> bool:
-    """Whether the ids differ from entry to entry along a dim."""
-    first = np.take(track, [0], axis=dim)
-    return bool((track != first).any())

@@ -1,0 +1,179 @@
+"""Facts: gives out ids, and collects what the rules of ops say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+from torch import fx
+
+DimIds = np.ndarray
+ValueIds = dict[int, DimIds]
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    left: DimIds
+    right: DimIds
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+    ids: DimIds
+    reason: str
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """cell[i] leaves iff row[i] or column[i] leaves. `split`: made by cutting a dim, so row and column are
+    alternatives.
+    """
+
+    cell: DimIds
+    row: DimIds
+    column: DimIds
+    split: bool
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    matrix: DimIds
+    node: fx.Node | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """`own` and `other` keep the same share. No ids for a dim that is fixed."""
+
+    own: DimIds
+    other: DimIds
+    node: fx.Node | None
+
+
+class Facts:
+    """Gives out ids and writes down facts about them. `node` is the op whose rule writes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.joins: list[Join] = []
+        self.freezes: list[Freeze] = []
+        self.parts: list[Part] = []
+        self.balances: list[Balance] = []
+        self.shares: list[Share] = []
+        self.batched: list[DimIds] = []
+        self.heads: list[DimIds] = []
+        self.head_dims: list[DimIds] = []
+        self.dims: dict[int, DimIds] = {}
+        self._unowned = np.zeros(1 << 10, dtype=bool)
+        self._read = np.zeros(1 << 10, dtype=bool)
+        self.node: fx.Node | None = None
+        self._balanced: set[tuple[int, bytes]] = set()
+        self._even: dict[tuple[int, int], DimIds] = {}
+
+    def new(self, shape: int | tuple[int, ...]) -> DimIds:
+        """Fresh ids in an array of the given shape."""
+        size = int(np.prod(shape))
+        ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.count += size
+        if self.count > len(self._unowned):
+            self._unowned, self._read = (
+                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._unowned, self._read)
+            )
+        return ids
+
+    def mark_unowned(self, ids: DimIds) -> None:
+        """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of
+        them left.
+        """
+        self._unowned[ids] = True
+
+    def is_unowned(self, ids: DimIds) -> DimIds:
+        found: DimIds = self._unowned[ids]
+        return found
+
+    def value(self, axes: ValueIds) -> None:
+        """An op gives a value with these tracks."""
+        self.dims |= {id(track): track for track in axes.values() if track.size}
+
+    def read(self, axes: ValueIds) -> None:
+        """An op computes with these entries."""
+        for track in axes.values():
+            self._read[track] = True
+
+    @property
+    def is_read(self) -> DimIds:
+        """id -> whether an op computes with it."""
+        return self._read[: self.count]
+
+    def reduced(self, ids: DimIds) -> None:
+        """These entries are summed or normalised over."""
+        held = ids[self._unowned[ids]]
+        if held.size:
+            self.freeze(held, "is padding or a repeated entry that is reduced over")
+
+    def join(self, left: DimIds, right: DimIds) -> None:
+        """Entries that meet (after broadcasting) leave together."""
+        if left is right:
+            return
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left.ravel(), right.ravel()
+        if left.size > 1 << 16:  # large arrays repeat few pairs
+            left, right = np.divmod(np.unique(left * self.count + right), self.count)
+        self.joins.append(Join(left, right, self.node))
+
+    def freeze(self, ids: DimIds, reason: str) -> None:
+        """These ids may not leave."""
+        self.freezes.append(Freeze(ids.ravel(), reason, self.node))
+
+    def freeze_all(self, axes: ValueIds, reason: str) -> None:
+        for track in axes.values():
+            self.freeze(track, reason)
+
+    def balance(self, track: DimIds, dim: int) -> None:
+        """Every row of `track` along `dim` keeps equally many entries."""
+        matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
+        if not ascending(matrix):
+            matrix = np.unique(matrix, axis=0)
+        key = (len(matrix), hashlib.blake2b(np.ascontiguousarray(matrix)).digest())
+        if len(matrix) > 1 and matrix.shape[1] > 0 and key not in self._balanced:
+            self._balanced.add(key)
+            self.balances.append(Balance(matrix, self.node))
+
+    def even(self, track: DimIds, dim: int) -> None:
+        """`balance`, once for each track of a value, and only where it varies along other dims."""
+        if track.size == track.shape[dim] or (id(track), dim) in self._even:
+            return
+        self._even[id(track), dim] = track  # kept alive, so that its id stays its own
+        self.balance(track, dim)
+
+    def share(self, own: DimIds, other: DimIds) -> None:
+        """How many there are of the one is computed from how many there are of the other."""
+        self.shares.append(Share(own.ravel(), other.ravel(), self.node))
+
+    def collapse(self, track: DimIds, dim: int) -> DimIds:
+        """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any,
+        stands for all.
+        """
+        if track.shape[dim] == 1:
+            return track
+        first = np.take(track, [0], axis=dim)
+        self.join(track, first)
+        free = self._unowned[track]
+        return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
+
+
+def ascending(track: DimIds) -> bool:
+    """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
+    flat = track.ravel()
+    return bool((flat[1:] > flat[:-1]).all())
+
+
+def varies(track: DimIds, dim: int) -> bool:
+    """Whether the ids differ from entry to entry along a dim."""
+    first = np.take(track, [0], axis=dim)
+    return bool((track != first).any())
