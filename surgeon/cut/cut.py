@@ -17,10 +17,11 @@ from surgeon.cut.plan import Plan, carrying
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
 from surgeon.errors import ConfigWarning, MendError, WidthWarning, warn
 from surgeon.graph.graph import Graph
+from surgeon.mend.apply_edits import apply_edit
 from surgeon.mend.checking.size_check import check
 from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, unsaid
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.edits import Edit
 from surgeon.mend.mend import find_edits
 from surgeon.mend.unread.widths import follow_widths
 from surgeon.selection.cost import ShapeModel

@@ -20,7 +20,9 @@ from surgeon.cut.weight_hooks import recompute
 from surgeon.errors import PlanError
 from surgeon.graph.copying.model_copy import copied_with
 from surgeon.graph.tensors import copied_tensor, like, named_tensors
-from surgeon.mend.edits import Edit, apply_edit, refresh
+from surgeon.mend.apply_edits import apply_edit
+from surgeon.mend.edits import Edit
+from surgeon.mend.torch_layers import refresh
 
 Kept = Mapping[str, Mapping[int, list[int]]]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import FuseError
 from surgeon.fusion.owners import TRANSPOSED
-from surgeon.mend.edits import refresh
+from surgeon.mend.torch_layers import refresh
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from surgeon.fusion.channels import features, follow, labels_of, per_channel
 from surgeon.fusion.fold import Fold, Foldable, family_of, set_module
 from surgeon.fusion.owners import NORMS, TRANSPOSED
 from surgeon.graph.graph import spec
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.apply_edits import apply_edit
+from surgeon.mend.edits import Edit
 
 _Affine = tuple[Tensor, Tensor]
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgeon.mend.edits import Edit
-from surgeon.mend.traced_forward import calls, trace_one
+from surgeon.mend.methods.traced_forward import calls, trace_one
 
 _NAMES = {
     "norm": ("batch_norm",),

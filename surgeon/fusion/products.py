@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from surgeon.fusion import affine, forward
 from surgeon.fusion.fold import Fold, Foldable, set_module
 from surgeon.fusion.owners import CONVS
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.apply_edits import apply_edit
+from surgeon.mend.edits import Edit
 
 _aten = torch.ops.aten
 

@@ -1,5 +1,5 @@
-"""Whole numbers that a module keeps, by path ("num_heads", "config.hidden_size", "normalized_shape.0"): to read one,
-to put another in its place.
+"""Whole numbers that a module keeps, by path ("num_heads", "config.hidden_size", "normalized_shape.0"): to list
+them, to read one, to put another in its place.
 
 A path may come from a file. It leads through what objects hold as data: their own attributes, items of lists, tuples
 and dicts. It runs no code of a property, calls nothing, and leads into no other module, function or class.
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,3 +109,40 @@ def _attribute(owner: Any, name: str) -> Any:
 def _said(value: Any) -> str:
     text = repr(value) if isinstance(value, str | bool | float | type(None)) else f"a {type(value).__name__}"
     return text[:60]
+
+
+def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Every whole number that a module keeps: attributes, numbers in its tuples and lists, and in plain
+    objects it holds.
+
+    Those of its class as well: set on the module, they hide the class's.
+    """
+    held = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
+    for kind in own_classes(module):
+        for name, value in vars(kind).items():
+            several = type(value) is tuple and all(type(item) is int for item in value)
+            if (type(value) is int or several) and not name.startswith("_"):
+                held.setdefault(name, value)
+    for name, value in held.items():
+        if not name.startswith("__"):
+            yield from _integers(name, value, depth=2)
+
+
+def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | types.ModuleType | type):
+        return
+    if isinstance(value, int):
+        yield path, value
+    elif depth == 0:
+        return
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _integers(f"{path}.{i}", item, depth - 1)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and "." not in key and not key.startswith("__"):
+                yield from _integers(f"{path}.{key}", item, depth - 1)
+    elif hasattr(value, "__dict__"):
+        for key, item in vars(value).items():
+            if not key.startswith("__"):
+                yield from _integers(f"{path}.{key}", item, depth - 1)

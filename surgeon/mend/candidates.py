@@ -9,21 +9,16 @@ or in its traced forward, or the name of one at one place. Whether that was righ
 from __future__ import annotations
 
 import itertools
-import math
 import types
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import nn
 
-from surgeon.graph.source_code import Use, methods_as_written, numbers, own_classes, uses
-from surgeon.mend.attribute_path import OF_TORCH
-from surgeon.mend.checking.notes import COMPARISONS, Note
-from surgeon.mend.edits import Edit, edits_of
+from surgeon.mend.attribute_path import integers
+from surgeon.mend.checking.notes import Note, must_become
+from surgeon.mend.code_candidates import in_code, in_source
+from surgeon.mend.edits import Edit
 from surgeon.mend.refused import Refused
-from surgeon.mend.traced_forward import foreign, literals, versions
-from surgeon.ops.table import alike
 
 _TRIALS = 8  # of attributes that may have to change together
 
@@ -47,7 +42,7 @@ def _proposed(small: nn.Module, path: str, notes: list[Note], refused: Refused) 
     own, owners = [path], _owners(path)
     one = (
         _attribute(small, own, notes, refused, widths, exact=True)
-        or _source(small, path, notes, refused, near=0)
+        or in_source(small, path, notes, refused, near=0)
         or _attribute(small, own, notes, refused, widths)
     )
     found = [one] if one else _together(small, path, own, notes, refused)
@@ -59,7 +54,7 @@ def _proposed(small: nn.Module, path: str, notes: list[Note], refused: Refused) 
         )
         found = [one] if one else _together(small, path, owners, notes, refused)
     if not found:
-        one = _in_code(small, path, notes, refused)
+        one = in_code(small, path, notes, refused)
         found = [one] if one else []
     return found
 
@@ -83,7 +78,7 @@ def _attribute(
             if (owner, "attribute", name) in refused or value <= 0:
                 continue
             for note in notes:
-                found = None if exact and value != note.got else _solved(note, value)
+                found = None if exact and value != note.got else must_become(note, value)
                 if found is None or found[0] == value:
                     continue
                 new, times = found
@@ -112,19 +107,6 @@ def _apart_by(
                 if likely and new != value and new > 0 and (owner, "attribute", name) not in refused:
                     return Edit(owner, "attribute", name, value, new)
     return None
-
-
-def _solved(note: Note, value: int) -> tuple[int, int] | None:
-    """(what a number must become, how many times) where the code passes a multiple of it, or a fraction
-    (width // heads).
-    """
-    if note.want == 0 and note.got not in (0, value):  # of anything, none
-        return None
-    times, rest = divmod(note.got, value)
-    if times and not rest and note.old % value == 0:
-        return None if note.want % times else (note.want // times, times)
-    times, rest = divmod(value, note.got) if note.got > 0 else (0, 1)
-    return (note.want * times, times) if times and not rest else None
 
 
 def _owners(path: str) -> list[str]:
@@ -182,165 +164,3 @@ def _below_it(small: nn.Module, path: str, notes: list[Note], refused: Refused) 
 
 def _explains(note: Note, value: int, new: int) -> bool:
     return note.got * new == note.want * value and (note.got % value == 0 or value % note.got == 0)
-
-
-def _in_code(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
-    """A number in the source of the module's methods that is the old size, or one use of its name, else one in
-    its traced forward.
-    """
-    one = _source(small, path, notes, refused) or _use(small, path, notes, refused)
-    if one is not None:
-        return one
-    try:
-        found = versions(small.get_submodule(path))
-    except Exception:  # noqa: BLE001  # torch.fx raises anything that the traced code raises
-        return None
-    return _traced(next(iter(found.values())), path, notes, refused)
-
-
-def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: Refused) -> Edit | None:
-    others = foreign(traced)
-    known = [(name, value) for name, value in literals(traced) if (path, "literal", name) not in refused]
-    for note in notes:
-        found = [
-            name
-            for name, value in known
-            if value == note.got and (name.partition(":")[0] in others or _same_call(name, note.op))
-        ]
-        if found:  # the number at the same place of a list, else the first that fits
-            name = min(
-                found, key=lambda n: {str(note.place): 0, str(note.place + 1): 1}.get(n.rpartition(".")[2], 2)
-            )
-            return Edit(path, "literal", name, note.got, note.want)
-    for note, (name, value) in itertools.product(notes, known):  # the code computes with it
-        solved = _solved(note, value) if value > 0 and name.partition(":")[0] in _COMPUTES else None
-        if solved is not None and solved[0] != value:
-            return Edit(path, "literal", name, value, solved[0])
-    return None
-
-
-def _source(
-    small: nn.Module, path: str, notes: list[Note], refused: Refused, near: float = math.inf
-) -> Edit | None:
-    """A number in the source of the module's methods: of those that are the old size the nearest to the line
-    that was noted, at most `near` lines away.
-
-    Else one of which the code passes a multiple, on that very line (not with `near` = 0: weaker evidence than
-    an attribute is).
-    """
-    module = small.get_submodule(path)
-    changed = {edit.name: edit.new for edit in edits_of(module) if edit.kind == "source"}
-    known = [
-        (*where, f"{name}:{which}", changed.get(f"{name}:{which}", value))
-        for name, method in methods_as_written(module).items()
-        for which, where, value in numbers(method)
-        if (path, "source", f"{name}:{which}") not in refused
-    ]
-    for note in notes:
-        file, at = note.source or ("", 0)
-        same = [
-            (abs(line - at) if here == file else _FAR, name)
-            for here, line, name, value in known
-            if value == note.got
-        ]
-        if same and min(same)[0] <= near:
-            return Edit(path, "source", min(same)[1], note.got, note.want)
-    for note, (file, line, name, value) in itertools.product(notes, known if near else ()):
-        solved = _solved(note, value) if value > 0 and (file, line) == note.source else None
-        if solved is not None and solved[0] != value:
-            return Edit(path, "source", name, value, solved[0])
-    return None
-
-
-def _use(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
-    """One use of a named number in the module's methods: where the name's number has another meaning as well
-    that must stay.
-
-    Those that are the old size on the noted line come first, then local names and numbers of which the code
-    passes a multiple there, then others, the nearest first.
-    """
-    module = small.get_submodule(path)
-    changed = {edit.name for edit in edits_of(module) if edit.kind == "use"}
-    best: tuple[tuple[int, int], Edit] | None = None
-    for name, method in methods_as_written(module).items():
-        for use in uses(method, module):
-            place = f"{name}:{use.which}:{use.text}"
-            hidden = any(part.startswith("__") for part in use.text.split("."))
-            if hidden or place in changed or (path, "use", place) in refused:
-                continue
-            for note in notes:
-                found = _replacing(use, note)
-                if found is not None and (best is None or (found[0], use.which) < best[0]):
-                    edit = Edit(path, "use", place, use.value or note.got, found[1])
-                    best = (found[0], use.which), edit
-    return None if best is None else best[1]
-
-
-def _replacing(use: Use, note: Note) -> tuple[int, int] | None:
-    """(how weak the evidence is, the number) to put in place of a use; None if it explains nothing."""
-    if note.op in COMPARISONS and "." not in use.text:  # a local or a global name may be decided by elsewhere
-        return None
-    file, line = note.source or ("", 0)
-    away = abs(use.line - line) if use.file == file else _FAR
-    if use.value == note.got:
-        return 3 * away, note.want
-    if use.value is None:
-        return (1, note.want) if away == 0 else None
-    solved = _solved(note, use.value) if use.value > 0 else None
-    if solved is None or solved[0] == use.value:
-        return None
-    return 3 * away + 2, solved[0]
-
-
-_FAR = 1 << 30
-_COMPUTES = ("mul", "floordiv")
-_CALLS = {
-    "view": ("view", "reshape", "unflatten", "flatten"),
-    "expand": ("expand", "expand_as", "broadcast_to"),
-    "constant_pad_nd": ("pad", "_pad"),
-    "slice": ("getitem", "setitem", "narrow"),
-    "split": ("split", "chunk"),
-}
-
-
-def _same_call(name: str, op: str) -> bool:
-    called = name.split(":")[0]
-    plain = op.removeprefix("native_"), op.removeprefix("new_"), op.removesuffix("_with_sizes")
-    return called in _CALLS.get(alike(op), (op, *plain))
-
-
-def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Every whole number that a module keeps: attributes, numbers in its tuples and lists, and in plain
-    objects it holds.
-
-    Those of its class as well: set on the module, they hide the class's.
-    """
-    held = {name: value for name, value in vars(module).items() if name not in OF_TORCH}
-    for kind in own_classes(module):
-        for name, value in vars(kind).items():
-            several = type(value) is tuple and all(type(item) is int for item in value)
-            if (type(value) is int or several) and not name.startswith("_"):
-                held.setdefault(name, value)
-    for name, value in held.items():
-        if not name.startswith("__"):
-            yield from _integers(name, value, depth=2)
-
-
-def _integers(path: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
-    if isinstance(value, bool | Tensor | nn.Module | types.FunctionType | types.ModuleType | type):
-        return
-    if isinstance(value, int):
-        yield path, value
-    elif depth == 0:
-        return
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _integers(f"{path}.{i}", item, depth - 1)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str) and "." not in key and not key.startswith("__"):
-                yield from _integers(f"{path}.{key}", item, depth - 1)
-    elif hasattr(value, "__dict__"):
-        for key, item in vars(value).items():
-            if not key.startswith("__"):
-                yield from _integers(f"{path}.{key}", item, depth - 1)

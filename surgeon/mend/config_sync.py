@@ -17,10 +17,11 @@ from surgeon.coupling.propagate import Slot
 from surgeon.errors import PlanError
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import tensor_leaves
+from surgeon.mend.apply_edits import apply_edit
 from surgeon.mend.attribute_path import get_path
 from surgeon.mend.checking.size_check import compare
 from surgeon.mend.config_model import ConfigModel, ConfigSizes, Values, numbers_of, sizes_of
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.edits import Edit
 from surgeon.selection.cost import Choice, ShapeModel
 
 _RUNS = 12  # models that are built and run for one plan

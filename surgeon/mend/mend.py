@@ -21,12 +21,13 @@ from surgeon.coupling.groups import outputs_of_tensors
 from surgeon.errors import MendError
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
+from surgeon.mend.apply_edits import apply_edit, undo_edits
 from surgeon.mend.candidates import propose
 from surgeon.mend.checking.constants import Constant, Judge, changed_rates, to_blame
 from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import COMPARISONS, Note, of_ones
 from surgeon.mend.checking.size_check import Findings, check, compare
-from surgeon.mend.edits import Edit, apply_edit, undo_edits
+from surgeon.mend.edits import Edit
 from surgeon.mend.refused import Refused
 from surgeon.mend.trials import reached, try_edits
 from surgeon.ops.table import op_name

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from torch import nn
 
 from surgeon.errors import MendError
+from surgeon.mend.apply_edits import apply_edit, undo_edits
 from surgeon.mend.candidates import propose
 from surgeon.mend.checking.notes import Note
 from surgeon.mend.checking.size_check import Findings
-from surgeon.mend.edits import Edit, apply_edit, undo_edits
+from surgeon.mend.edits import Edit
 from surgeon.mend.refused import Refused, key
 
 _PAIRS = 4  # second attributes that are tried with a first one

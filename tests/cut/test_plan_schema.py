@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.cut.plan import Plan
 from surgeon.errors import MendError, PlanError, SurgeonError
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.apply_edits import apply_edit
+from surgeon.mend.edits import Edit
 
 
 class Holder:

@@ -16,7 +16,8 @@ from surgeon.capture.capture import capture
 from surgeon.errors import FuseError, MendError
 from surgeon.fusion.fold import counted
 from surgeon.fusion.fuse import folds, fuse
-from surgeon.mend.edits import Edit, apply_edit
+from surgeon.mend.apply_edits import apply_edit
+from surgeon.mend.edits import Edit
 
 
 def _random(model: nn.Module) -> nn.Module:

@@ -31,8 +31,7 @@ FORBIDDEN = {
 LONGEST, MOST_ARGUMENTS, MOST_FILES = 300, 12, 14
 # Still to be split.
 LONG = """
-criteria/data/gather files mend/candidates mend/edits mend/mend
-mend/traced_forward onnx/export recovery/layers recovery/layerwise recovery/paired_run
+criteria/data/gather files onnx/export recovery/layers recovery/layerwise recovery/paired_run
 """.split()
 # Public functions whose arguments are what they are for.
 WITH_OPTIONS = "shrink_command finetune iterate shrink".split()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.graph import source_code
-from surgeon.mend import source_edit as sources
+from surgeon.mend.methods import source_edit as sources
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import MendError
-from surgeon.mend.traced_forward import versions
+from surgeon.mend.methods.traced_forward import versions
 
 X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
 

@@ -19,7 +19,8 @@ from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import Call, Graph, spec
 from surgeon.graph.messages import where
 from surgeon.graph.queries import number_in
-from surgeon.mend.edits import Edit, apply_edit, undo_edits
+from surgeon.mend.apply_edits import apply_edit, undo_edits
+from surgeon.mend.edits import Edit
 from surgeon.ops.sums import counts_terms, fed_by_inputs, follows, scales
 from surgeon.ops.table import Family, family, op_name
 from surgeon.selection.cost import Choice, ShapeModel

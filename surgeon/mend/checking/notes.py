@@ -136,3 +136,16 @@ class Notes:
                 continue
             seen.add(later.module)
             self._add_shape(at, later)
+
+
+def must_become(note: Note, value: int) -> tuple[int, int] | None:
+    """(what a number must become, how many times) where the code passes a multiple of it, or a fraction
+    (width // heads).
+    """
+    if note.want == 0 and note.got not in (0, value):  # of anything, none
+        return None
+    times, rest = divmod(note.got, value)
+    if times and not rest and note.old % value == 0:
+        return None if note.want % times else (note.want // times, times)
+    times, rest = divmod(value, note.got) if note.got > 0 else (0, 1)
+    return (note.want * times, times) if times and not rest else None

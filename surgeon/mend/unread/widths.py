@@ -15,7 +15,7 @@ from torch import nn
 from surgeon.graph.graph import Graph
 from surgeon.graph.source_code import methods, names_used, own_classes
 from surgeon.graph.tensors import named_tensors
-from surgeon.mend.candidates import integers
+from surgeon.mend.attribute_path import integers
 from surgeon.mend.edits import Edit
 from surgeon.mend.unread.module_lists import numbers_beside_paths
 
