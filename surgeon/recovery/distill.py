@@ -23,7 +23,8 @@ from surgeon.graph.queries import read_tensors
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import find_layers
 from surgeon.recovery.layerwise import Pass
-from surgeon.recovery.paired_run import Pair, Progress, Recording, distance, nothing_to_compare, outputs, twin
+from surgeon.recovery.runs.paired_run import twin
+from surgeon.recovery.runs.recording import Pair, Progress, Recording, distance, nothing_to_compare, outputs
 
 _EPOCHS, _STEPS = 10, 600  # at least
 _RATE = 0.01

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from surgeon.graph.graph import Graph
 from surgeon.ops.ids import DimIds
+from surgeon.recovery.inverse_steps import norm_behind
 from surgeon.recovery.kept_entries import KeptEntries
-from surgeon.recovery.layers import Layer, norm_behind
-from surgeon.recovery.linear_equations import Equations
+from surgeon.recovery.layers import Layer
+from surgeon.recovery.linear.equations import Equations
 
 _LIKE = 0.3  # cosine below which a channel is like none
 

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from surgeon.capture.recording.aliasing import getitem
 from surgeon.criteria.data.consumers import moving, normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.families.movement import permutation
 from surgeon.ops.letters import Product
 from surgeon.ops.table import Trait, has, op_name, product
-from surgeon.recovery.paired_run import PairedRun, twin
+from surgeon.recovery.inverse_steps import back, trains
+from surgeon.recovery.runs.paired_run import PairedRun, twin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Weight:
     def write(self, tensor: Tensor) -> Tensor:
         """The parameter as it is stored, from what the op is to read."""
         for node in reversed(self.turns):
-            tensor = _back(node, tensor, {})
+            tensor = back(node, tensor, {})
         return tensor
 
 
@@ -217,7 +216,7 @@ class _Finder:
         """Whether a step can be undone."""
         name = op_name(node)
         if has(name, Trait.BATCH_NORM):
-            return normalises(node, given) and not _trains(node)
+            return normalises(node, given) and not trains(node)
         if node.target is getitem:
             return bool(node.args[1] == 0)
         if name in ("add", "sub", "mul", "div"):
@@ -237,7 +236,7 @@ class _Finder:
             named = given.op == "get_attr" and whole and self._alone(str(given.target))
             return (str(given.target) if named else ""), False
         reader = only_reader(node)
-        if reader is not None and normalises(reader, node) and not _trains(reader):
+        if reader is not None and normalises(reader, node) and not trains(reader):
             mean = arguments(reader)["running_mean"]
             if isinstance(mean, fx.Node) and mean.op == "get_attr" and self._alone(str(mean.target)):
                 return str(mean.target), True
@@ -245,28 +244,6 @@ class _Finder:
 
     def _alone(self, name: str) -> bool:
         return name in self.small.owned and len(self.readers.get(name, ())) == 1
-
-
-def norm_behind(node: fx.Node, graph: Graph) -> tuple[Tensor, Tensor] | None:
-    """(scale, shift) of the batch norm in eval mode that alone reads a product, in float64; None if there is
-    none.
-    """
-    reader = only_reader(node)
-    if reader is None or not normalises(reader, node) or _trains(reader):
-        return None
-    held = {
-        name: graph.tensors[str(a.target)].double() if isinstance(a, fx.Node) and a is not node else a
-        for name, a in arguments(reader).items()
-    }
-    return norm_affine(held)
-
-
-def _trains(node: fx.Node) -> bool:
-    """Whether a batch norm uses the statistics of its batch."""
-    return bool(arguments(node).get("training"))
-
-
-# -- from the sum back to the product ------------------------------------------------------------------------
 
 
 def pulled(site: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Tensor:
@@ -285,38 +262,7 @@ def pulled(site: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Ten
     steps = [twin(node, first, run) for node in (site.node, *site.path)]
     for given, node in reversed(list(itertools.pairwise(steps))):
         operands = arguments(node).items()
-        wanted = _back(
+        wanted = back(
             node, wanted, {name: None if item is given else run.evaluate(item) for name, item in operands}
         )
     return wanted
-
-
-def _back(node: fx.Node, value: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """What a step was given, from its result and its other operands, by name."""
-    name = op_name(node)
-    if has(name, Trait.BATCH_NORM):
-        scale, shift = norm_affine(given)
-        shape = [-1 if d == 1 else 1 for d in range(value.dim())]
-        return (value - shift.reshape(shape)) / scale.reshape(shape)
-    if node.target is getitem or has(name, Trait.COPIES):
-        return value
-    if name in ("add", "sub", "mul", "div"):
-        other = given["other"] if given["self"] is None else given["self"]
-        undo: dict[str, Callable[[Any, Any], Any]] = {
-            "add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul,
-        }  # fmt: skip
-        found: Tensor = undo[name](value, other)
-        return found
-    if has(name, Trait.PERMUTES):
-        order = permutation(arguments(node), value.dim())
-        return value.permute([order.index(d) for d in range(value.dim())])
-    return value.reshape(spec(arguments(node)["self"]).shape)
-
-
-def norm_affine(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a batch norm in eval mode, from its arguments."""
-    weight, bias, mean, var = (given[name] for name in ("weight", "bias", "running_mean", "running_var"))
-    scale = (var + given["epsilon" if "epsilon" in given else "eps"]).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias

@@ -16,11 +16,13 @@ from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import spec
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import Layer, pulled
-from surgeon.recovery.least_squares import Normal
-from surgeon.recovery.linear_equations import Equations
+from surgeon.recovery.linear.equations import Equations
+from surgeon.recovery.linear.least_squares import Normal
+from surgeon.recovery.linear.rows import Rows
 from surgeon.recovery.logits import LogitTarget, find_meetings
-from surgeon.recovery.paired_run import Pair, Progress, Recording, distance, twin
 from surgeon.recovery.row_sampling import RowSample
+from surgeon.recovery.runs.paired_run import twin
+from surgeon.recovery.runs.recording import Pair, Progress, Recording, distance
 
 RIDGES = (1e-6, 1e-4, 1e-2)  # of which the one that does best on held-out batches is taken
 WIDEST = 2400  # unknowns of one output that are solved for exactly
@@ -130,7 +132,9 @@ class Fitting:
             )
         w = equations.matrix(weight).double()
         b = self._constant(site, (w.shape[0], w.shape[2]))
-        rows = _Rows(self, site, equations, pairs)
+        rows = Rows(
+            site, equations, pairs, self.draw, lambda pair, more: self.wanted(site, pair, pairs[0], more)
+        )
         plain = Fit(site.name, 0.0, 0.0, rows.count(False), unknowns)
         if wide:
             judge: Callable[[Tensor, Tensor], Tensor] = rows.error
@@ -174,7 +178,7 @@ class Fitting:
         return node if plain else None
 
     def _by_channels(
-        self, site: Layer, equations: Equations, rows: _Rows, pairs: list[Pair], w: Tensor, b: Tensor
+        self, site: Layer, equations: Equations, rows: Rows, pairs: list[Pair], w: Tensor, b: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The original's weights on the best guess of its input channels from the small model's, the same
         guess for all taps.
@@ -241,80 +245,3 @@ class Fitting:
             held = tensors[site.bias]
             flat = b.reshape(held.shape).to(held.dtype)
             held.copy_(held - flat if site.norm else flat)
-
-
-class _Rows:
-    """The equations of one site, batch by batch.
-
-    Attributes:
-        scale: [groups, outputs], how much an error of each output weighs where it is compared (the square of
-            what is between); 0 for outputs that cannot be fitted.
-    """
-
-    def __init__(self, fitting: Fitting, site: Layer, equations: Equations, pairs: list[Pair]) -> None:
-        self.fitting, self.site, self.equations, self.pairs = fitting, site, equations, pairs
-        self.picked, self.weights = fitting.draw.picked[site], fitting.draw.weights[site]
-        self.scale = self._scale()
-
-    def _scale(self) -> Tensor:
-        """From the result of adding 1 to what is wanted: all that is between is affine."""
-        low, high = (self._of(0, more)[1][:, 0].double() for more in (0.0, 1.0))
-        scale = (high - low).square().reciprocal()
-        for number in range(len(self.pairs) if self.site.path else 0):
-            scale[~torch.isfinite(self._of(number)[1]).all(1)] = 0
-        return scale
-
-    def _node(self, pair: Pair) -> fx.Node:
-        return twin(self.site.node, self.pairs[0].small, pair.small)
-
-    def _data(self, pair: Pair) -> fx.Node:
-        found: Any = arguments(self._node(pair))[self.site.data]
-        given: fx.Node = found
-        return given
-
-    def _of(self, number: int, more: float = 0.0) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[number]
-        wanted = self.fitting.wanted(self.site, pair, self.pairs[0], more)
-        value = pair.small.value(self._data(pair))
-        return self.equations.rows(value, wanted, self.picked[number].to(value.device))
-
-    def of(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x [groups, rows, unknowns], y [groups, rows, outputs], weights [rows] of the batches to judge by,
-        or to learn from.
-        """
-        for number, pair in enumerate(self.pairs):
-            if pair.held == held:
-                x, y = self._of(number)
-                yield x, y.masked_fill((self.scale == 0)[:, None], 0), self.weights[number].to(x.device)
-
-    def count(self, held: bool) -> int:
-        return sum(
-            len(picked) for picked, pair in zip(self.picked, self.pairs, strict=True) if pair.held == held
-        )
-
-    def normal(self, held: bool) -> Normal:
-        groups, unknowns, outputs = self._shape
-        sums = Normal(groups, unknowns, outputs, self.scale.device)
-        for x, y, weights in self.of(held):
-            sums.add(x, y, weights)
-        return sums
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return self.scale.shape[0], self.equations.unknowns(), self.scale.shape[1]
-
-    def error(self, w: Tensor, b: Tensor) -> Tensor:
-        """Mean squared error on the batches to judge by, [groups, outputs], without normal equations."""
-        return self._mean(True, lambda x, y: (x.double() @ w + b[:, None] - y.double()).square())
-
-    def offset(self, w: Tensor, b: Tensor) -> Tensor:
-        """What x @ w + b lacks in the mean, on the batches to learn from."""
-        return self._mean(False, lambda x, y: y.double() - x.double() @ w - b[:, None])
-
-    def _mean(self, held: bool, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Over weighted rows, [groups, outputs]."""
-        total, weight = torch.zeros_like(self.scale), 0.0
-        for x, y, weights in self.of(held):
-            total += (what(x, y) * weights[:, None]).sum(1)
-            weight += float(weights.sum())
-        return total / (weight or 1)

@@ -22,7 +22,8 @@ from surgeon.graph.graph import Graph, spec
 from surgeon.ops.table import Family, Trait, family, has, info, op_name, product
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import Layer
-from surgeon.recovery.paired_run import Pair, twin
+from surgeon.recovery.runs.paired_run import twin
+from surgeon.recovery.runs.recording import Pair
 
 _RIDGE = 1e-9
 

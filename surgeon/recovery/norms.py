@@ -16,7 +16,8 @@ from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.ops.table import Trait, has, op_name
 from surgeon.recovery.layerwise import Pass
-from surgeon.recovery.paired_run import Progress, Recording, distance, twin
+from surgeon.recovery.runs.paired_run import twin
+from surgeon.recovery.runs.recording import Progress, Recording, distance
 
 
 def statistics(graph: Graph) -> list[tuple[fx.Node, str, str]]:

@@ -27,8 +27,8 @@ from surgeon.recovery.layers import find_layers
 from surgeon.recovery.layerwise import RIDGES, WIDEST, Fit, Fitting, Pass
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.options import DEFAULT, STRONGER, batches_of, check_made_by, check_options, split
-from surgeon.recovery.paired_run import Progress, Recording
 from surgeon.recovery.row_sampling import RowSample
+from surgeon.recovery.runs.recording import Progress, Recording
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,13 @@ import math
 import torch
 from torch import Tensor, fx
 
-from surgeon.criteria.data.gather import output_probe
+from surgeon.criteria.data.stand_ins import output_probe
 from surgeon.graph.graph import spec
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import Layer, find_layers
-from surgeon.recovery.linear_equations import Equations
-from surgeon.recovery.paired_run import Pair, PairedRun, Progress, Recording, twin
+from surgeon.recovery.linear.equations import Equations
+from surgeon.recovery.runs.paired_run import PairedRun, twin
+from surgeon.recovery.runs.recording import Pair, Progress, Recording
 
 _PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are drawn for a site
 _PROBES = 2

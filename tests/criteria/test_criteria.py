@@ -21,7 +21,7 @@ from surgeon import criteria
 from surgeon.capture.meta_run import PlainMode
 from surgeon.coupling.groups import Group
 from surgeon.criteria.built_in import FROM_DATA
-from surgeon.criteria.data.gather import output_energy
+from surgeon.criteria.data.stand_ins import output_energy
 from surgeon.errors import InputError
 
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(7))

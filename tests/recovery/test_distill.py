@@ -17,8 +17,8 @@ import surgeon
 from surgeon.errors import InputError
 from surgeon.recovery.distill import Distilling
 from surgeon.recovery.kept_entries import KeptEntries
-from surgeon.recovery.paired_run import Recording
 from surgeon.recovery.recover import recover
+from surgeon.recovery.runs.recording import Recording
 
 ONLY = ("distill",)
 

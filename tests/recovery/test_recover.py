@@ -18,12 +18,12 @@ from surgeon.errors import InputError, PlanError
 from surgeon.ops.table import op_name
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layerwise import RIDGES
-from surgeon.recovery.least_squares import Normal
+from surgeon.recovery.linear.least_squares import Normal
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.options import STRONGER
-from surgeon.recovery.paired_run import Recording
 from surgeon.recovery.recover import recover
 from surgeon.recovery.row_sampling import RowSample
+from surgeon.recovery.runs.recording import Recording
 
 TINY = (1e-13,)  # a ridge that only breaks ties
 

@@ -26,10 +26,10 @@ from surgeon.coupling.solution import Solution
 from surgeon.criteria.data.consumers import Atoms, Consumer, find_consumers, find_planes
 from surgeon.criteria.data.evidence import Evidence, Gradients, Statistics
 from surgeon.criteria.data.runs import Runs
+from surgeon.criteria.data.stand_ins import output_energy, output_probe
 from surgeon.criteria.data.watch import OneOp, See, Watch
 from surgeon.errors import InputError, SurgeonError
 from surgeon.graph.graph import Graph
-from surgeon.graph.tensors import as_real, named, tensor_leaves
 from surgeon.ops.ids import DimIds
 
 Loss = Callable[[Any, Any], Tensor]
@@ -130,37 +130,6 @@ def gather(
     if not batches:
         raise no_batch("data")
     return Evidence(batches, gradients, statistics)
-
-
-def output_energy(output: Any, names: Sequence[str] | None = None) -> Tensor:
-    """Squared norm of all outputs of real or complex numbers, mean over samples (Aljundi et al., Memory Aware
-    Synapses, 2018): a stand-in for a loss that needs no labels."""
-    floats = _floats(output, names)
-    return sum(
-        (t.square().sum() / (t.shape[0] if t.dim() else 1) for t in floats), start=floats[0].new_zeros(())
-    )
-
-
-def output_probe(output: Any, names: Sequence[str] | None = None, *, generator: torch.Generator) -> Tensor:
-    """All outputs of real or complex numbers times random signs: the squared gradient of this is, in the
-    mean, how much the squared outputs change (Hutchinson's estimate of the diagonal of J^T J), for which no
-    labels are needed."""
-    floats = _floats(output, names)
-    signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in floats]
-    return sum(
-        ((t * sign).sum() for t, sign in zip(floats, signs, strict=True)), start=floats[0].new_zeros(())
-    )
-
-
-def _floats(output: Any, names: Sequence[str] | None) -> list[Tensor]:
-    given = [as_real(tensor) for _, tensor in named(list(tensor_leaves(output)), names)]
-    found = [tensor for tensor in given if tensor.is_floating_point()]
-    if not found:
-        raise InputError(
-            "the model has no float output to take gradients of",
-            fix="pass loss=... that makes one number of it",
-        )
-    return found
 
 
 def _learns(tensor: Tensor) -> bool:

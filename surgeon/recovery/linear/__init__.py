@@ -1,0 +1,1 @@
+"""The linear equations of one layer, and their least-squares solution."""

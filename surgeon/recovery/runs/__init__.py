@@ -1,0 +1,1 @@
+"""The original and the small model, side by side over all batches."""
