@@ -134,7 +134,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgeon.files, "_PATIENCE", 0.05)
+    monkeypatch.setattr(surgeon.files.drafts, "_PATIENCE", 0.05)
     with locked(tmp_path), pytest.raises(FileError, match="another process"), locked(tmp_path):
         pass
     with locked(tmp_path):
