@@ -104,7 +104,7 @@ FAULTS = [
 ]  # fmt: skip
 
 TESTS = {
-    "ops": ["tests/ops/test_invariants.py", "tests/ops/test_ops.py"],
+    "ops": ["tests/ops/test_invariants.py", "tests/coupling/test_solve.py", "tests/ops/test_ops.py"],
     "coupling": ["tests/coupling", "tests/ops/test_ops.py"],
     "selection": ["tests/selection", "tests/api/test_surgery.py"],
     "mend": ["tests/mend", "tests/end_to_end/test_code_patterns.py"],

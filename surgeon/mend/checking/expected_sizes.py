@@ -66,7 +66,7 @@ def _kept_before(shapes: ShapeModel, choice: Choice, axes: ValueIds, dim: int, p
 def _want_split(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
     dim = int(ctx["dim"]) % len(ctx.shape(ctx["self"]))
     sizes = [shapes.shape(ctx.node, choice, i)[dim] for i in range(len(ctx.node.meta["spec"]))]
-    if op_name(ctx.node).endswith("with_sizes"):
+    if "split_sizes" in ctx.arguments:
         return {"split_sizes": sizes}
     return (
         {ctx.arguments.name("split_size"): sizes[0]}
@@ -139,10 +139,11 @@ def _want_as_strided(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict
 
 
 _WANT: Mapping[str, Want] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "expand"), _want_size),
+    **dict.fromkeys(("view", "view_copy", "_unsafe_view", "reshape", "_reshape_alias"), _want_size),
+    **dict.fromkeys(("expand", "expand_copy"), _want_size),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _want_size),
     **dict.fromkeys(("zeros", "ones", "full", "empty"), _want_size),
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _want_split),
+    **dict.fromkeys(("split", "split_with_sizes", "split_with_sizes_copy", "unsafe_split"), _want_split),
     "as_strided": _want_as_strided,
     "slice": _want_slice,
     "slice_scatter": _want_slice_scatter,

@@ -24,7 +24,7 @@ def index(ctx: OpContext) -> ValueIds:
     for tensor in ctx.tensors[1:]:
         ctx.constraints.freeze_all(ctx.axes(tensor), "is used as an index")
     if not name.endswith("index"):
-        dim = int(ctx["dim"]) % len(shape)
+        dim = int(ctx["dim"]) % max(1, len(shape))
         axes = ctx.freeze(ctx.axes(x), [dim], reason)
         return {d: ctx.constraints.collapse(t, dim) for d, t in axes.items()}
     indices = [(d, i) for d, i in enumerate(ctx["indices"]) if i is not None]

@@ -155,6 +155,7 @@ def _variance(call: MaskedOp, zero: Tensor, mask: Mask, count: Tensor, dims: lis
     correction = (
         int(call["unbiased"]) if "unbiased" in call.arguments else 1 if correction is None else correction
     )
+    count = count.to(zero.real.dtype)  # whole numbers less a fraction would be rounded to float32
     mean = zero.sum(dims, keepdim=True) / count
     spread = masks.zeroed((zero - mean) ** 2, mask).sum(dims, keepdim=True) / (count - correction).clamp_min(
         0
