@@ -113,6 +113,8 @@ def _follow(node: fx.Node, axes: dict[fx.Node, Any], constraints: Constraints) -
     """Dims, and parts of them, whose sizes are computed from other sizes."""
     for dim, source in node.meta.get("follows", {}).items():
         own, other = axes[node].get(dim), _of_source(axes, source)
+        if own is None and not node.all_input_nodes:  # made anew, of whatever size
+            continue
         same = (
             spec(node).shape[dim] == spec(source.node).shape[source.dim]
         )  # a multiple may hold another number that changes

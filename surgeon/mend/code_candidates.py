@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import math
+import re
 
 from torch import fx, nn
 
 from surgeon.graph.source_code import Use, methods_as_written, numbers, uses
-from surgeon.mend.checking.notes import COMPARISONS, Note, must_become
+from surgeon.mend.checking.notes import COMPARISONS, Note, divisor, must_become
 from surgeon.mend.edits import Edit
 from surgeon.mend.methods.rewrite import edits_of
 from surgeon.mend.methods.traced_forward import foreign, literals, versions
@@ -78,10 +80,18 @@ def in_source(
         if same and min(same)[0] <= near:
             return Edit(path, "source", min(same)[1], note.got, note.want)
     for note, (file, line, name, value) in itertools.product(notes, known if near else ()):
-        solved = must_become(note, value) if value > 0 and (file, line) == note.source else None
+        if value <= 0 or (file, line) != note.source:
+            continue
+        divides = divisor(note, value) if _divides(value, file, line) else None
+        solved = (divides, 1) if divides is not None else must_become(note, value)
         if solved is not None and solved[0] != value:
             return Edit(path, "source", name, value, solved[0])
     return None
+
+
+def _divides(value: int, file: str, line: int) -> bool:
+    """Whether a line of code divides by a number."""
+    return re.search(rf"/\s*{value}(?![\d.])", linecache.getline(file, line)) is not None
 
 
 def _use(small: nn.Module, path: str, notes: list[Note], refused: Refused) -> Edit | None:
@@ -119,9 +129,10 @@ def _replacing(use: Use, note: Note) -> tuple[int, int] | None:
     if use.value is None:
         return (1, note.want) if away == 0 else None
     solved = must_become(note, use.value) if use.value > 0 else None
-    if solved is None or solved[0] == use.value:
-        return None
-    return 3 * away + 2, solved[0]
+    if solved is not None and solved[0] != use.value:
+        return 3 * away + 2, solved[0]
+    divides = divisor(note, use.value) if away == 0 else None
+    return None if divides is None else (2, divides)
 
 
 _FAR = 1 << 30

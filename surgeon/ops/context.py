@@ -155,6 +155,7 @@ def beside(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
         found: np.ndarray = constraints.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
         for dim in range(found.ndim):
             found = constraints.collapse(found, dim) if best.shape[dim] == 1 else found
+        constraints.met(found, tracks)
         return found
     return best
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from surgeon.coupling.frozen import find_frozen
 from surgeon.coupling.groups import Group
 from surgeon.coupling.links import Link
 from surgeon.errors import BudgetError, InputError
+from surgeon.graph.messages import where
 from surgeon.ops.ids import DimIds
 from surgeon.selection.amounts import matches
 from surgeon.selection.budgets import Budgets, Costs
@@ -20,6 +22,8 @@ from surgeon.selection.cost import Choice, ShapeModel
 from surgeon.selection.linked_groups import without_kept_heads
 from surgeon.selection.planner import Planner
 from surgeon.selection.request import Request
+
+_SAID = 3  # frozen tensors that an error names
 
 
 def choose(
@@ -52,6 +56,7 @@ def choose(
     if not groups:
         raise BudgetError(
             "the model has no group of channels that may leave",
+            where=_frozen(shapes),
             why="everything that was found is frozen",
             fix="print(surgeon.inspect(model)) names each frozen tensor and the reason",
         )
@@ -62,6 +67,17 @@ def choose(
         ), block
     known = costs or {kind: getattr(shapes, kind) for kind in request.budgets}
     return Budgets(planner).within({kind: known[kind] for kind in request.budgets}), planner.block
+
+
+def _frozen(shapes: ShapeModel) -> str:
+    """What is frozen, the most channels first: the tensor, why, the op and the line."""
+    found = [item for item in find_frozen(shapes.propagation, shapes.solution) if item.node is not None]
+    said = []
+    for item in sorted(found, key=lambda item: -item.count)[:_SAID]:
+        tensor, dim = item.slots[0]
+        assert item.node is not None
+        said.append(f"{tensor}[{dim}] {item.reason} ({where(item.node)})")
+    return "; ".join(said)
 
 
 def _check_patterns(request: Request, groups: list[Group]) -> None:

@@ -67,6 +67,7 @@ CASES = [
     Case("split dim", lambda a: a.reshape(2, 3, 5).relu(), (M,), "a0.rows/2 a0.columns/3x2 a1"),
     Case("expand", lambda a, b: a.expand(4, 6) + b, ((1, 6), S), "a1=b1 b0"),
     Case("cat", lambda a, b, c: torch.cat([a, b], 1) + c, (S, (4, 3), (9,)), "a0=b0 a1=c0/6 b1=c0/3"),
+    Case("ones before others", lambda a: torch.cat([a.new_ones(4, 2), a], 1) @ _mixer(8), (S,), "a0"),
     Case("cat twice", lambda a, b: torch.cat([a, a], 1) + b, (S, (12,)), "a0 a1=b0/6"),
     Case("stack", lambda a, b, c: torch.stack([a, b], 1) + c, (S, S, V), "a0=b0 a1=b1=c0"),
     Case("slice", lambda a, b: a[:, 1:4] + b, (S, (3,)), "a0 a1/3 a1=b0/3"),
@@ -128,6 +129,22 @@ CASES = [
     Case("slice_scatter", lambda a, b: torch.slice_scatter(a, b, 1, 0, 3), (S, (4, 3)), "a0=b0 a1/3 a1=b1/3"),
     Case("write heads to part", lambda a, b: _headed(a, b), (M, (2, 5)), "a0.rows/2 a0.columns/3 a1=b1 b0"),
     Case("write to part", lambda a, b: _written(a, b), (S, (4, 2)), "a0=b0 a1=b1/2x3"),
+    # diagonals: rows and columns of the main one leave together
+    Case("diagonal", lambda a, b: a.diagonal() * b, ((6, 6), V), "a0=a1=b0"),
+    Case("diagonal of samples", lambda a: a.diagonal(dim1=2, dim2=0), ((4, 3, 4),), "a0=a2 a1"),
+    Case("diagonal beside", lambda a: a.diagonal(1), ((6, 6),), ""),
+    Case("diagonal of unequal dims", lambda a: a.diagonal(), (S,), ""),
+    Case("diag_embed", lambda a, b: a.diag_embed() @ b, (S, (4, 6, 5)), "a0=b0 a1=b1 b2"),
+    Case("diag_embed ahead", lambda a: a.diag_embed(dim1=0, dim2=2), (S,), "a0 a1"),
+    Case("diag_embed beside", lambda a: a.diag_embed(1), (S,), "a0"),
+    Case("diagonal_scatter", torch.diagonal_scatter, ((6, 6), V), "a0=a1=b0"),
+    Case("diagonal of zeros", lambda a: torch.diagonal_scatter(a.new_zeros(6, 6), a), (V,), "a0"),
+    Case("write to a diagonal", lambda a, b: _on_diagonal(a, b), ((3, 6, 6), (3, 6)), "a0=b0 a1=a2=b1"),
+    Case("tril", torch.tril, ((3, 6, 6),), "a0 a1=a2"),
+    Case("triu beside", lambda a: a.triu(1), ((3, 6, 6),), "a0"),
+    Case("trace", torch.trace, ((6, 6),), "a0=a1"),
+    Case("eye", lambda a: a + torch.eye(6), ((6, 6),), "a0=a1"),
+    Case("eye of unequal dims", lambda a: a + torch.eye(4, 6), (S,), ""),
     # contractions: the summed dim is joined and ends
     Case("mm", torch.mm, (S, M), "a0 a1=b0 b1"),
     Case("addmm", lambda a, b, c: torch.addmm(a, b, c), ((5,), S, M), "a0=c1 b0 b1=c0"),
@@ -139,6 +156,7 @@ CASES = [
         ((4, 6), (5, 6)),
         "a0 a1=b1 b0",
     ),
+    Case("pdist", lambda a: F.pdist(a), (S,), "a1"),
     Case("bmm", torch.bmm, ((2, 4, 6), (2, 6, 5)), "a0=b0 a1 a2=b1 b2"),
     Case("baddbmm", torch.baddbmm, ((2, 4, 5), (2, 4, 6), (2, 6, 5)), "a0=b0=c0 a1=b1 a2=c2 b2=c1"),
     Case("mv", torch.mv, (S, V), "a0 a1=b0"),
@@ -200,6 +218,8 @@ CASES = [
     Case("amax", lambda a: a.amax(1), (S,), "a0 a1"),
     Case("var", lambda a: a.var(1), (S,), "a0 a1"),
     Case("norm", lambda a: a.norm(dim=1), (S,), "a0 a1"),
+    Case("norm of a negative order", lambda a: torch.linalg.vector_norm(a, -1, 1), (S,), "a0 a1"),
+    Case("least", lambda a: a.norm(p=-float("inf"), dim=1), (S,), "a0 a1"),
     Case("argmax", lambda a: a.argmax(1), (S,), "a0"),
     Case("max over a dim", lambda a: a.max(1).values, (S,), "a0 a1"),
     Case("max and its index", lambda a: sum(a.max(1)), (S,), "a0"),
@@ -253,11 +273,21 @@ CASES = [
 ]
 
 
+def _mixer(size: int) -> torch.Tensor:
+    return torch.linspace(0, 1, size * 3, dtype=torch.float64).sin().view(size, 3)
+
+
 def _rewritten(a: torch.Tensor) -> torch.Tensor:
     a = a.clone()
     windows = a.as_strided((2, 3, 4, 5), (40, 10, 5, 1))
     a.mul_(2)
     return windows.sin()
+
+
+def _on_diagonal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a = a.clone()
+    a.diagonal(dim1=1, dim2=2).copy_(b)
+    return a
 
 
 def _headed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

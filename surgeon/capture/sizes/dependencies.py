@@ -2,7 +2,8 @@
 
 A traced size (see `_sizes`) that comes back as a size of `view`, `reshape` or `unflatten` makes the new dim
 *follow* the old one: code like `x.reshape(B, N, 3, heads, C // heads)` only works if the inner width keeps
-the same share as C. One that comes back as an end of a slice makes the entries before it follow: `x[:, : C //
+the same share as C. So does one that comes back as a size of `zeros` and kin.
+One that comes back as an end of a slice makes the entries before it follow: `x[:, : C //
 8]` only takes what it took if those keep the same share.
 """
 
@@ -21,6 +22,7 @@ from surgeon.capture.paths.decisions import note_length
 from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
 from surgeon.capture.sizes.tracing import Sizes, inside_transform
 from surgeon.graph.graph import Read
+from surgeon.ops.table import Family, family, op_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ class SizeMode(Sizes):
             self._follow(name, args, kwargs or {}, result)
         elif name in ("expand", "repeat", "expand_as") and isinstance(result, Tensor):
             self._repeat(name, args, kwargs or {}, result)
+        elif isinstance(result, Tensor) and self._is_made(result):
+            self._made(list(args), kwargs or {}, result)
         elif name == "lstm":
             self._project(args[1], args[2])
         elif args and isinstance(args[0], Tensor):
@@ -158,6 +162,22 @@ class SizeMode(Sizes):
         node = self.node_of(result)
         if node is not None:
             node.meta["repeated"] = {dim: n.source for dim, n in grown if result.shape[dim] == int(n)}
+
+    def _is_made(self, result: Tensor) -> bool:
+        node = self.node_of(result)
+        return node is not None and node.op == "call_function" and family(op_name(node)) is Family.FACTORY
+
+    def _made(self, args: list[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
+        """A tensor of constants is made: where its sizes come from."""
+        sizes = [arg for arg in args if not isinstance(arg, Tensor)] or [kwargs.get("size", ())]
+        if isinstance(sizes[0], list | tuple):
+            sizes = list(sizes[0])
+        if len(sizes) == 1 and len(set(result.shape)) == 1:  # a square one
+            sizes *= result.dim()
+        found = {dim: n.source for dim, n in enumerate(sizes) if isinstance(n, TracedInt)}
+        node = self.node_of(result)
+        if node is not None and found and tuple(map(int, sizes)) == tuple(result.shape):
+            node.meta["follows"] = found
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         sizes = list(args[1:]) or list(kwargs.values())

@@ -26,11 +26,16 @@ def _want_size(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, 
     return {"size": list(shapes.shape(ctx.node, choice))} if "size" in ctx.arguments else {}
 
 
+def _want_identity(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
+    rows, columns = shapes.shape(ctx.node, choice)
+    return {name: size for name, size in (("n", rows), ("m", columns)) if name in ctx.arguments}
+
+
 def _want_slice(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
     x = ctx["self"]
     dim, start, stop, step = normal_slice(ctx, ctx.shape(x))
     track = ctx.axes(x).get(dim)
-    if track is None:
+    if track is None or start == stop:  # nothing, of whatever width
         return {}
     before = (
         _kept_before(shapes, choice, ctx.axes(x), dim, start - start % step) + start % step
@@ -48,7 +53,7 @@ def _want_slice(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str,
 def _want_slice_scatter(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
     x = ctx["self"]
     dim, start, stop, _ = normal_slice(ctx, ctx.shape(x))
-    if dim not in ctx.axes(x):
+    if dim not in ctx.axes(x) or start == stop:
         return {}
     return {
         "start": _kept_before(shapes, choice, ctx.axes(x), dim, start),
@@ -144,6 +149,7 @@ _WANT: Mapping[str, Want] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _want_size),
     **dict.fromkeys(("zeros", "ones", "full", "empty"), _want_size),
     **dict.fromkeys(("split", "split_with_sizes", "split_with_sizes_copy", "unsafe_split"), _want_split),
+    "eye": _want_identity,
     "as_strided": _want_as_strided,
     "slice": _want_slice,
     "slice_scatter": _want_slice_scatter,

@@ -149,3 +149,9 @@ def must_become(note: Note, value: int) -> tuple[int, int] | None:
         return None if note.want % times else (note.want // times, times)
     times, rest = divmod(value, note.got) if note.got > 0 else (0, 1)
     return (note.want * times, times) if times and not rest else None
+
+
+def divisor(note: Note, value: int) -> int | None:
+    """What a number must become by which the code divides a width that stays (width // heads)."""
+    product, rest = divmod(note.got * value, note.want) if note.want > 0 else (0, 1)
+    return product if value > 1 and note.got > 0 and not rest and product != value else None

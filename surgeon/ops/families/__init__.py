@@ -4,6 +4,7 @@ from surgeon.ops.families import (
     attention,
     contraction,
     convolution,
+    diagonal,
     elementwise,
     factory,
     indexing,
@@ -16,6 +17,6 @@ from surgeon.ops.families import (
 )
 
 FAMILIES = (
-    attention, contraction, convolution, elementwise, factory, indexing, movement, normalisation, reduction, reshape,
-    slicing, window,
+    attention, contraction, convolution, diagonal, elementwise, factory, indexing, movement, normalisation, reduction,
+    reshape, slicing, window,
 )  # fmt: skip

@@ -141,6 +141,8 @@ def contract(
                 constraints.freeze(track, "is multiplied with a tensor whose size here is fixed")
         elif tracks:
             joined[letter] = meet(constraints, tracks)
+            if letter in out:
+                constraints.carried(joined[letter])
             if letter in out and len(tracks) > 1:
                 constraints.batched.append(joined[letter].ravel())
                 if scores:

@@ -20,6 +20,7 @@ from surgeon.ops.families.factory import unowned_ids
 from surgeon.ops.families.reshape import permuted
 from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.masked_op import MaskedOp
+from surgeon.ops.side_by_side import presences
 from surgeon.ops.table import Family, Trait, defaults, op
 
 
@@ -243,10 +244,18 @@ def viewed(call: MaskedOp) -> Any:
 
 
 def joined(call: MaskedOp) -> Any:
-    """Of several tensors: presence as one tensor for each."""
-    return call.run(call.data), masks.tidy(
-        [masks.compress(call.run(call.present), exact=True)]
-    ) if call.masked else ()
+    """Of tensors that are put side by side along the argument `dim`: presence as one tensor for each."""
+    result = call.run(call.data)
+    if not call.masked:
+        return result, ()
+    empty = {part for part in call.node.all_input_nodes if call.data(part).shape == (0,)}  # adds nothing
+    parts = [part for part in call.node.all_input_nodes if part not in empty]
+    own = presences(call, parts, call["dim"] % result.dim(), result.dim())
+
+    def present(item: Any) -> Any:
+        return call.present(item) if item not in own else masks.full(own[item], call.data(item).shape)
+
+    return result, masks.tidy([masks.compress(call.run(present), exact=True)])
 
 
 def strided(call: MaskedOp) -> Any:

@@ -92,6 +92,14 @@ def fourier(ctx: OpContext) -> ValueIds:
     return ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
 
 
+def pairs(ctx: OpContext) -> ValueIds:
+    """Distances of all rows from each other: each row has its places in the result."""
+    axes = ctx.freeze(ctx.axes(ctx["self"]), [0], "its rows are compared with each other")
+    if 1 in axes:
+        ctx.constraints.reduced(ctx.constraints.collapse(axes[1], 0))
+    return {}
+
+
 # -- what is computed when entries are gone -----------------------------------------------------------------
 
 
@@ -128,7 +136,7 @@ def reduced(call: MaskedOp) -> Any:
             filled = data.masked_fill(~masks.full(mask, data.shape), _NEUTRAL[name])
             result = call.on(x, filled)
         elif name in ("norm", "linalg_vector_norm"):
-            result = call.on(x, zero)
+            result = call.on(x, data.masked_fill(~masks.full(mask, data.shape), _absent_from_norm(call)))
         elif name in ("var", "var_mean", "std", "std_mean"):
             result = _variance(call, zero, mask, count, dims, keep)
         else:
@@ -137,6 +145,19 @@ def reduced(call: MaskedOp) -> Any:
     if isinstance(result, list | tuple):
         return [(r, passed) for r in result]
     return result, passed
+
+
+def _absent_from_norm(call: MaskedOp) -> float:
+    """Zero adds nothing to a norm of a positive order; to one of a negative order only infinity does."""
+    order = call.get("p" if call.name == "norm" else "ord")
+    return math.inf if order is not None and order < 0 else 0.0
+
+
+def pairs_absent(call: MaskedOp) -> Any:
+    """What is absent of all rows adds nothing to their distances."""
+    if masks.varies(call.mask(call["self"]), [0]):
+        raise refusal(call, "rows that are compared with others were removed")
+    return call.run(call.zeroed), ()
 
 
 def extremum(call: MaskedOp) -> Any:
@@ -217,3 +238,10 @@ op(
 )  # fmt: skip
 op("cumsum cumprod cummax cummin logcumsumexp sort topk", Family.REDUCTION, ids=ordered, mixes=along)
 op("_fft_r2c _fft_c2c _fft_c2r", Family.REDUCTION, ids=fourier, mixes=along)
+op(
+    "_pdist_forward",
+    Family.REDUCTION,
+    ids=pairs,
+    absent=pairs_absent,
+    mixes=lambda c: {"self": [0, 1]},
+)

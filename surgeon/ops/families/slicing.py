@@ -17,7 +17,7 @@ from surgeon.ops.context import OpContext, beside, broadcast
 from surgeon.ops.families.movement import joined, viewed
 from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.table import Family, family, op, op_name
+from surgeon.ops.table import Family, op
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 
@@ -223,20 +223,6 @@ def gated_absent(call: MaskedOp) -> Any:
     return call.run(call.data), masks.tidy([*first, *second])
 
 
-def written(call: MaskedOp) -> Any:
-    """A part is written: what lies beside it stays. In a tensor of a constant, a row of it is absent if what is written
-    to it is.
-    """
-    base, part = call["self"], call["src"]
-    if (
-        not call.mask(base)
-        and _is_constant(base)
-        and not masks.varies(call.mask(part), [call["dim"] % call.data(base).dim()])
-    ):
-        return call.run(call.data), call.mask(part)
-    return joined(call)
-
-
 def padded(call: MaskedOp) -> Any:
     factors = (_padded(factor, call["pad"]) for factor in call.mask(call["self"]))
     return call.run(call.data), masks.tidy(factors)
@@ -254,22 +240,12 @@ def _padded(factor: Tensor, pads: list[int]) -> Tensor:
     return padded
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a tensor was made of a constant."""
-    if node.op != "call_function":
-        return False
-    kind = family(op_name(node))
-    return kind is Family.FACTORY or (
-        kind is Family.MOVEMENT and all(map(_is_constant, node.all_input_nodes))
-    )
-
-
 op("slice", Family.MOVEMENT, ids=slice_, absent=viewed)
 op("select", Family.MOVEMENT, ids=select, absent=viewed)
 op("unbind", Family.MOVEMENT, ids=unbind)
 op("split unsafe_split", Family.MOVEMENT, ids=split, alike="split")
 op("split_with_sizes split_with_sizes_copy chunk unsafe_chunk", Family.MOVEMENT, ids=split)
 op("glu", Family.ELEMENTWISE, ids=gated_linear_unit, absent=gated_absent)
-op("slice_scatter", Family.MOVEMENT, ids=slice_scatter, absent=written)
+op("slice_scatter", Family.MOVEMENT, ids=slice_scatter, absent=joined)
 op("select_scatter", Family.MOVEMENT, ids=select_scatter, absent=joined)
 op("constant_pad_nd", Family.MOVEMENT, ids=constant_pad, absent=padded)

@@ -46,6 +46,7 @@ class Constraints(Facts):
                 known = cells[index.ravel()]
                 self.parts.append(Part(cells, pairs[0], pairs[1], False, self.node))
             self.mark_unowned(known[self._unowned[outer] | self._unowned[inner]])
+            self._met[known[~(self._unowned[outer] & self._unowned[inner])]] = True
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner
         return known

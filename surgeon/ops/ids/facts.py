@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from torch import fx
@@ -70,6 +71,7 @@ class Facts:
         self.dims: dict[int, DimIds] = {}
         self._unowned = np.zeros(1 << 10, dtype=bool)
         self._read = np.zeros(1 << 10, dtype=bool)
+        self._met = np.zeros(1 << 10, dtype=bool)
         self.node: fx.Node | None = None
         self._balanced: set[tuple[int, bytes]] = set()
         self._even: dict[tuple[int, int], DimIds] = {}
@@ -80,8 +82,9 @@ class Facts:
         ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
         if self.count > len(self._unowned):
-            self._unowned, self._read = (
-                np.concatenate([m, np.zeros(self.count, dtype=bool)]) for m in (self._unowned, self._read)
+            self._unowned, self._read, self._met = (
+                np.concatenate([m, np.zeros(self.count, dtype=bool)])
+                for m in (self._unowned, self._read, self._met)
             )
         return ids
 
@@ -114,6 +117,23 @@ class Facts:
         held = ids[self._unowned[ids]]
         if held.size:
             self.freeze(held, "is padding or a repeated entry that is reduced over")
+
+    def met(self, ids: DimIds, tracks: Sequence[DimIds]) -> None:
+        """These entries lie beside others that leave with them: where one of those is a tensor's, they are no
+        longer loose.
+        """
+        tied = np.zeros(np.broadcast_shapes(ids.shape, *(track.shape for track in tracks)), dtype=bool)
+        for track in tracks:
+            tied |= ~self._unowned[track] | self._met[track]
+        self._met[np.broadcast_to(ids, tied.shape)[tied]] = True
+
+    def carried(self, ids: DimIds) -> None:
+        """A product gives a value with these entries along a dim that it does not sum over: what nobody's entries
+        became there is no constant any more, and nothing would show which of them left.
+        """
+        loose = ids[self._unowned[ids] & ~self._met[ids]]
+        if loose.size:
+            self.freeze(loose, "is padding or a repeated entry that a product mixes with others")
 
     def join(self, left: DimIds, right: DimIds) -> None:
         """Entries that meet (after broadcasting) leave together."""
