@@ -110,6 +110,21 @@ def test_a_state_that_is_an_output_keeps_that_width_and_the_error_says_where() -
         cut(State("of another", True), torch.randn(2, 3))
 
 
+class Sampled(nn.Module):
+    """Places drawn at random, as many as a number says, out of as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)[:, torch.randint(0, x.shape[1], (3,))].relu())
+
+
+def test_whole_numbers_that_are_drawn_have_no_width() -> None:
+    assert cut(Sampled(), torch.randn(2, 10, 8)).first.out_features == 8
+
+
 class Windows(nn.Module):
     """A mask of windows of which some are empty (`-0` is 0)."""
 

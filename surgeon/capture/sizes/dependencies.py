@@ -176,7 +176,8 @@ class SizeMode(Sizes):
             sizes *= result.dim()
         found = {dim: n.source for dim, n in enumerate(sizes) if isinstance(n, TracedInt)}
         node = self.node_of(result)
-        if node is not None and found and tuple(map(int, sizes)) == tuple(result.shape):
+        given = tuple(int(n) for n in sizes if isinstance(n, int))
+        if node is not None and found and len(given) == len(sizes) and given == tuple(result.shape):
             node.meta["follows"] = found
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
