@@ -95,3 +95,12 @@ def test_commands_that_are_named_exist() -> None:
 def test_results_say_how_they_were_made() -> None:
     for result in FOLDER.glob("results/*.md"):
         assert re.search(r"^`python -m benchmarks\.", result.read_text(), re.M), result.name
+
+
+def test_faults_to_plant_stand_in_the_source() -> None:
+    from benchmarks.coverage.mutation import FAULTS, tests_of
+
+    for fault in FAULTS:
+        source = (ROOT / "surgeon" / fault.file).read_text()
+        assert source.count(fault.old) == 1, f"{fault.file}: {fault.old!r}"
+        assert all((ROOT / path).exists() for path in tests_of(fault))
