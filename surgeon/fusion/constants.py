@@ -16,9 +16,13 @@ from surgeon.fusion import affine, forward
 from surgeon.fusion.channels import features, follow, labels_of, per_channel
 from surgeon.fusion.fold import Fold, Foldable, family_of, set_module
 from surgeon.fusion.owners import NORMS, TRANSPOSED
+from surgeon.graph import python_calls
+from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import spec
 from surgeon.mend.apply_edits import apply_edit
 from surgeon.mend.edits import Edit
+from surgeon.ops.families.elementwise import affine as affine_of
+from surgeon.ops.table import op_name, product
 
 _Affine = tuple[Tensor, Tensor]
 
@@ -119,25 +123,18 @@ def _affine(
         return None
     affine_form = _form(op, values, position)
     return (
-        None if affine_form is None else (affine_form, family, way, f"{_name(op)} in '{op.meta['module']}'")
+        None if affine_form is None else (affine_form, family, way, f"{op_name(op)} in '{op.meta['module']}'")
     )
 
 
 def _form(op: fx.Node, values: Tensor, position: int) -> _Affine | None:
-    """(s, t) of an elementwise op with the data at `position` and the constant at the other."""
-    name, alpha = _name(op), float(op.args[2] if len(op.args) > 2 else op.kwargs.get("alpha", 1))  # type: ignore[arg-type]  # a number
-    one, zero = torch.ones_like(values), torch.zeros_like(values)
-    if name == "mul":
-        return values, zero
-    if name == "div" and position == 0 and not op.kwargs.get("rounding_mode"):
-        return one / values, zero
-    if name == "add":
-        return (one, alpha * values) if position == 0 else (alpha * one, values)
-    if name == "sub":
-        return (one, -alpha * values) if position == 0 else (-alpha * one, values)
-    if name == "rsub" and position == 0:
-        return -alpha * one, values
-    return None
+    """(s, t) of an op with the data at `position` and the constant at the other."""
+    operands = {"self": None, "other": values} if position == 0 else {"self": values, "other": None}
+    form = affine_of(op_name(op), {**arguments(op), **operands})
+    if form is None:
+        return None
+    nothing = torch.zeros_like(values)
+    return nothing + form[0], nothing + form[1]
 
 
 def _norm_leaves(site: Foldable, op: fx.Node, norm: nn.Module) -> Callable[[], None] | None:
@@ -163,11 +160,12 @@ def _op_leaves(site: Foldable, op: fx.Node, other: Any, family: str) -> Callable
     key: forward.Key = (frozenset(), () if isinstance(other, fx.Node) else (float(other),))
     if isinstance(other, fx.Node):
         prefix = f"{path}." if path else ""
-        names = _tensors(other)
-        if not all(name.startswith(prefix) for name in names):
+        held = _tensors(other)
+        if not all(name.startswith(prefix) for name in held):
             return None  # a tensor of another module: which call reads it is not known
-        key = (frozenset(name.removeprefix(prefix) for name in names), ())
-    edit: Edit | None = forward.constant_call(module, path, family, key)
+        key = (frozenset(name.removeprefix(prefix) for name in held), ())
+    names = python_calls.SCALES if family == "scale" else python_calls.SHIFTS
+    edit: Edit | None = forward.constant_call(module, path, names, key)
     if edit is None:
         return None
     if path and _alone(site, op, module):
@@ -234,15 +232,12 @@ def _value(op: fx.Node) -> fx.Node | None:
 
 def _input(node: fx.Node) -> Any:
     """What a layer's run reads."""
-    return node.args[1 if _name(node) == "addmm" else 0]
+    products = product(node)
+    return node.args[0] if products is None else arguments(node)[products.operands[0].name]
 
 
 def _along(values: Tensor, data: fx.Node) -> Tensor:
     return values.reshape(-1, *[1] * (len(spec(data).shape) - 2))
-
-
-def _name(op: fx.Node) -> str:
-    return str(getattr(op.target, "__name__", "")).partition(".")[0]
 
 
 def _kind(layer: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from surgeon.fusion.channels import Constants
 from surgeon.fusion.owners import Owners
 from surgeon.graph.graph import Graph
+from surgeon.ops.table import Trait, has, op_name, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,16 @@ class Foldable:
         return Foldable(model, graph, Owners(model, graph), Constants(graph))
 
 
-_FAMILIES = {
-    "norm": ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"),
-    "product": ("convolution", "addmm", "mm"),
-    "scale": ("mul", "div"),
-    "shift": ("add", "sub", "rsub"),
-}
-_FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names}
-
-
 def family_of(node: fx.Node) -> str | None:
     """The family of an op that folds count: "norm", "product", "scale", "shift"; None for all others."""
     if node.op != "call_function":
         return None
-    return _FAMILY_OF.get(getattr(node.target, "__name__", "").partition(".")[0])
+    name, products = op_name(node), product(node)
+    if has(name, Trait.BATCH_NORM):
+        return "norm"
+    if products is not None and len(products.steps) == 1:
+        return "product"
+    return "scale" if has(name, Trait.SCALES) else "shift" if has(name, Trait.ADDS) else None
 
 
 def counted(graph: Graph) -> Counter[str]:

@@ -8,18 +8,15 @@ if no other call fits.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
 
+from surgeon.graph.python_calls import ADDS, NORMALISES
 from surgeon.mend.edits import Edit
 from surgeon.mend.methods.traced_forward import calls, trace_one
 
-_NAMES = {
-    "norm": ("batch_norm",),
-    "scale": ("mul", "mul_", "imul", "multiply", "div", "div_", "truediv", "itruediv"),
-    "shift": ("add", "add_", "iadd", "sub", "sub_", "isub", "rsub"),
-}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PASSING = (nn.Identity, *DROPOUTS)
 Key = tuple[
@@ -38,20 +35,20 @@ def traced(module: nn.Module) -> fx.GraphModule | None:
 def norm_call(module: nn.Module, path: str) -> Edit | None:
     """The one batch_norm call of a module's forward, replaced by what it normalises."""
     code = traced(module)
-    found = [] if code is None else [(i, node) for name, i, node in calls(code) if name in _NAMES["norm"]]
+    found = [] if code is None else [(i, node) for name, i, node in calls(code) if name in NORMALISES]
     if len(found) != 1 or not found[0][1].args or not isinstance(found[0][1].args[0], fx.Node):
         return None
     return Edit(path, "operand", f"batch_norm:{found[0][0]}:0.0")
 
 
-def constant_call(module: nn.Module, path: str, family: str, key: Key) -> Edit | None:
-    """The one call of the family that has the constant of this key as an operand, replaced by its other
+def constant_call(module: nn.Module, path: str, names: Collection[str], key: Key) -> Edit | None:
+    """The one call of a function of these names that has the constant of this key as an operand, replaced by its other
     operand.
     """
     code = traced(module)
     found = []
     for name, count, node in calls(code) if code is not None else ():
-        if name not in _NAMES[family] or len(node.args) < 2:
+        if name not in names or len(node.args) < 2:
             continue
         keys = [_key(operand) for operand in node.args[:2]]
         for position in (0, 1):
@@ -72,12 +69,7 @@ def branches_call(module: nn.Module, path: str, parts: tuple[str | None, str | N
     found = []
     prefix = f"{path}." if path else ""
     for name, count, node in calls(code):
-        if (
-            name not in _NAMES["shift"]
-            or len(node.args) != 2
-            or node.kwargs.get("alpha", 1) != 1
-            or "sub" in name
-        ):
+        if name not in ADDS or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
             continue
         ends = [_passed(operand, code) for operand in node.args]
         for order in ((0, 1), (1, 0)):

@@ -9,6 +9,7 @@ import re
 
 from torch import fx, nn
 
+from surgeon.graph.python_calls import CALLED, COMPUTES_SIZES
 from surgeon.graph.source_code import Use, methods_as_written, numbers, uses
 from surgeon.mend.checking.notes import COMPARISONS, Note, divisor, must_become
 from surgeon.mend.edits import Edit
@@ -47,7 +48,7 @@ def _traced(traced: fx.GraphModule, path: str, notes: list[Note], refused: Refus
             )
             return Edit(path, "literal", name, note.got, note.want)
     for note, (name, value) in itertools.product(notes, known):  # the code computes with it
-        solved = must_become(note, value) if value > 0 and name.partition(":")[0] in _COMPUTES else None
+        solved = must_become(note, value) if value > 0 and name.partition(":")[0] in COMPUTES_SIZES else None
         if solved is not None and solved[0] != value:
             return Edit(path, "literal", name, value, solved[0])
     return None
@@ -138,19 +139,7 @@ def _replacing(use: Use, note: Note) -> tuple[int, int] | None:
 _FAR = 1 << 30
 
 
-_COMPUTES = ("mul", "floordiv")
-
-
-_CALLS = {
-    "view": ("view", "reshape", "unflatten", "flatten"),
-    "expand": ("expand", "expand_as", "broadcast_to"),
-    "constant_pad_nd": ("pad", "_pad"),
-    "slice": ("getitem", "setitem", "narrow"),
-    "split": ("split", "chunk"),
-}
-
-
 def _same_call(name: str, op: str) -> bool:
     called = name.split(":")[0]
     plain = op.removeprefix("native_"), op.removeprefix("new_"), op.removesuffix("_with_sizes")
-    return called in _CALLS.get(alike(op), (op, *plain))
+    return called in CALLED.get(alike(op), (op, *plain))

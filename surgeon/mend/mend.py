@@ -30,7 +30,7 @@ from surgeon.mend.checking.size_check import Findings, check, compare
 from surgeon.mend.edits import Edit
 from surgeon.mend.refused import Refused
 from surgeon.mend.trials import reached, try_edits
-from surgeon.ops.table import op_name
+from surgeon.ops.table import is_view, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
 _ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
@@ -182,11 +182,7 @@ def _layer_edits(
         module = small.get_submodule(call.module)
         if isinstance(module, nn.MultiheadAttention):  # views q as [length, batch * heads, head_dim]
             old_shape, new_shape = spec(call.node).shape, shapes.shape(call.node, choice)
-            if (
-                op_name(call.node) == "view"
-                and len(old_shape) == 3
-                and 1 in shapes.propagation.axes[call.node]
-            ):
+            if is_view(call.node) and len(old_shape) == 3 and 1 in shapes.propagation.axes[call.node]:
                 done.add(call.module)
                 heads = module.num_heads * new_shape[1] // old_shape[1]
                 if heads != module.num_heads:

@@ -161,7 +161,7 @@ def counts_terms(node: fx.Node, before: float, after: float, fed: set[fx.Node], 
 
 def scales(name: str, argument: str) -> bool:
     """Whether a number among an op's arguments multiplies or divides what it computes."""
-    if name in ("mul", "div"):
+    if has(name, Trait.SCALES):
         return argument in ("self", "other")
     attention = argument == "scale" and has(name, Trait.ATTENTION)
     return attention or (argument == "alpha" and family(name) is Family.CONTRACTION)

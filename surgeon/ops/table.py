@@ -38,10 +38,14 @@ class Trait(enum.Enum):
     SCORES = "a batched product that may be one of queries with keys, or of their softmax with values"
     BATCH_NORM = "each channel is scaled and shifted by vectors"
     SATURATES = "an activation that gives zero for many inputs"
+    SLICES = "takes a range of a dim"
+    REPEATS = "gives the same entries several times, along dims that have one"
     COPIES = "gives what it was given: computes nothing"
+    INCIDENTAL = "computes nothing, and runs or not by how tensors lie in memory and of which dtype they are"
     RESHAPES = "the same entries in the same order"
     PERMUTES = "the same entries, dims in another order"
     PROPORTIONAL = "its result is as many times larger as an operand is, or a power of it"
+    SCALES = "multiplies one operand by the other, or divides it by the other"
     ADDS = "its result is the sum of its operands, or their difference"
     SUMS = "its result is a sum over dims, a mean of it, or a root: a norm"
 
@@ -138,6 +142,11 @@ def absent_of(node: fx.Node) -> Absent:
 def family(name: str) -> Family:
     """The family of an op by its ATen name."""
     return named(name).family
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an op gives the same entries in the same order, in the sizes that it is given."""
+    return has(op_name(node), Trait.RESHAPES) and "size" in arguments(node)
 
 
 def has(name: str, trait: Trait) -> bool:

@@ -23,8 +23,6 @@ from surgeon.ops.sums import scales
 from surgeon.ops.table import Trait, alike, has, op_name
 from surgeon.proof.reference import ROUNDED, Rescaled
 
-_UNUSED = {"empty", "as_strided", "_to_copy"}  # ops that a run may have more of: they compute nothing either
-
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -42,7 +40,7 @@ class Step:
 
 def optional(name: str) -> bool:
     """Whether an op computes nothing: run or not by how a tensor lies in memory."""
-    return has(name, Trait.COPIES) or name.rstrip("_") in _UNUSED
+    return has(name, Trait.COPIES) or has(name, Trait.INCIDENTAL)
 
 
 def of_indices(dtypes: list[torch.dtype]) -> bool:

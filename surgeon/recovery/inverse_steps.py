@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from surgeon.capture.recording.aliasing import getitem
 from surgeon.criteria.data.consumers import normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
+from surgeon.ops.families.elementwise import affine
 from surgeon.ops.families.movement import permutation
 from surgeon.ops.table import Trait, has, op_name
 
@@ -44,12 +44,10 @@ def back(node: fx.Node, value: Tensor, given: Mapping[str, Any]) -> Tensor:
         return (value - shift.reshape(shape)) / scale.reshape(shape)
     if node.target is getitem or has(name, Trait.COPIES):
         return value
-    if name in ("add", "sub", "mul", "div"):
-        other = given["other"] if given["self"] is None else given["self"]
-        undo: dict[str, Callable[[Any, Any], Any]] = {
-            "add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul,
-        }  # fmt: skip
-        found: Tensor = undo[name](value, other)
+    step = affine(name, given)
+    if step is not None:
+        scale, shift = step
+        found: Tensor = (value - shift) / scale
         return found
     if has(name, Trait.PERMUTES):
         order = permutation(arguments(node), value.dim())

@@ -20,6 +20,7 @@ from surgeon.capture.recording.aliasing import getitem
 from surgeon.criteria.data.consumers import moving, normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
+from surgeon.ops.families.elementwise import affine
 from surgeon.ops.letters import Product
 from surgeon.ops.table import Trait, has, op_name, product
 from surgeon.recovery.inverse_steps import back, trains
@@ -219,12 +220,10 @@ class _Finder:
             return normalises(node, given) and not trains(node)
         if node.target is getitem:
             return bool(node.args[1] == 0)
-        if name in ("add", "sub", "mul", "div"):
-            return (
-                not node.kwargs
-                and node.args[0] is not node.args[1]
-                and (node.args[0] is given or name in ("add", "mul"))
-            )
+        if has(name, Trait.SCALES) or has(name, Trait.ADDS):
+            operands, first = arguments(node), arguments(node)["self"] is given
+            known = {**operands, "self": None if first else 1.0, "other": 1.0 if first else None}
+            return operands["other" if first else "self"] is not given and affine(name, known) is not None
         moves = (Trait.RESHAPES, Trait.PERMUTES, Trait.COPIES)
         return any(has(name, trait) for trait in moves) and arguments(node)["self"] is given
 

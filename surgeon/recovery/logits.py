@@ -96,7 +96,7 @@ def _whole(node: fx.Node) -> fx.Node:
 
 def _flattens(name: str) -> bool:
     """Whether an op may stand between [N, heads, T, dims] and a batched product."""
-    return has(name, Trait.RESHAPES) or has(name, Trait.COPIES) or name == "expand"
+    return has(name, Trait.RESHAPES) or has(name, Trait.COPIES) or has(name, Trait.REPEATS)
 
 
 def _path(node: fx.Node, makers: dict[fx.Node, Layer]) -> list[fx.Node]:
@@ -122,11 +122,11 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _scales(node: fx.Node) -> bool:
-    return op_name(node) in ("mul", "div") and not isinstance(node.args[1], fx.Node)
+    return has(op_name(node), Trait.SCALES) and not isinstance(node.args[1], fx.Node)
 
 
 def _takes_part(node: fx.Node) -> bool:
-    return node.target is getitem or op_name(node) in ("select", "slice")
+    return node.target is getitem or op_name(node) == "select" or has(op_name(node), Trait.SLICES)
 
 
 class LogitTarget:

@@ -7,11 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_DROPOUTS = frozenset(
-    f"{kind}{end}"
-    for kind in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-    for end in ("", "_")
-)  # fmt: skip
+from surgeon.graph.python_calls import DROPOUTS
+
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _ATTENTION = "scaled_dot_product_attention"
 _PLACE = 4  # of its dropout rate
@@ -25,7 +22,7 @@ class NoDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _DROPOUTS:
+        if name in DROPOUTS:
             given: Tensor = args[0] if args else kwargs["input"]
             return given
         if name in _RECURRENT:  # the one float among its arguments is the rate

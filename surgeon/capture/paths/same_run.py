@@ -15,9 +15,8 @@ from torch import Tensor, fx
 
 from surgeon.capture.aligned_run import of_whole_numbers
 from surgeon.graph.graph import Graph
-from surgeon.ops.table import op_name
+from surgeon.ops.table import Trait, has, op_name
 
-_BATCH_NORM = "batch_norm"
 _STATISTICS = 5  # arguments of a batch norm that are tensors; modes and momentum come after them
 _ROUNDINGS = 1 << 10  # by how many roundings of the largest entry two runs may differ
 _COMPARED = 1 << 20  # entries of constants that are looked at
@@ -66,8 +65,8 @@ def _key(node: fx.Node, graph: Graph, found: dict[fx.Node, int]) -> Any:
         name = str(node.target)
         return ("tensor", name) if name in graph.owned else ("constant", *_content(graph.tensors[name], name))
     name, args = op_name(node), node.args
-    if _BATCH_NORM in name:
-        return _BATCH_NORM, _said(args[:_STATISTICS], found)
+    if has(name, Trait.BATCH_NORM):
+        return Trait.BATCH_NORM, _said(args[:_STATISTICS], found)
     return str(node.target), _said(args, found), _said(node.kwargs, found)
 
 

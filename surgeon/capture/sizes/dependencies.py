@@ -22,6 +22,7 @@ from surgeon.capture.paths.decisions import note_length
 from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
 from surgeon.capture.sizes.tracing import Sizes, inside_transform
 from surgeon.graph.graph import Read
+from surgeon.graph.python_calls import REPEATS, RESHAPES, SPLITS
 from surgeon.ops.table import Family, family, op_name
 
 
@@ -94,13 +95,9 @@ class SizeMode(Sizes):
             node = self.node_of(result)
             if node is not None:
                 node.meta["derived"] = True  # torch computes the size from the shape
-        elif (
-            name in ("view", "reshape", "unflatten")
-            and isinstance(result, Tensor)
-            and isinstance(args[0], Tensor)
-        ):
+        elif name in RESHAPES and isinstance(result, Tensor) and isinstance(args[0], Tensor):
             self._follow(name, args, kwargs or {}, result)
-        elif name in ("expand", "repeat", "expand_as") and isinstance(result, Tensor):
+        elif name in REPEATS and isinstance(result, Tensor):
             self._repeat(name, args, kwargs or {}, result)
         elif isinstance(result, Tensor) and self._is_made(result):
             self._made(list(args), kwargs or {}, result)
@@ -135,7 +132,7 @@ class SizeMode(Sizes):
             dim, start, length = (*args, *(kwargs[key] for key in ("dim", "start", "length")[len(args) :]))
             if not isinstance(start, Tensor):
                 found = list(_cuts(x, dim % x.dim(), start, start + length))
-        elif name in ("split", "split_with_sizes"):
+        elif name in SPLITS:
             sizes = (
                 args[0]
                 if args

@@ -269,7 +269,7 @@ def _period(operand: Any, weight: Any, axes: ValueIds, atoms: Atoms, both: bool)
 def _repeats(node: Any) -> bool:
     """Whether a weight was expanded to one copy for each sample."""
     while node.op == "call_function" and node.all_input_nodes:
-        if op_name(node) == "expand":
+        if has(op_name(node), Trait.REPEATS):
             return True
         node = node.all_input_nodes[0]
     return False

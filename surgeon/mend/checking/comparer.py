@@ -23,7 +23,7 @@ from surgeon.graph.tensors import named_tensors
 from surgeon.mend.checking.constants import Constant, Rate, changed_constants
 from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import Note, Notes, of_ones
-from surgeon.ops.table import op_name
+from surgeon.ops.table import Trait, has, is_view, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
 
@@ -37,6 +37,10 @@ def _used(graph: Graph) -> set[fx.Node]:
             found.add(node)
             todo += node.all_input_nodes
     return found
+
+
+def _slices(call: Call) -> bool:
+    return has(op_name(call.node), Trait.SLICES)
 
 
 class Comparer(AlignedRun):
@@ -133,10 +137,10 @@ class Comparer(AlignedRun):
         name = alike(func)
         while self.at < len(self.calls):
             call = self.calls[self.at]
-            left_out = name == "slice" and self._belongs_later(call, args)
+            left_out = has(name, Trait.SLICES) and self._belongs_later(call, args)
             if not left_out and same(call, func):
                 return call
-            if op_name(call.node) != "slice":
+            if not _slices(call):
                 break
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
             want = wanted(call.node, self.shapes, self.choice)
@@ -157,7 +161,7 @@ class Comparer(AlignedRun):
         Raises:
             MendError: ops are left.
         """
-        left = next((call for call in self.calls[self.at :] if op_name(call.node) != "slice"), None)
+        left = next((call for call in self.calls[self.at :] if not _slices(call)), None)
         if left is not None:
             raise MendError(
                 "the small model takes another path through its code than the original",
@@ -175,7 +179,7 @@ class Comparer(AlignedRun):
         """
         if self._fits(call, args):
             return False
-        rest = itertools.takewhile(lambda later: op_name(later.node) == "slice", self.calls[self.at + 1 :])
+        rest = itertools.takewhile(_slices, self.calls[self.at + 1 :])
         return any(self._fits(later, args) for later in rest)
 
     def _fits(self, call: Call, args: Any) -> bool:
@@ -215,7 +219,7 @@ class Comparer(AlignedRun):
         """What a reshape that failed should have given, noted."""
         call = self.calls[self.at]
         want = list(self.shapes.shape(call.node, self.choice))
-        if alike(call.op) != "view" or len(want) != len(sizes):
+        if not is_view(call.node) or len(want) != len(sizes):
             raise MendError(
                 f"a reshape to {sizes} fails", where=self.place(), why="its sizes do not fit the smaller tensor",
                 fix="compute the sizes from the tensor's shape, or keep the layer with ignore=[...]",

@@ -22,7 +22,7 @@ from surgeon.graph.queries import number_in
 from surgeon.mend.apply_edits import apply_edit, undo_edits
 from surgeon.mend.edits import Edit
 from surgeon.ops.sums import counts_terms, fed_by_inputs, follows, scales
-from surgeon.ops.table import Family, family, op_name
+from surgeon.ops.table import Family, Trait, family, has, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
 _OF_MEMORY = ("size", "stride", "storage_offset")  # of values whose shapes are predicted
@@ -79,7 +79,7 @@ def changed_constants(
         pair = _pair(was[name], number, made)
         if pair is None or pair[0] == pair[1]:
             continue
-        if op_name(call.node) == "slice" and name in ("start", "end") and _beyond(was, now, name):
+        if has(op_name(call.node), Trait.SLICES) and name in ("start", "end") and _beyond(was, now, name):
             continue
         yield Constant(call.node, name, *pair, call.module, where(call.node))
 

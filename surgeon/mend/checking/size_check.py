@@ -24,6 +24,7 @@ from surgeon.capture.value_dependent import RecordedReads
 from surgeon.errors import MendError
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import source_line
+from surgeon.graph.python_calls import DROPOUTS, VIEWS
 from surgeon.mend.checking.comparer import Comparer
 from surgeon.mend.checking.constants import Constant, Rate
 from surgeon.mend.checking.notes import Note
@@ -129,9 +130,9 @@ class _SmallSizes(Sizes):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
-        if name.endswith("dropout") and len(args) > 1:  # (input, rate, training), by torch's layers as well
+        if name in DROPOUTS and len(args) > 1:  # (input, rate, training), by torch's layers as well
             self.comparer.rates.append(Rate(self.comparer.stack.owner, source_line(user_line()), args[1]))
-        if inside_transform() or name not in ("reshape", "view"):
+        if inside_transform() or name not in VIEWS:
             return super().__torch_function__(func, types, args, kwargs)
         try:
             return func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -43,6 +44,29 @@ def per_channel(shape: tuple[int, ...], axes: ValueIds, ndim: int) -> tuple[tupl
     return wide, ({1: axes[0].reshape(wide)} if 0 in axes else {})
 
 
+def affine(name: str, given: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """(scale, shift) of what an op computes of one operand; None if that is no scale and shift.
+
+    Args:
+        name: the op.
+        given: its arguments by name; None for the operand in question.
+    """
+    first = given.get("self") is None
+    other: Any = given.get("other" if first else "self")
+    alpha = given.get("alpha", 1)
+    if name == "mul":
+        return other, 0
+    if name == "div" and first and not given.get("rounding_mode"):
+        return 1 / other, 0
+    if name == "add":
+        return (1, alpha * other) if first else (alpha, other)
+    if name == "sub":
+        return (1, -alpha * other) if first else (-alpha, other)
+    if name == "rsub":  # other - alpha * self
+        return (-alpha, other) if first else (1, -alpha * other)
+    return None
+
+
 # -- what is computed when entries are gone -----------------------------------------------------------------
 
 
@@ -78,23 +102,25 @@ op(
     Family.ELEMENTWISE,
 )
 op(
-    "abs clamp clamp_min neg pow reciprocal rsqrt sqrt _to_copy masked_fill mul div where",
+    "abs clamp clamp_min neg pow reciprocal rsqrt sqrt masked_fill where",
     Family.ELEMENTWISE,
     traits={Trait.PROPORTIONAL},
 )
+op("_to_copy", Family.ELEMENTWISE, traits={Trait.PROPORTIONAL, Trait.INCIDENTAL})
+op("mul div", Family.ELEMENTWISE, traits={Trait.PROPORTIONAL, Trait.SCALES})
+op("add sub rsub", Family.ELEMENTWISE, traits={Trait.ADDS})
 op("relu", Family.ELEMENTWISE, traits={Trait.PROPORTIONAL, Trait.SATURATES})
 op(
     "hardtanh hardswish hardsigmoid threshold softshrink hardshrink",
     Family.ELEMENTWISE,
     traits={Trait.SATURATES},
 )
-op("add sub", Family.ELEMENTWISE, traits={Trait.ADDS})
 op("clone alias detach contiguous lift_fresh", Family.ELEMENTWISE, traits={Trait.COPIES})
 op(
     """
     addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copy eq floor_divide fmax fmin
     fmod ge gt hypot le lerp logaddexp logical_and logical_or logical_xor lt maximum
-    minimum ne remainder rsub __and__ __or__ xlogy float_power true_divide complex
+    minimum ne remainder __and__ __or__ xlogy float_power true_divide complex
     polar logaddexp2
     """,
     Family.ELEMENTWISE,

@@ -11,7 +11,7 @@ from typing import Any
 from surgeon.ops.context import OpContext
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.table import Family, defaults, op
+from surgeon.ops.table import Family, Trait, defaults, op
 
 
 def repeated(ctx: OpContext) -> ValueIds:
@@ -48,7 +48,8 @@ def empty_absent(call: MaskedOp) -> Any:
 defaults(Family.FACTORY, absent=constant_absent)
 
 op("zeros ones full new_zeros new_ones new_full", Family.FACTORY, ids=repeated)
-op("empty new_empty empty_strided new_empty_strided", Family.FACTORY, ids=repeated, absent=empty_absent)
+op("empty", Family.FACTORY, ids=repeated, absent=empty_absent, traits={Trait.INCIDENTAL})
+op("new_empty empty_strided new_empty_strided", Family.FACTORY, ids=repeated, absent=empty_absent)
 op(
     "arange linspace logspace rand randn randint randperm scalar_tensor tril_indices triu_indices hann_window",
     Family.FACTORY,

@@ -285,8 +285,8 @@ op(
     absent=viewed,
     traits={Trait.PERMUTES},
 )
-op("expand broadcast_to expand_copy", Family.MOVEMENT, ids=expand, absent=viewed)
-op("as_strided", Family.MOVEMENT, ids=as_strided, absent=strided)
+op("expand broadcast_to expand_copy", Family.MOVEMENT, ids=expand, absent=viewed, traits={Trait.REPEATS})
+op("as_strided", Family.MOVEMENT, ids=as_strided, absent=strided, traits={Trait.INCIDENTAL})
 op("cat concat", Family.MOVEMENT, ids=cat, absent=joined)
 op("stack", Family.MOVEMENT, ids=stack, absent=joined)
 op("flip", Family.MOVEMENT, ids=flip)

@@ -17,7 +17,7 @@ from surgeon.ops.context import OpContext, beside, broadcast
 from surgeon.ops.families.movement import joined, viewed
 from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.masked_op import MaskedOp
-from surgeon.ops.table import Family, op
+from surgeon.ops.table import Family, Trait, op
 
 _MOST_PARTS = 4  # that a slice is taken for one of
 
@@ -240,7 +240,7 @@ def _padded(factor: Tensor, pads: list[int]) -> Tensor:
     return padded
 
 
-op("slice", Family.MOVEMENT, ids=slice_, absent=viewed)
+op("slice", Family.MOVEMENT, ids=slice_, absent=viewed, traits={Trait.SLICES})
 op("select", Family.MOVEMENT, ids=select, absent=viewed)
 op("unbind", Family.MOVEMENT, ids=unbind)
 op("split unsafe_split", Family.MOVEMENT, ids=split, alike="split")
