@@ -94,7 +94,7 @@ def one_number(compute: Callable[[], Any], label: str, why: str = "") -> Tensor:
         value = compute()
     except SurgeonError:
         raise
-    except Exception as error:
+    except Exception as error:  # the model's own code: all of it is reported
         raise InputError(
             f"the loss fails on {label}: {type(error).__name__}: {error}",
             why=why,

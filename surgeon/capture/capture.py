@@ -81,7 +81,7 @@ def capture(
             return dataclasses.replace(graph, training=training, answers=told, decisions=decisions)
         except SurgeonError:
             raise
-        except Exception as error:
+        except Exception as error:  # the model's own code: all of it is reported
             shapes = ", ".join(
                 f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves((args, kwargs))
             )

@@ -31,6 +31,27 @@ _HARMLESS = (
 )  # of a model that is not quantised yet
 
 
+# What it is -> why it cannot be cut, and what to do instead.
+_REFUSED = {
+    "a TorchScript module": (
+        "its forward is compiled and its sizes are constants of the compiled code",
+        "pass the original nn.Module and script the small model afterwards",
+    ),
+    "a module of an exported program": (
+        "sizes are constants of the exported graph, and it knows one mode alone",
+        "pass the original nn.Module, and export the small model",
+    ),
+    "a quantised model": (
+        "its weights are packed, or prepared to be, for the sizes that they have",
+        "cut the original model, then quantise the small one",
+    ),
+    "a sharded model": (
+        "each process holds a part of its tensors",
+        "cut the model before it is sharded, then shard the small one (surgeon.broadcast_plan gives all processes one plan)",
+    ),
+}
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no model that can be cut.
 
@@ -43,31 +64,25 @@ def check_model(model: Any) -> None:
         fix = "pass the nn.Module that was exported" if exported else "pass the model itself"
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}", fix=fix)
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "a TorchScript module cannot be cut",
-            why="its forward is compiled and its sizes are constants of the compiled code",
-            fix="pass the original nn.Module and script the small model afterwards",
-        )
+        raise _refused("a TorchScript module")
     for path, module in model.named_modules():
-        _check_module(path, module)
+        kind = _kind_of(module)
+        if kind:
+            raise _refused(kind, f"{path or 'the model'} ({type(module).__name__})")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_tensor(name, tensor)
 
 
-def _check_module(path: str, module: nn.Module) -> None:
-    kind, where = type(module), f"{path or 'the model'} ({type(module).__name__})"
+def _kind_of(module: nn.Module) -> str:
+    """What a module is that cannot be cut; "" if it can."""
+    kind = type(module)
     if _comes_from(kind, _EXPORTED):
-        raise CaptureError(
-            "a module of an exported program cannot be cut",
-            where=where,
-            why="sizes are constants of the exported graph, and it knows one mode alone",
-            fix="pass the original nn.Module, and export the small model",
-        )
+        return "a module of an exported program"
     if _comes_from(kind, _SHARDED):
-        raise _sharded(where)
+        return "a sharded model"
     prepared = isinstance(getattr(module, "activation_post_process", None), nn.Module)
-    if _comes_from(kind, _QUANTISED) and (kind.__name__ not in _HARMLESS or prepared):
-        raise _quantised(where)
+    quantised = _comes_from(kind, _QUANTISED) and (kind.__name__ not in _HARMLESS or prepared)
+    return "a quantised model" if quantised else ""
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -78,9 +93,9 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
             fix="call model(...) once on the example inputs, then try again",
         )
     if _comes_from(type(tensor), _SHARDED) or hasattr(tensor, "ds_id"):
-        raise _sharded(name)
+        raise _refused("a sharded model", name)
     if tensor.is_quantized or _comes_from(type(tensor), _QUANTISED):
-        raise _quantised(name)
+        raise _refused("a quantised model", name)
     if is_traceable_wrapper_subclass(tensor):
         raise CaptureError(
             f"a tensor of the model is a {type(tensor).__name__}, which cannot be cut",
@@ -90,22 +105,9 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def _quantised(where: str) -> CaptureError:
-    return CaptureError(
-        "a quantised model cannot be cut",
-        where=where,
-        why="its weights are packed, or prepared to be, for the sizes that they have",
-        fix="cut the original model, then quantise the small one",
-    )
-
-
-def _sharded(where: str) -> CaptureError:
-    return CaptureError(
-        "a sharded model cannot be cut",
-        where=where,
-        why="each process holds a part of its tensors",
-        fix="cut the model before it is sharded, then shard the small one (surgeon.broadcast_plan gives all processes one plan)",
-    )
+def _refused(kind: str, where: str = "") -> CaptureError:
+    why, fix = _REFUSED[kind]
+    return CaptureError(f"{kind} cannot be cut", where=where, why=why, fix=fix)
 
 
 def _comes_from(kind: type, packages: Iterable[str]) -> bool:

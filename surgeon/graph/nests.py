@@ -64,7 +64,7 @@ class _Mapped:
             return item
         try:
             made = copy.copy(item)
-        except Exception as error:
+        except Exception as error:  # an object of the user's: copying it may run any code
             raise InputError(
                 f"an object among the inputs holds tensors and cannot be copied: {type(error).__name__}: {error}",
                 where=type(item).__qualname__,

@@ -210,7 +210,7 @@ def run_small(
     ):
         try:
             output = output_of(twin, args, kwargs)
-        except Exception as error:
+        except Exception as error:  # the model's own code: all of it is reported
             raise DoesNotRunError(
                 f"the small model does not run: {type(error).__name__}: {error}",
                 why="the plan does not fit the model's code",

@@ -87,7 +87,7 @@ def _examined(
             times.append((time.perf_counter() - start) * 1e3)
     except SurgeonError:
         raise
-    except Exception as error:  # the same
+    except Exception as error:  # ONNX Runtime's classes as well, and whatever is wrong with the inputs
         fix = "pass example_inputs=... with one tensor for each input of the file"
         raise InputError(
             "the file does not run on the inputs", where=str(path), why=head(str(error)), fix=fix

@@ -94,7 +94,7 @@ def run(model: nn.Module, inputs: Any, label: str) -> Any:
         if isinstance(inputs, Mapping):
             return output_of(model, (), dict(inputs))
         return output_of(model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {})
-    except Exception as error:
+    except Exception as error:  # the model's own code: anything may come out of it, and all of it is reported
         raise does_not_run(
             error, label, inputs, "let the data yield pairs (inputs, targets), inputs as the model takes them"
         ) from error

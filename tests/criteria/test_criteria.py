@@ -21,7 +21,7 @@ from surgeon import criteria
 from surgeon.capture.meta_run import PlainMode
 from surgeon.coupling.groups import Group
 from surgeon.criteria.built_in import FROM_DATA
-from surgeon.criteria.data.stand_ins import output_energy
+from surgeon.criteria.data.stand_ins import output_energy, output_probe
 from surgeon.errors import InputError
 
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(7))
@@ -499,9 +499,7 @@ def test_kfac_of_a_result_that_nothing_reads() -> None:
 
 
 def test_kfac_needs_no_labels() -> None:
-    """Without a loss, outputs times random signs: in the mean, the squared gradient is the sum over outputs
-    of their squares.
-    """
+    """Without a loss, outputs times random signs, others for each batch."""
     model = made(Pointwise)
     data = batches((64,) * 40)
     found = ready("kfac", surgeon.inspect(model, X), data).evidence
@@ -510,21 +508,30 @@ def test_kfac_needs_no_labels() -> None:
         c.felt for c in curvatures if c is not None and c.weight is not None and c.weight.shape == (1, 8, 5)
     ]
     want = torch.zeros(5, dtype=torch.float64)
-    for x in data:
-        y = model.b(model.a(x).relu()).detach().requires_grad_()
-        out = model.head(y.relu().mean((2, 3)))
-        for j in range(4):
-            want += (
-                torch.autograd.grad(out[:, j].sum(), y, retain_graph=True)[0].double().square().sum((0, 2, 3))
-            )
-    np.testing.assert_allclose(felt.ravel().numpy(), want.numpy(), rtol=0.1)
-    exact = torch.zeros(5, dtype=torch.float64)
     for number, x in enumerate(data, 1):
-        y = model.b(model.a(x).relu()).detach().requires_grad_()
-        out = model.head(y.relu().mean((2, 3)))
-        signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(number)) * 2 - 1
-        exact += torch.autograd.grad((out * signs).sum(), y)[0].double().square().sum((0, 2, 3))
-    np.testing.assert_allclose(felt.ravel().numpy(), exact.numpy(), rtol=1e-4)
+        y, out = read_and_output(model, x)
+        want += squared_gradient(output_probe(out, generator=torch.Generator().manual_seed(number)), y)
+    np.testing.assert_allclose(felt.ravel().numpy(), want.numpy(), rtol=1e-5)
+
+
+def read_and_output(model: Pointwise, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = model.b(model.a(x).relu()).detach().requires_grad_()
+    return y, model.head(y.relu().mean((2, 3)))
+
+
+def squared_gradient(value: Tensor, y: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(value, y, retain_graph=True)[0]
+    return gradient.double().square().sum((0, 2, 3))
+
+
+def test_the_mean_over_signs_is_the_sum_over_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, out = read_and_output(made(Pointwise), X[:1])
+    means = torch.zeros(5, dtype=torch.float64)
+    for signs in itertools.product((0, 1), repeat=4):
+        monkeypatch.setattr(torch, "randint", lambda *_, drawn=signs, **__: torch.tensor([drawn]))
+        means += squared_gradient(output_probe(out, generator=torch.Generator()), y) / 16
+    want = torch.stack([squared_gradient(out[:, j].sum(), y) for j in range(4)]).sum(0)
+    np.testing.assert_allclose(means.numpy(), want.numpy(), rtol=1e-5)
 
 
 def test_a_knapsack_of_scores_that_add_up() -> None:

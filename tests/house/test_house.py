@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def test_modules_are_short() -> None:
         name = path.relative_to(ROOT).with_suffix("").as_posix()
         lines = len(path.read_text().splitlines())
         assert lines <= LONGEST, f"{name} has {lines} lines: split it"
+
+
+def test_broad_handlers_say_why() -> None:
+    broad = re.compile(r"except (Base)?Exception\b|suppress\((Base)?Exception\)|except:")
+    for path in ROOT.rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            said = line.partition("#")[2].replace("noqa: BLE001", "").strip(" #")
+            assert not broad.search(line) or len(said) > 20, f"{path.name}:{number}: what may be raised here?"
 
 
 def test_functions_take_few_arguments() -> None:

@@ -6,27 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from steep import Steep
 
 import surgeon
 from surgeon.errors import ExportError
 from surgeon.onnx.validate import compare
-
-
-class Steep(nn.Module):
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 3)
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(depth))
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.weight *= 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in self.layers:
-            x = x + torch.sin(layer(x))
-        return self.last(x)
 
 
 def test_a_steep_network_is_exported_and_the_report_says_what_was_allowed(tmp_path: Path) -> None:

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from steep import Steep
 from wrong import wrong_cuts
 
 import surgeon
 from surgeon.errors import ProofError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Steep(nn.Module):
-    """Residual blocks whose gain multiplies each difference."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 3)
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(depth))
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.weight *= 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in self.layers:
-            x = x + torch.sin(layer(x))
-        return self.last(x)
 
 
 def prepared(depth: int) -> tuple[Steep, surgeon.Plan, Steep]:

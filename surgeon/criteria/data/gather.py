@@ -195,7 +195,7 @@ def _run(
             mode.finish()
     except SurgeonError:
         raise
-    except Exception as error:
+    except Exception as error:  # the model's own code: all of it is reported
         fix = "let data yield what the model takes; if it yields pairs (inputs, targets), pass loss=... too"
         raise does_not_run(error, label, (args, kwargs), fix) from error
     return output

@@ -94,7 +94,7 @@ def _compare_one(small: nn.Module, graph: Graph, mode: Comparer, comparisons: bo
             if not mode.notes.found:  # else: mend what is known, then look again
                 raise
             return mode.notes.stopped(mode.at, error.what)
-        except Exception as error:
+        except Exception as error:  # the model's own code, on sizes that it does not know
             if mode.notes.found or mode.notes.looked_ahead(mode.at):
                 return mode.notes.stopped(mode.at, f"{type(error).__name__}: {error}")
             raise MendError(

@@ -80,7 +80,7 @@ def _rewrite_forward(module: nn.Module, edit: Edit) -> None:
     name, occurrence, place = edit.name.split(":")
     try:
         found = versions(module, buffers=edit.kind == "operand")
-    except Exception as error:
+    except Exception as error:  # torch.fx raises anything that the traced code raises
         raise misfit(edit, f"its forward cannot be traced by torch.fx: {error}") from error
     first, *others = found.values()
     call = next(

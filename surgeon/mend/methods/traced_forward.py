@@ -32,12 +32,10 @@ def versions(module: nn.Module, buffers: bool = False) -> Versions:
     Raises:
         Exception: whatever torch.fx raises if the forward cannot be traced symbolically.
     """
-    with contextlib.suppress(
-        Exception
-    ):  # it decides by the mode (or anything else is wrong: it is raised below)
+    with contextlib.suppress(Exception):  # it decides by the mode; whatever else is wrong is raised below
         return {None: _traced(module, buffers, None)}
     found: dict[Mode, fx.GraphModule] = {False: _traced(module, buffers, False)}
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # that of training may be missing: see above
         found[True] = _traced(module, buffers, True, constants(found[False]))  # a name is one tensor in both
     return found
 
@@ -73,8 +71,7 @@ def _traced(
         try:
             graph = OneModule(buffers, training, calls_factories, wrapped).trace(shallow)
             break
-        # the code looks into such a tensor, or decides by what a function is handed: the next way is tried
-        except Exception:
+        except Exception:  # the code looks into such a tensor, or decides by what a function is handed
             if attempt == len(ways):
                 raise
     shallow.__dict__["training"] = module.training
