@@ -97,7 +97,13 @@ class CopyError(SurgeonError):
 
 
 class MendError(SurgeonError):
-    """The model's own code holds a size that surgeon could not change."""
+    """The model's own code holds a size that surgeon could not change.
+
+    Attributes:
+        ties: pairs of groups that would have to keep the same share, several ways, the fewest first.
+    """
+
+    ties: tuple[tuple[tuple[str, str], ...], ...] = ()
 
 
 class ProofError(SurgeonError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -26,8 +26,11 @@ from surgeon.selection.selection import Selection
 from surgeon.selection.shares import missed
 
 
-def select(found: Inspected, request: Request) -> Selection:
+def select(found: Inspected, request: Request, more: Sequence[Link] = ()) -> Selection:
     """What leaves an inspected model.
+
+    Args:
+        more: pairs of groups that keep the same share, beside those that are known.
 
     Raises:
         InputError, BudgetError: see `Surgery.plan`.
@@ -42,6 +45,7 @@ def select(found: Inspected, request: Request) -> Selection:
         if request.options["heads"] == "both":
             request = request.but(heads="whole")
         groups, links = expressible(found, groups, request.options["heads"])
+    links = [*links, *more]
     criterion = _informed(criterion, found, groups, request)
     block = request.block(_device(found))
     scores = _scores(criterion, found)

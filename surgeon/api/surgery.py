@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from surgeon.coupling.solution import Solution
 from surgeon.cut.compose import composed
 from surgeon.cut.cut import Cutter
 from surgeon.cut.plan import Plan
+from surgeon.errors import MendError
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
 from surgeon.report.text import count, describe
@@ -30,6 +31,9 @@ from surgeon.selection.cost import ShapeModel, nothing
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 from surgeon.selection.selection import Cost, Selection
+
+Made = TypeVar("Made")
+_LINKED = 4  # times that groups are linked
 
 
 class Surgery:
@@ -204,7 +208,7 @@ class Surgery:
             MendError: the model's code holds a size that cannot be changed.
             PlanError: no config says what is left (with `config_expressible`).
         """
-        return self._cutter.plan(self.select(ratio, **options))
+        return self._linking(self._cutter.plan, Request.of(ratio, **options))
 
     @takes_options
     @at_work()
@@ -217,7 +221,28 @@ class Surgery:
         Raises:
             InputError, BudgetError, MendError, PlanError: see `plan`.
         """
-        return self._cutter.cut(self.select(ratio, **options))
+        return self._linking(self._cutter.cut, Request.of(ratio, **options))
+
+    def _linking(self, make: Callable[[Selection], Made], request: Request) -> Made:
+        """What is made of a selection. Where one number of the code serves several groups that would get unequal shares, they
+        are linked, and the selection is made anew.
+
+        Raises:
+            MendError: no links help.
+        """
+        links: list[Link] = []
+        for number in range(_LINKED):
+            try:
+                return make(select(self, request, links))
+            except MendError as error:
+                known = {frozenset(link) for link in (*self.links, *links)}
+                ties = (*error.ties[number:], *error.ties)  # more of them each time
+                new = ([link for link in tied if frozenset(link) not in known] for tied in ties)
+                more = next(filter(None, new), None)
+                if not more:
+                    raise
+                links += more
+        return make(select(self, request, links))
 
     def compose(self, plans: Sequence[Plan]) -> Plan:
         """One plan that leaves what several leave, each made for the model that the one before it left; the

@@ -24,7 +24,7 @@ from surgeon.capture.paths.global_modes import answering
 from surgeon.capture.paths.no_dropout import NoDropout
 from surgeon.graph.graph import Decision
 from surgeon.graph.nests import map_tensors
-from surgeon.graph.process import LOCK, callers_device, plain_torch
+from surgeon.graph.process import LOCK, callers_device, deep_enough, plain_torch
 
 
 def copies(inputs: Any) -> Any:
@@ -94,7 +94,7 @@ def quiet_run(
             seeded and put back, and of tensors only what they are, not what they hold.
     """
     mode = Isolation(seed) if isolated else None
-    with LOCK, contextlib.ExitStack() as stack:
+    with LOCK, deep_enough(model), contextlib.ExitStack() as stack:
         stack.enter_context(_kept(model, values=training and not isolated))
         stack.enter_context(_other_draws(seed))
         if mode is None:

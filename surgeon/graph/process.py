@@ -6,17 +6,40 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 import threading
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 LOCK = threading.RLock()
 """Held while a model runs or is copied: a run changes the model and draws from generators, and puts both back."""
 
+_FRAMES, _FLAT = 20, 16  # of Python for each level of modules; levels for which the usual limit will do
+
 _default_device: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar(
     "default device", default=None
 )
+
+
+@contextlib.contextmanager
+def deep_enough(model: nn.Module) -> Iterator[None]:
+    """Room for the calls of a model whose modules are nested deep: a recorded call takes more frames than a plain one."""
+    before, depth, level = sys.getrecursionlimit(), 0, [model]
+    seen: set[int] = set()
+    while level:
+        seen.update(map(id, level))
+        inner = [
+            m for module in level for m in module._modules.values() if m is not None and id(m) not in seen
+        ]
+        level, depth = list({id(m): m for m in inner}.values()), depth + 1
+    with LOCK:  # the limit is that of all threads
+        try:
+            sys.setrecursionlimit(before + _FRAMES * max(0, depth - _FLAT))
+            yield
+        finally:
+            sys.setrecursionlimit(before)
 
 
 @contextlib.contextmanager

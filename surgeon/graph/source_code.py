@@ -109,7 +109,12 @@ def uses(method: Any, module: Any) -> Iterator[Use]:
     if function is None or found is None:
         return
     code, owner = function.__code__, None if isinstance(method, staticmethod) else module
+    taken_apart = {
+        id(n.value) for n in ast.walk(found.parsed) if isinstance(n, ast.Subscript | ast.Attribute)
+    }
     for which, node in enumerate(found.uses):
+        if id(node) in taken_apart:  # no number, but something that holds others
+            continue
         value = _value(function, owner, node)
         if type(value) is int or (value is _UNKNOWN and isinstance(node, ast.Name)):
             known = value if type(value) is int else None

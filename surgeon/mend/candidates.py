@@ -9,11 +9,13 @@ or in its traced forward, or the name of one at one place. Whether that was righ
 from __future__ import annotations
 
 import itertools
+import sys
 import types
 from collections import defaultdict
 
 from torch import nn
 
+from surgeon.graph.source_code import methods_as_written, uses
 from surgeon.mend.attribute_path import integers
 from surgeon.mend.checking.notes import Note, must_become
 from surgeon.mend.code_candidates import in_code, in_source
@@ -73,7 +75,7 @@ def _attribute(
     `exact`: only one that is the very number.
     """
     for owner in owners:
-        best: tuple[tuple[bool, bool, int, int], Edit] | None = None
+        found_here: list[tuple[tuple[bool, bool, int, int], Edit]] = []
         for name, value in integers(small.get_submodule(owner)):
             if (owner, "attribute", name) in refused or value <= 0:
                 continue
@@ -84,11 +86,24 @@ def _attribute(
                 new, times = found
                 fits = sum(_explains(n, value, new) for n in notes)
                 rank = (note.got >= value, note.got < value and new in widths, fits, -times)
-                if best is None or rank > best[0]:
-                    best = (rank, Edit(owner, "attribute", name, value, new))
-        if best is not None:
-            return best[1]
+                found_here.append((rank, Edit(owner, "attribute", name, value, new)))
+        if found_here:
+            most = max(rank for rank, _ in found_here)
+            alike = [edit for rank, edit in found_here if rank == most]
+            return alike[0] if len(alike) == 1 else _nearest(small, alike, notes)
     return None
+
+
+def _nearest(small: nn.Module, edits: list[Edit], notes: list[Note]) -> Edit:
+    """Of attributes of one module that explain as much the one that is read nearest to a noted line."""
+    module = small.get_submodule(edits[0].module)
+    lines = [note.source for note in notes if note.source is not None]
+    away: dict[str, int] = {}
+    for use in (use for method in methods_as_written(module).values() for use in uses(method, module)):
+        nearest = min((abs(use.line - line) for file, line in lines if file == use.file), default=sys.maxsize)
+        _, _, name = use.text.replace("[", ".").replace("]", "").partition(".")
+        away[name] = min(nearest, away.get(name, sys.maxsize))
+    return min(edits, key=lambda edit: away.get(edit.name, sys.maxsize))
 
 
 def _apart_by(

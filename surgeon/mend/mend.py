@@ -29,11 +29,12 @@ from surgeon.mend.checking.notes import COMPARISONS, Note, of_ones
 from surgeon.mend.checking.size_check import Findings, check, compare
 from surgeon.mend.edits import Edit
 from surgeon.mend.refused import Refused
+from surgeon.mend.ties import ties
 from surgeon.mend.trials import reached, try_edits
 from surgeon.ops.table import is_view, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
-_ROUNDS = 64  # a run may end at the first block whose sizes do not fit, so deep models need many
+_ROUNDS = 256  # a run may end at the first block whose sizes do not fit, so deep models need many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
         apply_edit(small, edit)
     judge = Judge(runs, shapes, choice)
     edits, refused, found = list[Edit](), Refused(), check(small, runs, shapes, choice)
-    rates = found.rates
+    rates, wrong_at_first = found.rates, found.notes
 
     def look() -> Findings:
         now = check(small, runs, shapes, choice)
@@ -92,7 +93,11 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
         edits += kept
         # What showed nothing, because the code stopped before it, may help now.
         refused.forget(None if reached(found.notes) > before else {edit.module for edit in kept})
-    _refuse(found.notes, refused, small, runs, shapes, choice)
+    try:
+        _refuse(found.notes, refused, small, runs, shapes, choice)
+    except MendError as error:
+        error.ties = ties(wrong_at_first, found.notes, runs, shapes)
+        raise
     return Mended((*first, *edits))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Reference:
         self.errors: dict[fx.Node, float] = {}  # of the products that were compared, in the order of the run
         self.present: dict[fx.Node, Tensor] = {}  # what is there of them, if it is kept
         self.keeps = False
+        self.watch: Callable[[fx.Node, Tensor], None] | None = None  # told of what is present of each value
         self.leaking = leaking  # something is added to what saturating activations give
         # What contractions read -> which of its channels carry nothing; of weights along the summed dim.
         self.hidden: dict[tuple[fx.Node, int], Tensor] = {}
@@ -77,10 +78,17 @@ class Reference:
                 self.values[node] = self._call(node)
                 if node in self.results:
                     self._compare(node)
+                self._tell(node)
                 for used in node.all_input_nodes:  # free what nobody reads any more
                     if self.last.get(used) is node and used not in keep:
                         self.values.pop(used, None)
         return [(path, self.values[node]) for path, node in outputs]
+
+    def _tell(self, node: fx.Node) -> None:
+        value = self.values[node]
+        if self.watch is not None and not isinstance(value, list):
+            data, mask = value
+            self.watch(node, data[masks.full(mask, data.shape)] if mask else data)
 
     def _compare(self, node: fx.Node) -> None:
         value = self.values[node]

@@ -58,7 +58,9 @@ BY_NAME = {
     name: info for info in reversed(op_db) for name in (info.name.split(".")[-1], info.aten_name or info.name)
 }
 # nothing to compare: what they give is drawn, or left as memory was; and what takes no real numbers
-NOT_COMPARED = set("bernoulli dropout exponential uniform rand_like randn_like empty_like new_empty".split())
+NOT_COMPARED = set(
+    "bernoulli dropout exponential uniform rand_like randn_like empty_like new_empty new_empty_strided".split()
+)
 NOT_REAL = set("bitwise_and bitwise_not bitwise_or bitwise_xor view_as_real".split())
 # with statistics that it writes in place, each a further result that the proof does not compute
 WRITES = {"_native_batch_norm_legit"}
@@ -85,9 +87,9 @@ _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention _sca
 _scaled_dot_product_fused_attention_overrideable _sparse_addmm _unsafe_index _unsafe_index_put _weight_norm_interface
 alias bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor col2im cudnn_batch_norm detach elu_backward
 empty_like empty_strided
-exponential eye full gelu_backward hann_window hardsigmoid_backward hardswish_backward hardtanh_backward
+exponential full gelu_backward hann_window hardsigmoid_backward hardswish_backward hardtanh_backward
 leaky_relu_backward lift_fresh_copy log_sigmoid_backward logspace max_pool3d_with_indices mkldnn_max_pool2d
-native_dropout norm normal_functional rand_like randint randn_like randperm reflection_pad1d replication_pad1d
+native_dropout new_empty_strided norm normal_functional rand_like randint randn_like randperm reflection_pad1d replication_pad1d
 replication_pad2d replication_pad3d scalar_tensor sigmoid_backward softplus_backward tanh_backward threshold_backward
 tril_indices triu_indices uniform zero
 """.split()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgeon.graph.copying.copier import Copier, Memo
 from surgeon.graph.copying.rebuild import bound
 from surgeon.graph.copying.references import first_path
-from surgeon.graph.process import LOCK
+from surgeon.graph.process import LOCK, deep_enough
 from surgeon.graph.tensors import copied_tensor, named_tensors
 
 
@@ -41,7 +41,7 @@ def copied_with(model: nn.Module, memo: Memo) -> nn.Module:
     Raises:
         CopyError: see `copied`.
     """
-    with LOCK:
+    with LOCK, deep_enough(model):
         tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
         copier = Copier(model, memo)
         small: nn.Module = copier(model)
