@@ -31,7 +31,7 @@ class TaylorActivation(FromReadings):
     def part(self, reading: Reading, units: int) -> DimIds:
         """One score per unit from what one consumer read."""
         found = reading.statistics
-        return reading.sum(found.felt / max(found.samples, 1), units)
+        return reading.sum(found.sensitivity / max(found.samples, 1), units)
 
 
 class ActivationMean(FromReadings):

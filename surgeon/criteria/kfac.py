@@ -61,7 +61,7 @@ class KFAC(FromReadings):
         self.damping, self.widest, self.stepwise = damping, widest, stepwise
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
-        self.listen(group)
+        self.readings_of(group)
         found = [self._left(reading, group.units) for reading in self.evidence.of(group)]
         if any(item.entries > self.stepwise for item in found):
             return self.combined([item.scores() for item in found], group.units)

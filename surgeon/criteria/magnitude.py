@@ -30,7 +30,7 @@ class Norm(Combined):
             raise InputError(f"p must be a positive number, got {p}", where=type(self).__name__)
         super().__init__(combine, normalize)
         self.p = p
-        # a weight speaks for its outputs and for its inputs
+        # a weight counts for its outputs and for its inputs
         self._sums: dict[int, tuple[DimIds, DimIds]] = {}
 
     def fresh(self) -> Self:

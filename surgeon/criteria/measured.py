@@ -29,7 +29,7 @@ class Measured(Combined):
         self._evidence: Evidence | None = None
 
     def informed(self, evidence: Evidence) -> Self:
-        """A copy that speaks from this evidence."""
+        """A copy that scores by this evidence."""
         found = self.fresh()
         found._evidence = evidence
         return found
@@ -63,29 +63,29 @@ class FromReadings(Measured):
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
         return self.combined(
-            [self._heard(reading, group.units) for reading in self.listen(group)], group.units
+            [self._scores(reading, group.units) for reading in self.readings_of(group)], group.units
         )
 
-    def listen(self, group: Group) -> list[Reading]:
+    def readings_of(self, group: Group) -> list[Reading]:
         """The readings of a group.
 
         Raises:
             InputError: nothing reads some of its units.
         """
         readings = self.evidence.of(group)
-        told = np.zeros(group.units, dtype=bool)
+        read = np.zeros(group.units, dtype=bool)
         for reading in readings:
-            told[reading.unit] = True
-        if not told.all():
+            read[reading.unit] = True
+        if not read.all():
             raise InputError(
-                f"criterion {self.name!r} finds nothing that reads {(~told).sum()} of these {group.units} units",
+                f"criterion {self.name!r} finds nothing that reads {(~read).sum()} of these {group.units} units",
                 where=group.name,
                 why=self.missing,
                 fix=f"use a criterion that looks at the weights, such as {self.instead}, or name the layer in ignore=[...]",
             )
         return readings
 
-    def _heard(self, reading: Reading, units: int) -> DimIds:
+    def _scores(self, reading: Reading, units: int) -> DimIds:
         """The part, with NaN for units of which the consumer reads nothing."""
         silent = np.bincount(reading.unit, minlength=units) == 0
         return np.where(silent, np.nan, self.part(reading, units))
@@ -94,7 +94,7 @@ class FromReadings(Measured):
     instead = "'l2' or 'taylor'"
 
     def part(self, reading: Reading, units: int) -> DimIds:
-        """The score of each unit in the eyes of one consumer."""
+        """The score of each unit by what one consumer reads of it."""
         raise NotImplementedError
 
 

@@ -131,8 +131,8 @@ def broadcast(
 
 
 def meet(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
-    """Join tracks that meet entry by entry; the most compressed one stands for all, and one of a tensor's for
-    one of nobody's.
+    """Join ids that meet entry by entry; the most compressed one stands for all, and one of a tensor
+    for an unowned one.
     """
     best = min(tracks, key=lambda t: t.size)
     for track in tracks:
@@ -147,8 +147,8 @@ def meet(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
 
 
 def beside(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
-    """Join tracks of values that lie side by side; as the entries do not mix, one of nobody's stands for
-    all.
+    """Join ids of values that lie side by side; as the entries do not mix, an unowned one stands
+    for all.
     """
     best = meet(constraints, tracks)
     if any(constraints.is_unowned(track).any() for track in tracks):

@@ -46,20 +46,26 @@ class Distilling:
     """
 
     def __init__(
-        self, recording: Recording, narrow: KeptEntries, *, epochs: int | None, rate: float | None, seed: int
+        self,
+        recording: Recording,
+        kept_entries: KeptEntries,
+        *,
+        epochs: int | None,
+        rate: float | None,
+        seed: int,
     ) -> None:
-        self.recording, self.narrow, self.seed = recording, narrow, seed
+        self.recording, self.kept_entries, self.seed = recording, kept_entries, seed
         self.learned = [number for number, held in enumerate(recording.held) if not held]
         self.epochs = max(_EPOCHS, math.ceil(_STEPS / len(self.learned))) if epochs is None else epochs
         self.first = recording.pair(0)
-        sites, _ = find_layers(recording.small, recording.big)
-        self.stream = [site for site in sites if site.sum is not None] or list(sites)
+        layers, _ = find_layers(recording.small, recording.big)
+        self.stream = [layer for layer in layers if layer.sum is not None] or list(layers)
         small = recording.small
         read = (name for name in sorted(read_tensors(small) & small.owned))
         learns = {
             n: t for n in read if isinstance(t := small.tensors[n], nn.Parameter) and t.is_floating_point()
         }
-        products = {site.weight.name for site in sites if site.ungrouped}
+        products = {layer.weight.name for layer in layers if layer.ungrouped}
         self.leaves = {n: _wide(t.detach()).clone() for n, t in learns.items()}
         for name in products:
             self.leaves[name] = self.leaves[name].flatten(1)
@@ -120,16 +126,16 @@ class Distilling:
         """
         pair.small.weights = self._weights()
         theirs, ours = [], []
-        for site in self.stream:
-            theirs.append(twin(site.target, self.first.big, pair.big))
-            ours.append(twin(site.node if site.sum is None else site.sum, self.first.small, pair.small))
+        for layer in self.stream:
+            theirs.append(twin(layer.target, self.first.big, pair.big))
+            ours.append(twin(layer.node if layer.sum is None else layer.sum, self.first.small, pair.small))
         with torch.no_grad():
             for node in theirs:
                 pair.big.pin(node)
             pair.big.finish()
             wanted = [
-                self.narrow(site.target, pair.big.value(node))
-                for site, node in zip(self.stream, theirs, strict=True)
+                self.kept_entries(layer.target, pair.big.value(node))
+                for layer, node in zip(self.stream, theirs, strict=True)
             ]
         for node in ours:
             pair.small.pin(node)

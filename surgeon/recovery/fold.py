@@ -36,20 +36,22 @@ class Filters:
 
 
 @torch.no_grad()
-def fold(sites: Sequence[Layer], narrow: KeptEntries, big: Graph, small: Mapping[str, Tensor]) -> list[str]:
+def fold(
+    layers: Sequence[Layer], kept_entries: KeptEntries, big: Graph, small: Mapping[str, Tensor]
+) -> list[str]:
     """Fold what left into the small model's weights, as cut; the names of the layers that took something
     up.
     """
-    made = [_filters(site, narrow, big) for site in sites]
+    made = [_filters(layer, kept_entries, big) for layer in layers]
     done = []
-    for site in sites:
-        name = site.weight.name
-        dim = _inputs(site, big.tensors[name])
-        slot = narrow.propagation.slots.get((name, dim)) if dim is not None else None
+    for layer in layers:
+        name = layer.weight.name
+        dim = _inputs(layer, big.tensors[name])
+        slot = kept_entries.propagation.slots.get((name, dim)) if dim is not None else None
         if dim is None or slot is None:
             continue
-        gone = narrow.shapes.leaves(slot, narrow.choice)
-        atoms = narrow.shapes.solution.atoms(slot)[0]
+        gone = kept_entries.shapes.leaves(slot, kept_entries.choice)
+        atoms = kept_entries.shapes.solution.atoms(slot)[0]
         known = [f for f in made if f is not None and np.isin(atoms, f.atoms).all()]
         if not gone.any() or not known or len(np.unique(atoms)) != len(atoms):
             continue
@@ -59,44 +61,44 @@ def fold(sites: Sequence[Layer], narrow: KeptEntries, big: Graph, small: Mapping
             continue
         whole = big.tensors[name].detach().double()
         for other in set(range(whole.dim())) - {dim}:
-            whole = narrow.slot(name, whole, other)
+            whole = kept_entries.slot(name, whole, other)
         more = torch.tensordot(
             share, whole.index_select(dim, torch.from_numpy(np.flatnonzero(gone))), ([0], [dim])
         )
         small[name].add_(more.movedim(0, dim).to(small[name].dtype))
-        done.append(site.name)
+        done.append(layer.name)
     return done
 
 
-def _filters(site: Layer, narrow: KeptEntries, big: Graph) -> Filters | None:
+def _filters(layer: Layer, kept_entries: KeptEntries, big: Graph) -> Filters | None:
     """What a layer of the original makes its channels with."""
-    name = site.weight.name
-    dim = _outputs(site, big.tensors[name])
-    slot = narrow.propagation.slots.get((name, dim)) if dim is not None else None
+    name = layer.weight.name
+    dim = _outputs(layer, big.tensors[name])
+    slot = kept_entries.propagation.slots.get((name, dim)) if dim is not None else None
     if slot is None:
         return None
-    matrix = Equations(site, big.tensors[name]).matrix(big.tensors[name]).double()  # [1, inputs, channels]
+    matrix = Equations(layer, big.tensors[name]).matrix(big.tensors[name]).double()  # [1, inputs, channels]
     rows = matrix[0].T
     constant = torch.zeros(len(rows), dtype=torch.float64)
-    if site.bias and not site.norm:
-        constant = big.tensors[site.bias].detach().double()
-    affine = norm_behind(site.twin, big)
+    if layer.bias and not layer.norm:
+        constant = big.tensors[layer.bias].detach().double()
+    affine = norm_behind(layer.twin, big)
     if affine is not None:
         rows, constant = rows * affine[0][:, None], constant * affine[0] + affine[1]
-    return Filters(narrow.shapes.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
+    return Filters(kept_entries.shapes.solution.atoms(slot)[0], torch.cat([rows, constant[:, None]], 1))
 
 
-def _outputs(site: Layer, weight: Tensor) -> int | None:
+def _outputs(layer: Layer, weight: Tensor) -> int | None:
     """The dim of the stored weight that numbers outputs; None for groups and batches of products."""
-    return _dim(site, weight, 1)
+    return _dim(layer, weight, 1)
 
 
-def _inputs(site: Layer, weight: Tensor) -> int | None:
-    return _dim(site, weight, 0)
+def _inputs(layer: Layer, weight: Tensor) -> int | None:
+    return _dim(layer, weight, 0)
 
 
-def _dim(site: Layer, weight: Tensor, which: int) -> int | None:
-    equations = Equations(site, weight)
+def _dim(layer: Layer, weight: Tensor, which: int) -> int | None:
+    equations = Equations(layer, weight)
     if equations.batched or (equations.layout is not None and equations.layout.groups > 1):
         return None
     if equations.layout is not None:

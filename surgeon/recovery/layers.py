@@ -1,6 +1,6 @@
-"""find_sites(recording, kept): the layers whose weights can be solved for, and what each should give.
+"""find_layers(recording, kept): the layers whose weights can be solved for, and what each should give.
 
-A site is a convolution or matrix product of data with one parameter that is used once. What it should give is
+A layer is a convolution or matrix product of data with one parameter that is used once. What it should give is
 what the original gives at the same op; or, where its result is added to a value that is known by then (the
 residual stream), the original's sum less the small model's other summand: so each block makes up for the
 errors of those before it. Between product and sum may lie affine steps (batch norm, layer scale) and moves,
@@ -80,7 +80,7 @@ class Layer:
 
     @property
     def target(self) -> fx.Node:
-        """The original's node that says what the site should give."""
+        """The original's node that says what the layer should give."""
         return self.twin if self.twin_sum is None else self.twin_sum
 
     @property
@@ -112,7 +112,7 @@ class Layer:
 
 
 def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
-    """The sites in the order of the run, and the parameters of products that are none, each with the
+    """The layers in the order of the run, and the parameters of products that are none, each with the
     reason.
     """
     theirs: dict[str, list[fx.Node]] = {}
@@ -120,7 +120,7 @@ def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
         for weight, _ in _products(node, big):
             theirs.setdefault(weight.name, []).append(node)
     finder = _Finder(small, big)
-    sites, left = [], {}
+    layers, left = [], {}
     for node in small.fx.nodes:
         for weight, data in _products(node, small):
             twins = theirs.get(weight.name, [])
@@ -128,8 +128,8 @@ def find_layers(small: Graph, big: Graph) -> tuple[list[Layer], dict[str, str]]:
             if reason:
                 left[weight.name] = reason
             else:
-                sites.append(finder.site(node, twins[0], data, weight))
-    return sites, left
+                layers.append(finder.layer(node, twins[0], data, weight))
+    return layers, left
 
 
 def _products(node: fx.Node, graph: Graph) -> Iterator[tuple[Weight, str]]:
@@ -181,7 +181,7 @@ class _Finder:
             return "it is not a floating-point tensor"
         return ""
 
-    def site(self, node: fx.Node, other: fx.Node, data: str, weight: Weight) -> Layer:
+    def layer(self, node: fx.Node, other: fx.Node, data: str, weight: Weight) -> Layer:
         bias, norm = self._bias(node)
         plain = Layer(node, other, data, weight, bias, norm)
         path: list[fx.Node] = []
@@ -245,20 +245,20 @@ class _Finder:
         return name in self.small.owned and len(self.readers.get(name, ())) == 1
 
 
-def pulled(site: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Tensor:
+def pulled(layer: Layer, first: PairedRun, run: PairedRun, wanted: Tensor) -> Tensor:
     """What the product should give so that the sum is `wanted`; entries that nothing brings about are NaN or
     infinite.
 
     Args:
-        first: the run in whose nodes the site is said. run: the batch's.
+        first: the run in whose nodes the layer is said. run: the batch's.
         wanted: the original's sum, narrowed to the entries that stay.
     """
-    if site.sum is None:
+    if layer.sum is None:
         return wanted
-    rest = twin(site.sum, first, run).args[site.rest]
+    rest = twin(layer.sum, first, run).args[layer.rest]
     assert isinstance(rest, fx.Node)
     wanted = wanted - run.evaluate(rest)
-    steps = [twin(node, first, run) for node in (site.node, *site.path)]
+    steps = [twin(node, first, run) for node in (layer.node, *layer.path)]
     for given, node in reversed(list(itertools.pairwise(steps))):
         operands = arguments(node).items()
         wanted = back(

@@ -54,14 +54,14 @@ class Meeting:
     big: Product
 
 
-def find_meetings(small: Graph, big: Graph, sites: list[Layer]) -> dict[Layer, Meeting]:
+def find_meetings(small: Graph, big: Graph, layers: list[Layer]) -> dict[Layer, Meeting]:
     """The layers that make queries of fewer dims for as many heads, as far as there are only moves and scales
     behind them.
     """
     ours, theirs = _products(small), _products(big)
     if len(ours) != len(theirs):
         return {}
-    makers = {site.node: site for site in sites}
+    makers = {layer.node: layer for layer in layers}
     found = {}
     for mine, other in zip(ours, theirs, strict=True):
         (heads, dims), (heads_before, dims_before) = mine.shape, other.shape
@@ -136,14 +136,14 @@ class LogitTarget:
         pairs: the batches; those to learn from say what C is.
     """
 
-    def __init__(self, meeting: Meeting, narrow: KeptEntries, pairs: list[Pair]) -> None:
+    def __init__(self, meeting: Meeting, kept_entries: KeptEntries, pairs: list[Pair]) -> None:
         self.meeting, self.first = meeting, pairs[0]
         inner: Any = 0
         for pair in pairs:
             if not pair.held:
                 keys = self._keys(pair)
                 inner = inner + (keys.transpose(2, 3) @ keys).sum(0)
-        stays = self._stays(narrow)
+        stays = self._stays(kept_entries)
         rows = torch.arange(len(stays), device=stays.device)[:, None]
         cross = inner[rows, stays]  # [heads, dims that stay, dims]
         square = cross.gather(2, stays[:, None].expand(-1, stays.shape[1], -1))
@@ -178,9 +178,9 @@ class LogitTarget:
         keys = keys.transpose(2, 3) if self.meeting.big.turned else keys
         return keys.repeat_interleave(self.meeting.big.shape[0] // keys.shape[1], 1)
 
-    def _stays(self, narrow: KeptEntries) -> Tensor:
+    def _stays(self, kept_entries: KeptEntries) -> Tensor:
         """Which dims of each head's queries stay, [heads, dims]."""
         node = self.meeting.big.queries
         value = self.first.big.value(node)
         numbers = torch.arange(value.shape[-1], device=value.device).expand(value.shape)
-        return narrow(node, numbers)[0, :, 0]
+        return kept_entries(node, numbers)[0, :, 0]

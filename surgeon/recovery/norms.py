@@ -1,7 +1,7 @@
 """Batch-norm re-estimation: what each batch norm subtracts and divides by, anew from the small model's own
 activations.
 
-In lockstep, so that each norm sees its input as it is with all norms before it set; in eval mode, so that
+Both models run side by side, so that each norm sees its input as it is with all norms before it set; in eval mode, so that
 batches of any size do.
 """
 

@@ -180,20 +180,24 @@ def recover(
     )
     parts, held = split(read, held_out)
     recording = Recording(model, recovered, parts, held)
-    narrow = KeptEntries(recording.big, plan)
+    kept_entries = KeptEntries(recording.big, plan)
     now = first = recording.distance()
     done = []
     with _progress() as track:
-        draw = RowSample(recording, narrow, track, seed) if set(steps) - {"batch_norm", "distill"} else None
+        sample = (
+            RowSample(recording, kept_entries, track, seed)
+            if set(steps) - {"batch_norm", "distill"}
+            else None
+        )
         for name in steps:
             before, ridge = _state(recovered), None
             if name == "batch_norm":
                 found = reestimate(recording, track)
             elif name == "distill":
-                found = Distilling(recording, narrow, epochs=epochs, rate=rate, seed=seed).run(track)
+                found = Distilling(recording, kept_entries, epochs=epochs, rate=rate, seed=seed).run(track)
             else:
-                assert draw is not None
-                fitting = partial(Fitting, recording, narrow, draw, name, widest)
+                assert sample is not None
+                fitting = partial(Fitting, recording, kept_entries, sample, name, widest)
                 if name == "refit" and ridges is None:
                     found, ridge = _refitted(fitting, recovered, track)
                 else:
@@ -204,7 +208,7 @@ def recover(
                 now = step.after
             else:
                 _restore(recovered, before)
-    remarks += [draw.remark] if draw is not None and draw.remark else []
+    remarks += [sample.remark] if sample is not None and sample.remark else []
     thin = sorted({fit.name for step in done for fit in step.fits if 0 < fit.rows < fit.unknowns})
     if thin:
         remarks.append(
@@ -241,8 +245,8 @@ def _refitted(
 def _folded(recovered: nn.Module, plan: Plan, model: nn.Module, example_inputs: Any) -> Recovery:
     big = capture(model, example_inputs)
     small = capture(recovered, dict(big.kwargs) or big.args)
-    sites, _ = find_layers(small, big)
-    fits = tuple(Fit(name) for name in fold(sites, KeptEntries(big, plan), big, small.tensors))
+    layers, _ = find_layers(small, big)
+    fits = tuple(Fit(name) for name in fold(layers, KeptEntries(big, plan), big, small.tensors))
     remark = f"no batches: what left was folded into {len(fits)} layers, and nothing judged it"
     return Recovery(recovered, (Step("fold", math.nan, math.nan, fits),), math.nan, math.nan, 0, 0, (remark,))
 

@@ -1,8 +1,7 @@
-"""Draw: which rows of each layer a refit looks at, and what each weighs.
+"""RowSample: which rows of each layer a refit looks at, and their weights.
 
-A row weighs as the model's outputs feel it: by the norm of the gradient of the outputs, times random signs
-(no labels), with respect to what the original's layer gives there. Padding that a mask hides hardly weighs
-anything.
+Rows are weighted by the norm of the output gradient: of the outputs times random signs (no labels), with respect to
+what the original's layer gives there. The weights of padding that a mask hides are almost zero.
 """
 
 from __future__ import annotations
@@ -20,60 +19,70 @@ from surgeon.recovery.linear.equations import Equations
 from surgeon.recovery.runs.paired_run import PairedRun, twin
 from surgeon.recovery.runs.recording import Pair, Progress, Recording
 
-_PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are drawn for a site
+_PER_UNKNOWN, _LEAST_ROWS = 40, 20_000  # rows that are drawn for a layer
 _PROBES = 2
-_LEAST = 0.05  # of the mean weight: a ReLU that is off feels nothing, yet it has to stay off
+_LEAST = (
+    0.05  # of the mean weight: where a ReLU gives zero the gradient is zero, yet it has to give zero still
+)
 
 
 class RowSample:
     """The rows, the same for every pass.
 
     Attributes:
-        sites, left: see `find_layers`.
-        picked: of each site, the numbers of its rows in each batch. weights: theirs, 1 in the mean over all
+        layers, left: see `find_layers`.
+        picked: of each layer, the numbers of its rows in each batch. weights: theirs, 1 in the mean over all
             batches.
-        remark: why all rows weigh alike; "" if they do not.
+        remark: why all rows have the same weight; "" if they have not.
     """
 
-    def __init__(self, recording: Recording, narrow: KeptEntries, track: Progress, seed: int = 0) -> None:
-        self.sites, self.left = find_layers(recording.small, recording.big)
+    def __init__(
+        self, recording: Recording, kept_entries: KeptEntries, track: Progress, seed: int = 0
+    ) -> None:
+        self.layers, self.left = find_layers(recording.small, recording.big)
         self.remark, self.seed = "", seed
         pairs = recording.pairs()
         generator = torch.Generator().manual_seed(seed)
-        equations = {site: Equations(site, recording.small.tensors[site.weight.name]) for site in self.sites}
+        equations = {
+            layer: Equations(layer, recording.small.tensors[layer.weight.name]) for layer in self.layers
+        }
         places = {
-            site: [_places(site, equations[site], pairs[0], pair) for pair in pairs] for site in self.sites
+            layer: [_places(layer, equations[layer], pairs[0], pair) for pair in pairs]
+            for layer in self.layers
         }
         self.picked = {
-            site: _pick(places[site], equations[site].unknowns(), generator) for site in self.sites
+            layer: _pick(places[layer], equations[layer].unknowns(), generator) for layer in self.layers
         }
-        felt: dict[Layer, list[Tensor]] = {site: [] for site in self.sites}
+        sensitivity: dict[Layer, list[Tensor]] = {layer: [] for layer in self.layers}
         try:
             for number, pair in track(list(enumerate(pairs)), "gradients"):
-                squares = _felt(
-                    pair.big, [twin(site.twin, pairs[0].big, pair.big) for site in self.sites], number
+                squares = _squared_gradients(
+                    pair.big, [twin(layer.twin, pairs[0].big, pair.big) for layer in self.layers], number
                 )
-                for site, square in zip(self.sites, squares, strict=True):
-                    kept = narrow(site.twin, square)
+                for layer, square in zip(self.layers, squares, strict=True):
+                    kept = kept_entries(layer.twin, square)
                     if (
-                        equations[site].places(kept) == places[site][number]
+                        equations[layer].places(kept) == places[layer][number]
                     ):  # a run that takes decisions may give other rows
-                        felt[site].append(equations[site].felt(kept, self.picked[site][number]))
+                        sensitivity[layer].append(
+                            equations[layer].sensitivity(kept, self.picked[layer][number])
+                        )
         except RuntimeError as error:
-            self.remark = f"all rows of a layer weigh alike, as no gradient can be computed: {str(error).splitlines()[0]}"
-            felt = {site: [] for site in self.sites}
-        self.weights = {site: _scaled(felt[site], self.picked[site]) for site in self.sites}
+            why = str(error).splitlines()[0]
+            self.remark = f"all rows of a layer have the same weight, as no gradient can be computed: {why}"
+            sensitivity = {layer: [] for layer in self.layers}
+        self.weights = {layer: _scaled(sensitivity[layer], self.picked[layer]) for layer in self.layers}
 
     def some(self, count: int, batches: int) -> Tensor:
-        """Numbers of some of a batch's `count` rows, for what is no site's result."""
+        """Numbers of some of a batch's `count` rows, for what is no layer's result."""
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[
             : math.ceil(_LEAST_ROWS / batches)
         ]
 
 
-def _places(site: Layer, equations: Equations, first: Pair, pair: Pair) -> int:
-    """Rows of a site in a batch."""
-    return equations.places(torch.empty(spec(twin(site.node, first.small, pair.small)).shape, device="meta"))
+def _places(layer: Layer, equations: Equations, first: Pair, pair: Pair) -> int:
+    """Rows of a layer in a batch."""
+    return equations.places(torch.empty(spec(twin(layer.node, first.small, pair.small)).shape, device="meta"))
 
 
 def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[Tensor]:
@@ -82,7 +91,7 @@ def _pick(places: list[int], unknowns: int, generator: torch.Generator) -> list[
 
 
 @torch.enable_grad()
-def _felt(run: PairedRun, nodes: list[fx.Node], seed: int) -> list[Tensor]:
+def _squared_gradients(run: PairedRun, nodes: list[fx.Node], seed: int) -> list[Tensor]:
     """How much a run's outputs change with each node's value: its squared gradients (see `output_probe`),
     summed over probes.
 
@@ -113,12 +122,12 @@ def _felt(run: PairedRun, nodes: list[fx.Node], seed: int) -> list[Tensor]:
     return found
 
 
-def _scaled(felt: list[Tensor], picked: list[Tensor]) -> list[Tensor]:
-    """Weights of the rows, from the squared norms of their gradients; all alike if some are unknown, or none
-    is felt.
+def _scaled(sensitivity: list[Tensor], picked: list[Tensor]) -> list[Tensor]:
+    """Weights of the rows, from the squared norms of their gradients; all the same if some are unknown, or all
+    are zero.
     """
-    norms = [square.sqrt() for square in felt]
+    norms = [square.sqrt() for square in sensitivity]
     mean = sum(float(norm.double().sum()) for norm in norms) / max(sum(map(len, picked)), 1)
-    if not mean or len(felt) < len(picked):
+    if not mean or len(sensitivity) < len(picked):
         return [torch.ones(len(numbers)) for numbers in picked]
     return [(norm / mean + _LEAST) / (1 + _LEAST) for norm in norms]

@@ -337,7 +337,7 @@ def test_kfac_against_every_subset_in_turn() -> None:
     found = scored(
         criteria.KFAC(damping=0.02), surgeon.inspect(model, X), pairs, loss=lambda out, _: out.square().sum()
     )
-    felt = torch.zeros(5, dtype=torch.float64)
+    sensitivity = torch.zeros(5, dtype=torch.float64)
     x = per_channel(read(model, "b", data))
     mean, exact = x.mean(0), torch.zeros(8, dtype=torch.float64)
     for batch in data:
@@ -345,13 +345,13 @@ def test_kfac_against_every_subset_in_turn() -> None:
         y = model.b(read_by_b)
         y.retain_grad()
         model.head(y.relu().mean((2, 3))).square().sum().backward()
-        felt += y.grad.double().square().sum((0, 2, 3))
+        sensitivity += y.grad.double().square().sum((0, 2, 3))
         change = (mean[:, None, None] - read_by_b.detach().double()) * read_by_b.grad.double()
         exact += change.sum((2, 3)).square().sum(0)
     centred = x - mean
     hessian = centred.T @ centred / len(x)
     w = model.b.weight.detach().double().flatten(1)  # [5, 8]
-    share = exact / (hessian.diagonal() * (w.square() * felt[:, None]).sum(0))
+    share = exact / (hessian.diagonal() * (w.square() * sensitivity[:, None]).sum(0))
     assert share.max() > 2 * share.min(), "else the factors would do"
     hessian += 0.02 * hessian.diagonal().mean() * torch.eye(8)
 
@@ -359,7 +359,7 @@ def test_kfac_against_every_subset_in_turn() -> None:
         stays = [i for i in range(8) if i not in gone]
         best = torch.zeros_like(w)
         best[:, stays] = torch.linalg.solve(hessian[stays][:, stays], hessian[stays] @ w.T).T
-        return float(((best - w) @ hessian * (best - w)).sum(1) @ felt)
+        return float(((best - w) @ hessian * (best - w)).sum(1) @ sensitivity)
 
     def adds(unit: int) -> float:
         return (lost([*gone, unit]) - lost(gone)) * float(share[unit])
@@ -504,14 +504,16 @@ def test_kfac_needs_no_labels() -> None:
     data = batches((64,) * 40)
     found = ready("kfac", surgeon.inspect(model, X), data).evidence
     curvatures = [s.curvature for s in found.statistics]
-    (felt,) = [
-        c.felt for c in curvatures if c is not None and c.weight is not None and c.weight.shape == (1, 8, 5)
+    (sensitivity,) = [
+        c.sensitivity
+        for c in curvatures
+        if c is not None and c.weight is not None and c.weight.shape == (1, 8, 5)
     ]
     want = torch.zeros(5, dtype=torch.float64)
     for number, x in enumerate(data, 1):
         y, out = read_and_output(model, x)
         want += squared_gradient(output_probe(out, generator=torch.Generator().manual_seed(number)), y)
-    np.testing.assert_allclose(felt.ravel().numpy(), want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(sensitivity.ravel().numpy(), want.numpy(), rtol=1e-5)
 
 
 def read_and_output(model: Pointwise, x: Tensor) -> tuple[Tensor, Tensor]:

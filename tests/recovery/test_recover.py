@@ -232,7 +232,7 @@ def weights_of(
     """
     recording = Recording(model, small, [((x,), {}) for x in data], [False] * len(data))
     draw = RowSample(recording, KeptEntries(recording.big, plan), lambda items, _: items)
-    site = next(site for site in draw.sites if site.name == name)
+    site = next(site for site in draw.layers if site.name == name)
     found = [
         torch.empty(len(w), dtype=w.dtype).scatter(0, at, w)
         for at, w in zip(draw.picked[site], draw.weights[site], strict=True)
@@ -423,7 +423,7 @@ def test_rows_weigh_as_the_outputs_feel_them() -> None:
     assert not found.remarks
 
 
-def test_without_gradients_all_rows_weigh_alike() -> None:
+def test_without_gradients_all_rows_have_the_same_weight() -> None:
     class Root(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -441,7 +441,7 @@ def test_without_gradients_all_rows_weigh_alike() -> None:
     with torch.inference_mode():  # whatever the caller is in
         found = recover(small, plan, model, data, steps=("refit",), ridges=TINY)
     assert found.remarks == (
-        "all rows of a layer weigh alike, as no gradient can be computed: one is NaN or infinite",
+        "all rows of a layer have the same weight, as no gradient can be computed: one is NaN or infinite",
     )
     x = torch.cat(data[:-1])
     with torch.no_grad():

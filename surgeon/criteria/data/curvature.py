@@ -3,7 +3,7 @@ on them.
 
 Two factors, as in K-FAC (Martens and Grosse, 2015): the covariance of what is read, and the squares of the
 gradients of what is given. They take positions for independent, and gradients for independent of what is
-read. Where features are pooled, or few samples switch a channel on and just these listen to it, both are
+read. Where features are pooled, or few samples switch a channel on and only their outputs read it, both are
 wrong by far; so what the loss of one entry does is measured without factors, too (`alone`).
 """
 
@@ -42,7 +42,7 @@ class Curvature:
         covariance: [groups, width * taps, width * taps], sum of x x^T over `count` rows. total: [groups,
             width * taps], of x.
         weight: [groups, width * taps, outputs]; None for products of data with data.
-        felt: [groups, outputs], sum over samples and positions of the squared gradient of each result.
+        sensitivity: [groups, outputs], sum over samples and positions of the squared gradient of each result.
         moments: [3, groups, width], sums over samples of u^2, u v and v^2, where u and v are the sums over a
             sample's positions of x * gradient and of the gradient of each entry, by this consumer alone (of
             products of data with data: by all).
@@ -67,7 +67,7 @@ class Curvature:
         self.covariance = torch.zeros(groups, entries, entries, dtype=torch.float64)
         self.total = torch.zeros(groups, entries, dtype=torch.float64)
         self.weight: Tensor | None = None
-        self.felt = torch.zeros((), dtype=torch.float64)
+        self.sensitivity = torch.zeros((), dtype=torch.float64)
         self.moments = torch.zeros(3, groups, width, dtype=torch.float64)
         self._sum, self._places = torch.zeros(groups, width, dtype=torch.float64), 0
         self._generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ class Curvature:
             found = found.mean().expand(groups, outputs)
         else:
             found = found.reshape(groups, -1).repeat_interleave(outputs * groups // found.numel(), 1)
-        self.felt = self.felt + found
+        self.sensitivity = self.sensitivity + found
         data = args[consumer.data].detach()
         self._add_moments(consumer, samples, data, _pulled_back(consumer, args, gradient))
 
@@ -158,10 +158,10 @@ class Curvature:
         weights.
         """
         assert self.weight is not None
-        felt = self.felt.expand(
+        sensitivity = self.sensitivity.expand(
             self.weight.shape[0], self.weight.shape[2]
         )  # 0 of a result that the outputs do not hang on
-        return (self.weight * felt[:, None]) @ self.weight.transpose(1, 2)
+        return (self.weight * sensitivity[:, None]) @ self.weight.transpose(1, 2)
 
     @property
     def alone(self) -> Tensor:

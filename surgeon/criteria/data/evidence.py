@@ -54,13 +54,13 @@ class Gradients:
         if self.gate:
             product = gradient * self.tensor.detach()
             for dim in self.gate:
-                felt = (
+                sensitivity = (
                     product.sum([d for d in range(product.dim()) if d != dim])
                     if product.dim() > 1
                     else product
                 )
-                self.gate[dim] += felt
-                self.gate_square[dim] += felt.square()
+                self.gate[dim] += sensitivity
+                self.gate_square[dim] += sensitivity.square()
 
 
 class Statistics:
@@ -77,7 +77,7 @@ class Statistics:
         weight_product: the same sum of w w^T.
         means: mean of each entry in each sample, of the first samples only. ranks: sum of the ranks of its
             maps.
-        felt: sum over samples of |mean of x * gradient over the positions|.
+        sensitivity: sum over samples of |mean of x * gradient over the positions|.
         curvature: if asked for.
     """
 
@@ -95,7 +95,7 @@ class Statistics:
         entries = torch.zeros(groups, width, dtype=torch.float64)
         self.total, self.size, self.square = entries, entries.clone(), entries.clone()
         self.weight_size, self.weight_square = entries.clone(), entries.clone()
-        self.ranks, self.felt = entries.clone(), entries.clone()
+        self.ranks, self.sensitivity = entries.clone(), entries.clone()
         square = (groups, width, width) if "covariance" in needs else (0,)
         self.covariance, self.weight_product = (torch.zeros(square, dtype=torch.float64) for _ in range(2))
         self.means: list[Tensor] = []
@@ -147,7 +147,7 @@ class Statistics:
         self._wanting.append(wants)
 
     def _add_felt(self, consumer: Consumer, data: Tensor, gradient: Tensor) -> None:
-        self.felt += consumer.rows((data * gradient).double()).mean(1).abs().sum(0).cpu()
+        self.sensitivity += consumer.rows((data * gradient).double()).mean(1).abs().sum(0).cpu()
 
     @property
     def needs_weights(self) -> bool:

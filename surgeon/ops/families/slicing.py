@@ -186,7 +186,7 @@ def select_scatter(ctx: OpContext) -> ValueIds:
 
 
 def constant_pad(ctx: OpContext) -> ValueIds:
-    """Entries that padding adds belong to nobody: they get ids of no slot and follow what they meet."""
+    """No parameter owns the entries that padding adds: each is removed with whatever it is joined to."""
     x, pads = ctx["self"], list(ctx["pad"])
     ndim, shape = len(ctx.out), ctx.shape(x)
     axes = dict(ctx.axes(x))
@@ -199,7 +199,7 @@ def constant_pad(ctx: OpContext) -> ValueIds:
         for d, track in list(axes.items()):
             if track.shape[dim] == 1 and d != dim:
                 continue
-            if d != dim:  # rows of another dim's track: the new rows are nobody's either
+            if d != dim:  # rows of another dim's track: the new rows are unowned as well
                 ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
                 continue
             edges = []

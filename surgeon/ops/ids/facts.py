@@ -89,8 +89,8 @@ class Facts:
         return ids
 
     def mark_unowned(self, ids: DimIds) -> None:
-        """These entries come from nobody's tensor: they follow what they meet, and nothing shows which of
-        them left.
+        """Ids of padding and constants. No parameter owns them: each is removed with whatever it is joined to, and
+        nothing shows which of them were.
         """
         self._unowned[ids] = True
 
@@ -128,7 +128,7 @@ class Facts:
         self._met[np.broadcast_to(ids, tied.shape)[tied]] = True
 
     def carried(self, ids: DimIds) -> None:
-        """A product gives a value with these entries along a dim that it does not sum over: what nobody's entries
+        """A product gives a value with these entries along a dim that it does not sum over: what unowned entries
         became there is no constant any more, and nothing would show which of them left.
         """
         loose = ids[self._unowned[ids] & ~self._met[ids]]

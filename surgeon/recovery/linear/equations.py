@@ -17,19 +17,19 @@ from surgeon.recovery.layers import Layer
 
 
 class Equations:
-    """The equations of one site: which rows, and how the weight is a matrix."""
+    """The equations of one layer: which rows, and how the weight is a matrix."""
 
-    def __init__(self, site: Layer, weight: Tensor) -> None:
-        self.site = site
+    def __init__(self, layer: Layer, weight: Tensor) -> None:
+        self.layer = layer
         self.shape = tuple(weight.shape)
-        self.layout = Layout.of(site.node, weight) if site.convolution else None
-        self.batched = site.batched
+        self.layout = Layout.of(layer.node, weight) if layer.convolution else None
+        self.batched = layer.batched
 
     def matrix(self, weight: Tensor) -> Tensor:
         """[groups, unknowns, outputs] of a weight as stored."""
         if self.layout is None:
-            read = self.site.weight.read(weight)
-            if self.site.rows_first:
+            read = self.layer.weight.read(weight)
+            if self.layer.rows_first:
                 read = read.t()
             return read if self.batched else read[None]
         groups = self.layout.groups
@@ -42,9 +42,9 @@ class Equations:
         """The weight as stored, of a matrix."""
         if self.layout is None:
             found = matrix if self.batched else matrix[0]
-            if self.site.rows_first:
+            if self.layer.rows_first:
                 found = found.t()
-            return self.site.weight.write(found)
+            return self.layer.weight.write(found)
         groups = self.layout.groups
         if self.layout.transposed:
             split = matrix.transpose(1, 2).reshape(
@@ -56,8 +56,8 @@ class Equations:
     def unknowns(self) -> int:
         """Weights of one output."""
         if self.layout is None:
-            sizes = self.site.weight.read(torch.empty(self.shape, device="meta")).shape
-            return sizes[-1] if self.site.rows_first else sizes[-2]
+            sizes = self.layer.weight.read(torch.empty(self.shape, device="meta")).shape
+            return sizes[-1] if self.layer.rows_first else sizes[-2]
         inputs = self.shape[0] // self.layout.groups if self.layout.transposed else self.shape[1]
         return inputs * math.prod(self.layout.kernel)
 
@@ -98,6 +98,6 @@ class Equations:
         assert self.layout is not None
         return torch.unravel_index(picked, (len(y), *y.shape[2:]))
 
-    def felt(self, squares: Tensor, picked: Tensor) -> Tensor:
+    def sensitivity(self, squares: Tensor, picked: Tensor) -> Tensor:
         """[rows]: how much the outputs feel the picked places, from the squared gradients of a result."""
         return self.given(squares, picked).sum((0, 2))

@@ -31,29 +31,29 @@ class Rows:
 
     def __init__(
         self,
-        site: Layer,
+        layer: Layer,
         equations: Equations,
         pairs: list[Pair],
         sample: RowSample,
         wanted: Callable[[Pair, float], Tensor],
     ) -> None:
-        self.site, self.equations, self.pairs, self.wanted = site, equations, pairs, wanted
-        self.picked, self.weights = sample.picked[site], sample.weights[site]
+        self.layer, self.equations, self.pairs, self.wanted = layer, equations, pairs, wanted
+        self.picked, self.weights = sample.picked[layer], sample.weights[layer]
         self.scale = self._scale()
 
     def _scale(self) -> Tensor:
         """From the result of adding 1 to what is wanted: all that is between is affine."""
         low, high = (self._of(0, more)[1][:, 0].double() for more in (0.0, 1.0))
         scale = (high - low).square().reciprocal()
-        for number in range(len(self.pairs) if self.site.path else 0):
+        for number in range(len(self.pairs) if self.layer.path else 0):
             scale[~torch.isfinite(self._of(number)[1]).all(1)] = 0
         return scale
 
     def _node(self, pair: Pair) -> fx.Node:
-        return twin(self.site.node, self.pairs[0].small, pair.small)
+        return twin(self.layer.node, self.pairs[0].small, pair.small)
 
     def _data(self, pair: Pair) -> fx.Node:
-        found: Any = arguments(self._node(pair))[self.site.data]
+        found: Any = arguments(self._node(pair))[self.layer.data]
         given: fx.Node = found
         return given
 
