@@ -44,6 +44,7 @@ ADVICE = (
     ("a product mixes with others", "pad after the product, or make the padding a parameter"),
     ("diagonal is read", "read the main diagonal of a square tensor: rows and columns then leave together"),
     ("rows are compared", "nothing: each pair of rows has its place in the result"),
+    ("statistics that are read", "nothing: they count how many entries there are"),
     ("picked by expert", "nothing yet: whole experts cannot leave, only the channels within them"),
     ("by index", "index along another dim: entries that are looked up by number must all be there"),
     ("used as an index", "nothing: values that serve as indices must stay as they are"),

@@ -51,3 +51,21 @@ def check_tensors(model: nn.Module, small: nn.Module, plan: Plan, read: Set[str]
                 why="the small model was changed since the cut, or comes from other weights or another plan",
                 fix="prove right after plan.apply(model), before training, recovery or fusion",
             )
+
+
+def check_has_values(*models: nn.Module) -> None:
+    """Refuse models on the meta device.
+
+    Raises:
+        ProofError: a tensor has no values.
+    """
+    for model in models:
+        name = next((name for name, tensor in named_tensors(model) if tensor.is_meta), None)
+        if name is not None:
+            raise ProofError(
+                "a model without values cannot be compared with another one",
+                where=f"{name} is on the meta device",
+                why="a proof holds numbers against numbers",
+                fix="plan on the meta device with surgeon.inspect(model, ...).plan(...), then plan.apply(...) and verify(...) "
+                "with the weights",
+            )

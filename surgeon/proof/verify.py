@@ -38,7 +38,7 @@ from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
 from surgeon.ops.table import Trait, has, op_name
 from surgeon.proof.finite import OverflowsError, check_finite
-from surgeon.proof.kept import check_tensors, kept_of
+from surgeon.proof.kept import check_has_values, check_tensors, kept_of
 from surgeon.proof.line_up import changed_constants, line_up
 from surgeon.proof.reference import ROUNDED, TOLERANCE, Reference, distance
 from surgeon.proof.result import Proof
@@ -77,6 +77,7 @@ def verify(
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
     check_fit(plan, model)
+    check_has_values(model, small)
     if graph is None:
         runs = record_runs(model, example_inputs, outputs=plan.request.get("outputs")).graphs
     else:

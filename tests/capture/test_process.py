@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from untouched import untouched
 
 import surgeon
+from surgeon.errors import ProofError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -212,6 +213,24 @@ def test_a_default_device_is_put_back() -> None:
         torch.set_default_device(None)
 
 
+def test_compiled_wrappers_are_cut_like_what_they_wrap() -> None:
+    for wrapped in (
+        torch.compile(net(), backend="eager"),
+        nn.Sequential(torch.compile(net(), backend="eager")),
+    ):
+        with untouched(wrapped):
+            small = cut(wrapped)
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net().parameters())
+        assert small(X).shape == (2, 4, 6, 6)
+
+
+def test_a_proof_needs_values() -> None:
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(ProofError, match=r"(?s)without values.*first.weight is on the meta device"):
+        cut(model)
+
+
 class MakesTensors(Net):
     """Its code makes tensors where the default device is."""
 
@@ -273,7 +292,7 @@ def test_threads_disturb_each_other_neither_way() -> None:
 
     def cutting(seed: int) -> Callable[[], None]:
         def work() -> None:
-            for _ in range(10):
+            for _ in range(50):
                 assert_same(cut(net_of[seed]), wanted[seed - 1])
 
         return work

@@ -50,7 +50,7 @@ def test_small_model_is_the_masked_reference(motif: Motif, ratio: float) -> None
         model, x = prepared(motif, seed)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         surgery = surgeon.inspect(model, x)
-        plan = surgery.plan(ratio, criterion="random", seed=seed)
+        plan = surgery.plan(ratio, criterion="random", seed=seed, round_to=1)
         small = plan.apply(model)
         proof = surgeon.verify(model, small, plan, x)
         assert proof.error <= 1e-9
@@ -75,7 +75,7 @@ def test_wrong_plans_are_rejected(motif: Motif) -> None:
     """
     model, x = prepared(motif)
     surgery = surgeon.inspect(model, x)
-    plan = surgery.plan(0.5, criterion="random", seed=1)
+    plan = surgery.plan(0.5, criterion="random", seed=1, round_to=1)
     plan.apply(model)  # finds the edits
     tried = 0
     for small, bad in wrong_cuts(model, plan):
@@ -91,7 +91,7 @@ def test_mending(motif: Motif) -> None:
     model, x = prepared(motif)
     names = set()
     for ratio in (0.25, 0.5, 0.75):
-        plan = surgeon.inspect(model, x).plan(ratio, criterion="random", seed=3)
+        plan = surgeon.inspect(model, x).plan(ratio, criterion="random", seed=3, round_to=1)
         plan.apply(model)
         names |= {edit.name for edit in plan.edits}
     assert names == set(motif.edits)

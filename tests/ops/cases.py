@@ -50,6 +50,7 @@ CASES = [
         ((2, 4, 3), (4,), (4,)),
         "a0 a1=b0=c0 a2",
     ),
+    Case("statistics", lambda a, b, c: _normed(a, b, c), ((2, 4, 3), (4,), (4,)), "a1=b0=c0"),
     Case("glu", lambda a: F.glu(a, 1), ((3, 8),), "a0 a1/4"),
     Case("to dtype", lambda a: a.to(torch.float64) * 2, (S,), "a0 a1"),
     Case("zeros_like", lambda a, b: torch.zeros_like(a) + b, (S, S), "a0=b0 a1=b1"),
@@ -275,6 +276,11 @@ CASES = [
 
 def _mixer(size: int) -> torch.Tensor:
     return torch.linspace(0, 1, size * 3, dtype=torch.float64).sin().view(size, 3)
+
+
+def _normed(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    out, mean, _, written, _ = aten._native_batch_norm_legit_functional(a, b, b, c, c.abs(), True, 0.1, 1e-5)
+    return out * mean.view(1, -1, 1) + written.view(1, -1, 1)
 
 
 def _rewritten(a: torch.Tensor) -> torch.Tensor:

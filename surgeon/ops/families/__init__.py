@@ -5,6 +5,7 @@ from surgeon.ops.families import (
     contraction,
     convolution,
     diagonal,
+    distance,
     elementwise,
     factory,
     indexing,
@@ -17,6 +18,6 @@ from surgeon.ops.families import (
 )
 
 FAMILIES = (
-    attention, contraction, convolution, diagonal, elementwise, factory, indexing, movement, normalisation, reduction,
+    attention, contraction, convolution, diagonal, distance, elementwise, factory, indexing, movement, normalisation, reduction,
     reshape, slicing, window,
 )  # fmt: skip

@@ -291,7 +291,3 @@ op(
     "_grouped_mm", Family.CONTRACTION, "self:tk, mat2:ekj -> tj",
     ids=grouped_product, row_bytes=16, in_float64=grouped_in_float64,
 )  # fmt: skip
-op(
-    "_cdist_forward _euclidean_dist", Family.REDUCTION, "x1:Bik, x2:Bjk -> Bij",  # of all rows i from all rows j
-    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]},
-)  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgeon.graph.queries import is_read
 from surgeon.ops import masks
 from surgeon.ops.context import OpContext, along, broadcast
 from surgeon.ops.families.elementwise import per_channel
@@ -80,13 +81,21 @@ def batch_norm(ctx: OpContext) -> Any:
     """x [N, C, ...] with vectors [C]; each channel by itself, in training mode too."""
     x = ctx["input"]
     vectors = [ctx.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    ndim = len(ctx.out)
-    operands = [(ctx.axes(x), ctx.shape(x))]
+    ndim, axes = len(ctx.out), ctx.axes(x)
+    if any(is_read(ctx.node, place) for place in range(1, len(ctx.node.meta["spec"]))):
+        axes = ctx.freeze(axes, set(range(ndim)) - {1}, "statistics that are read are taken over it")
+    operands = [(axes, ctx.shape(x))]
     for vector in (v for v in vectors if v is not None):
         shape, axes = per_channel(ctx.shape(vector), ctx.axes(vector), ndim)
         operands.append((axes, shape))
     out = broadcast(ctx, operands, ctx.out)
-    return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
+    vector_ids = (
+        {0: out[1].reshape(-1)} if 1 in out else {}
+    )  # of statistics, as they are or as they are written
+    return tuple(
+        out if i == 0 else vector_ids if spec is not None and spec.shape == ctx.out[1:2] else {}
+        for i, spec in enumerate(ctx.node.meta["spec"])
+    )
 
 
 def _all_but(ctx: OpContext) -> Mapping[str, Iterable[int]]:
@@ -168,19 +177,26 @@ def batch_norm_absent(call: MaskedOp) -> Any:
     data, mask = call.values[call["input"]]
     ndim = data.dim()
     others = [d for d in range(ndim) if d != 1]
+    result = list(call.run(call.data))
     if call.get("training") is True and masks.varies(mask, others):
         plain = normalised(data, mask, others, call["eps|epsilon"])
         for vector, scale in ((call["weight"], True), (call["bias"], False)):
             if vector is not None:
                 wide = call.data(vector).reshape(1, -1, *(1,) * (ndim - 2))
                 plain = plain * wide if scale else plain + wide
-        result: Any = (plain, None, None)
-    else:
-        result = call.run(call.data)
+        result = [plain, *(None for _ in result[1:])]  # nothing reads the others
     factors = list(mask)
     for vector in map(call.get, ("weight", "bias", "running_mean", "running_var")):
         factors += [f.reshape(1, -1, *(1,) * (ndim - 2)) for f in call.mask(vector)]
-    return call.outputs(result, masks.tidy(factors))
+    whole = masks.tidy(factors)
+    statistics = tuple(f.reshape(-1) for f in masks.any_along(whole, others))
+    return [
+        (
+            item,
+            whole if place == 0 else statistics if item is not None and item.shape == data.shape[1:2] else (),
+        )
+        for place, item in enumerate(result)
+    ]
 
 
 def weight_norm_absent(call: MaskedOp) -> Any:
@@ -217,7 +233,7 @@ op("_weight_norm_interface", Family.REDUCTION, ids=weight_norm, absent=weight_no
 op(
     """
     native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
-    _batch_norm_no_update
+    _batch_norm_no_update _native_batch_norm_legit_functional
     """,
     Family.ELEMENTWISE,
     ids=batch_norm,

@@ -92,14 +92,6 @@ def fourier(ctx: OpContext) -> ValueIds:
     return ctx.freeze(ctx.axes(x), dims, "a Fourier transform runs along it")
 
 
-def pairs(ctx: OpContext) -> ValueIds:
-    """Distances of all rows from each other: each row has its places in the result."""
-    axes = ctx.freeze(ctx.axes(ctx["self"]), [0], "its rows are compared with each other")
-    if 1 in axes:
-        ctx.constraints.reduced(ctx.constraints.collapse(axes[1], 0))
-    return {}
-
-
 # -- what is computed when entries are gone -----------------------------------------------------------------
 
 
@@ -151,13 +143,6 @@ def _absent_from_norm(call: MaskedOp) -> float:
     """Zero adds nothing to a norm of a positive order; to one of a negative order only infinity does."""
     order = call.get("p" if call.name == "norm" else "ord")
     return math.inf if order is not None and order < 0 else 0.0
-
-
-def pairs_absent(call: MaskedOp) -> Any:
-    """What is absent of all rows adds nothing to their distances."""
-    if masks.varies(call.mask(call["self"]), [0]):
-        raise refusal(call, "rows that are compared with others were removed")
-    return call.run(call.zeroed), ()
 
 
 def extremum(call: MaskedOp) -> Any:
@@ -238,10 +223,3 @@ op(
 )  # fmt: skip
 op("cumsum cumprod cummax cummin logcumsumexp sort topk", Family.REDUCTION, ids=ordered, mixes=along)
 op("_fft_r2c _fft_c2c _fft_c2r", Family.REDUCTION, ids=fourier, mixes=along)
-op(
-    "_pdist_forward",
-    Family.REDUCTION,
-    ids=pairs,
-    absent=pairs_absent,
-    mixes=lambda c: {"self": [0, 1]},
-)
