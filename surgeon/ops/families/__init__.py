@@ -5,7 +5,6 @@ from surgeon.ops.families import (
     contraction,
     convolution,
     diagonal,
-    distance,
     elementwise,
     factory,
     indexing,
@@ -18,6 +17,6 @@ from surgeon.ops.families import (
 )
 
 FAMILIES = (
-    attention, contraction, convolution, diagonal, distance, elementwise, factory, indexing, movement, normalisation, reduction,
+    attention, contraction, convolution, diagonal, elementwise, factory, indexing, movement, normalisation, reduction,
     reshape, slicing, window,
 )  # fmt: skip
