@@ -1,7 +1,7 @@
-"""find_lanes(solution) -> BalancedSets: from balances to steps that keep them.
+"""find_balanced_sets(solution) -> BalancedSets: from balances to steps that keep them.
 
-Atoms that stand equally often in the same balanced rows share a lane. A family of lanes, connected by common
-balances, moves in bundles: so many units of each lane leave at once that all rows of every balance lose
+Atoms that stand equally often in the same balanced rows are one *balanced set*. A family of sets, connected by common
+balances, shrinks in steps: so many units of each set leave at once that all rows of every balance lose
 equally many.
 """
 
@@ -21,17 +21,17 @@ from surgeon.ops.ids import DimIds
 _DROPPED, _TRIED = (
     5,
     200,
-)  # lanes that may be left out to make the others move, and sets of them that are tried
+)  # sets that may be left out so that the others can shrink, and sets of them that are tried
 
 
 @dataclasses.dataclass
 class BalancedSets:
-    """label[atom]: its lane (0: none); bundles: per family of lanes, label -> how many of it one step must
+    """label[atom]: its set (0: none); steps_of: per family of sets, label -> how many of it one step must
     remove.
     """
 
     label: DimIds
-    bundles: dict[int, dict[int, int]]
+    steps_of: dict[int, dict[int, int]]
 
 
 @dataclasses.dataclass
@@ -46,8 +46,8 @@ class _Incidence:
     rows: int
 
 
-def find_lanes(solution: Solution) -> BalancedSets:
-    """From balances to lanes: atoms with the same incidence in all balanced rows share a lane."""
+def find_balanced_sets(solution: Solution) -> BalancedSets:
+    """From balances to balanced sets: atoms with the same incidence in all balanced rows are one."""
     label = np.zeros(len(solution.root), dtype=np.uint64)
     random = np.random.default_rng(0)
     found: list[_Incidence] = []
@@ -71,7 +71,7 @@ def find_lanes(solution: Solution) -> BalancedSets:
             weights = random.integers(1, 1 << 62, size=height, dtype=np.uint64)
             np.add.at(label, atom, weights[row] * count.astype(np.uint64))
             found.append(_Incidence(atom, row, count, height))
-    return BalancedSets(label, _bundles(label, found, _roles(solution)))
+    return BalancedSets(label, _steps_of(label, found, _roles(solution)))
 
 
 def _roles(solution: Solution) -> DimIds:
@@ -84,8 +84,8 @@ def _roles(solution: Solution) -> DimIds:
     return found
 
 
-def _bundles(label: DimIds, found: list[_Incidence], roles: DimIds) -> dict[int, dict[int, int]]:
-    """For each lane its family's bundle: the fewest units per lane whose leaving keeps every balance. {} if
+def _steps_of(label: DimIds, found: list[_Incidence], roles: DimIds) -> dict[int, dict[int, int]]:
+    """For each set its family's step: the fewest units per set whose leaving keeps every balance. {} if
     there is none.
     """
     import networkx as nx
@@ -98,71 +98,71 @@ def _bundles(label: DimIds, found: list[_Incidence], roles: DimIds) -> dict[int,
         role |= dict(zip(labels.tolist(), roles[item.atom].tolist(), strict=True))
         kinds, first = np.unique(labels, return_index=True)
         nx.add_path(families, kinds.tolist())
-        shown = np.isin(item.atom, item.atom[first])  # one atom stands for its lane
+        shown = np.isin(item.atom, item.atom[first])  # one atom stands for its set
         equations[int(kinds[0])].append((labels[shown], item.row[shown], item.count[shown], item.rows))
-    bundles: dict[int, dict[int, int]] = {}
+    steps_of: dict[int, dict[int, int]] = {}
     population = dict(zip(*[x.tolist() for x in np.unique(label, return_counts=True)], strict=True))
     for family in nx.connected_components(families):
-        lanes = sorted(family)
-        rows = [e for lane in lanes for e in equations.get(lane, [])]
-        for bundle in _solve_bundles(lanes, rows, population, role):
-            bundles |= dict.fromkeys(bundle, bundle)
-    return bundles
+        sets = sorted(family)
+        rows = [e for one_set in sets for e in equations.get(one_set, [])]
+        for taken in _solve_steps(sets, rows, population, role):
+            steps_of |= dict.fromkeys(taken, taken)
+    return steps_of
 
 
-def _solve_bundles(
-    lanes: list[int],
+def _solve_steps(
+    sets: list[int],
     rows: list[tuple[DimIds, DimIds, DimIds, int]],
     population: dict[int, int],
     role: dict[int, int],
 ) -> list[dict[int, int]]:
-    """Bundles of lanes: in each, smallest positive counts such that all rows of every balance lose equally
+    """Steps of balanced sets: in each, smallest positive counts such that all rows of every balance lose equally
     many.
 
-    BalancedSets that are alike (as many units, standing as often) form a bundle of their own where that keeps
+    Sets that are alike (as many units, standing as often) form a step of their own where that keeps
     every balance: the parts of a row need not shrink in step. So do rows of grids, and columns: either is an
-    alternative to the other. BalancedSets of a single odd unit that make this impossible keep all of theirs.
+    alternative to the other. Sets of a single odd unit that make this impossible keep all of theirs.
     """
-    place = {lane: i for i, lane in enumerate(lanes)}
+    place = {one_set: i for i, one_set in enumerate(sets)}
     blocks, counts = [], []
     for labels, row, count, height in rows:
-        block = np.zeros((height, len(lanes)), dtype=np.int64)
+        block = np.zeros((height, len(sets)), dtype=np.int64)
         np.add.at(block, (row, np.array([place[int(x)] for x in labels])), count)
         counts.append(block)
         blocks.append(block[1:] - block[:1])
     matrix = np.unique(np.concatenate(blocks), axis=0)
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     sides: dict[int, list[int]] = defaultdict(list)
-    for i, lane in enumerate(lanes):
-        kinds[(population[lane], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
-        sides[role[lane]].append(i)
+    for i, one_set in enumerate(sets):
+        kinds[(population[one_set], *np.sort(np.concatenate(counts)[:, i]).tolist())].append(i)
+        sides[role[one_set]].append(i)
     if not any(matrix[:, own].sum(axis=1).any() for own in kinds.values()):
-        return [{lanes[i]: 1 for i in own} for own in kinds.values()]
+        return [{sets[i]: 1 for i in own} for own in kinds.values()]
     apart = [own for side in sides.values() for own in _connected(matrix, side)]
-    for parts in (apart, [list(range(len(lanes)))]):
-        found = [_solve([lanes[i] for i in own], matrix[:, own], population) for own in parts]
+    for parts in (apart, [list(range(len(sets)))]):
+        found = [_solve([sets[i] for i in own], matrix[:, own], population) for own in parts]
         if all(found):
             return found
     return []
 
 
-def _connected(matrix: DimIds, lanes: list[int]) -> list[list[int]]:
-    """Those of the lanes that equations bind to one another, apart from the others."""
+def _connected(matrix: DimIds, sets: list[int]) -> list[list[int]]:
+    """Those of the sets that equations bind to one another, apart from the others."""
     import networkx as nx
 
     bound = nx.Graph()
-    bound.add_nodes_from(lanes)
-    for equation in matrix[:, lanes]:
-        nx.add_path(bound, [lanes[i] for i in np.flatnonzero(equation)])
+    bound.add_nodes_from(sets)
+    for equation in matrix[:, sets]:
+        nx.add_path(bound, [sets[i] for i in np.flatnonzero(equation)])
     return [sorted(own) for own in nx.connected_components(bound)]
 
 
-def _solve(lanes: list[int], matrix: DimIds, population: dict[int, int]) -> dict[int, int]:
-    """One bundle of these lanes, of which as few units as possible are left out; {} if there is none."""
-    for kept in _subsets([population[lane] for lane in lanes]):
+def _solve(sets: list[int], matrix: DimIds, population: dict[int, int]) -> dict[int, int]:
+    """One step of these sets, of which as few units as possible are left out; {} if there is none."""
+    for kept in _subsets([population[one_set] for one_set in sets]):
         counts = _positive(matrix[:, kept])
         if counts is not None:
-            return dict(zip([lanes[i] for i in kept], counts, strict=True))
+            return dict(zip([sets[i] for i in kept], counts, strict=True))
     return {}
 
 
@@ -181,7 +181,7 @@ def _positive(matrix: DimIds) -> list[int] | None:
     """Smallest positive counts per column that make every row vanish, if they are unique up to a factor or
     all one.
     """
-    if not matrix.any(axis=0).all():  # a lane that no equation binds: it is free by itself
+    if not matrix.any(axis=0).all():  # a set that no equation binds: it is free by itself
         return None
     if not matrix.sum(axis=1).any():
         return [1] * matrix.shape[1]

@@ -38,8 +38,8 @@ def kinds_of(
     """Which groups are rows and which columns of a grid, and a number for each connected set of them."""
     count = len(families)
     kinds, grids = ["channels"] * count, list(range(count))
-    batched = [bool(solution.batched[lanes].any()) for lanes in families]
-    steps = [lanes.shape[1] for lanes in families]
+    batched = [bool(solution.batched[sets].any()) for sets in families]
+    steps = [sets.shape[1] for sets in families]
     pairs: set[tuple[int, int]] = set()
     for rows in solution.atoms(solution.row[cells]):
         for columns in solution.atoms(solution.column[cells]):

@@ -43,7 +43,7 @@ def frozen_share(analysis: Analysis) -> FrozenShare:
     solution = analysis.solution
     held = np.zeros(len(solution.root), dtype=bool)
     for group in analysis.groups:
-        held[group.lanes] = True
+        held[group.sets] = True
     channels, frozen = 0, dict[str, int]()
     seen: set[bytes] = set()
     for ids in _outputs(analysis):

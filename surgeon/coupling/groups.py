@@ -2,7 +2,7 @@
 
 A *unit* is an atom that touches slots and is not frozen. Units that touch the same slots form a group. Where
 a balance asks that several rows keep equally many (columns of heads, halves of a chunk), the group has a
-*lane* for each of them, and one step removes one unit from every lane; otherwise there is a single lane and a
+*balanced set* for each of them, and one step removes one unit from every set; otherwise there is a single set and a
 step is a unit.
 """
 
@@ -14,7 +14,7 @@ from collections import defaultdict
 import numpy as np
 from torch import fx
 
-from surgeon.coupling.balanced_steps import BalancedSets, find_lanes
+from surgeon.coupling.balanced_steps import BalancedSets, find_balanced_sets
 from surgeon.coupling.cells import cells_of, is_row, kinds_of
 from surgeon.coupling.frozen import FrozenGroup, _stuck
 from surgeon.coupling.propagate import Propagation, Slot
@@ -40,9 +40,9 @@ class Group:
 
     Attributes:
         name: the first tensor that it touches, and which part of a grid it is.
-        lanes: [lanes, steps] atoms; step j removes one unit of every lane (which one is a matter of scores).
-        members: the slots and their indices, by unit; units are numbered lane by lane.
-        strata: [lanes, steps] numbers: units of a lane with the same number touch the same slots. Usually all
+        sets: [sets, steps] atoms; step j removes one unit of every balanced set (which one is a matter of scores).
+        members: the slots and their indices, by unit; units are numbered set by set.
+        strata: [sets, steps] numbers: units of a set with the same number touch the same slots. Usually all
             are alike.
         kind: "channels", or "rows" / "columns" of a grid (heads and head dims, groups and channels per
             group), or "middle": columns of one grid that are rows of the next.
@@ -56,7 +56,7 @@ class Group:
     """
 
     name: str
-    lanes: DimIds
+    sets: DimIds
     members: tuple[Member, ...]
     strata: DimIds
     kind: str = "channels"
@@ -68,12 +68,12 @@ class Group:
     @property
     def steps(self) -> int:
         """How many times something could be removed; at least one step always stays."""
-        return int(self.lanes.shape[1])
+        return int(self.sets.shape[1])
 
     @property
     def units(self) -> int:
         """How many units the group has."""
-        return int(self.lanes.size)
+        return int(self.sets.size)
 
     @property
     def width(self) -> int:
@@ -92,42 +92,42 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
     """
     slots = list(propagation.slots)
     touches = _touches(propagation, solution, slots)
-    lanes_of = find_lanes(solution)
+    sets_of = find_balanced_sets(solution)
     atoms, slot_of, index_of = touches
     loose = ~solution.frozen[atoms]
     atoms, slot_of, index_of = atoms[loose], slot_of[loose], index_of[loose]
     cells = cells_of(propagation, solution)
-    families, stratum = _families(atoms, slot_of, lanes_of, len(slots), is_row(solution, cells))
+    families, stratum = _families(atoms, slot_of, sets_of, len(slots), is_row(solution, cells))
     groups_of = np.full(len(solution.root), -1, dtype=np.int64)
     unit_of = np.full(len(solution.root), -1, dtype=np.int64)
-    for number, lanes in enumerate(families):
-        groups_of[lanes.ravel()] = number
-        unit_of[lanes.ravel()] = np.arange(lanes.size)
+    for number, sets in enumerate(families):
+        groups_of[sets.ravel()] = number
+        unit_of[sets.ravel()] = np.arange(sets.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
     kinds, grids = kinds_of(solution, cells, groups_of, families)
     made = outputs_of_tensors(propagation, solution)
     found = []
-    for number, lanes in enumerate(families):
+    for number, sets in enumerate(families):
         if members[number]:
             first = members[number][0]
             name = f"{first.tensor}[{first.dim}]" + (
                 "" if kinds[number] == "channels" else f" {kinds[number]}"
             )
-            batched = bool(solution.batched[lanes].any())
+            batched = bool(solution.batched[sets].any())
             tensors = dict.fromkeys(member.tensor for member in members[number])
             producers = tuple(
-                tensor for tensor in tensors if tensor in made and np.isin(lanes, made[tensor]).any()
+                tensor for tensor in tensors if tensor in made and np.isin(sets, made[tensor]).any()
             )
             part = (
                 name,
-                lanes,
+                sets,
                 tuple(members[number]),
-                stratum[lanes],
+                stratum[sets],
                 kinds[number],
                 grids[number],
                 batched,
             )
-            found.append(Group(*part, _attention(solution, lanes), producers or tuple(tensors)))
+            found.append(Group(*part, _attention(solution, sets), producers or tuple(tensors)))
     order = {slot: i for i, slot in enumerate(slots)}
     found.sort(key=lambda g: order[g.slots[0]])
     found = _unique_names(found)
@@ -159,8 +159,8 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}
 
 
-def _attention(solution: Solution, lanes: DimIds) -> str:
-    return "heads" if solution.heads[lanes].any() else "head dims" if solution.head_dims[lanes].any() else ""
+def _attention(solution: Solution, sets: DimIds) -> str:
+    return "heads" if solution.heads[sets].any() else "head dims" if solution.head_dims[sets].any() else ""
 
 
 def _unique_names(groups: list[Group]) -> list[Group]:
@@ -198,12 +198,12 @@ def _touches(
 
 
 def _families(
-    atoms: DimIds, slot_of: DimIds, lanes: BalancedSets, slots: int, is_row: DimIds
+    atoms: DimIds, slot_of: DimIds, sets: BalancedSets, slots: int, is_row: DimIds
 ) -> tuple[list[DimIds], DimIds]:
-    """[lanes, steps] atoms per group, in order of first appearance; and of each atom, a number for the slots
+    """[sets, steps] atoms per group, in order of first appearance; and of each atom, a number for the slots
     that it touches.
     """
-    stratum = np.zeros(len(lanes.label), dtype=np.int64)
+    stratum = np.zeros(len(sets.label), dtype=np.int64)
     if not atoms.size:
         return [], stratum
     weights = np.random.default_rng(1).random(
@@ -216,7 +216,7 @@ def _families(
     first_seen[atoms[::-1]] = np.arange(len(atoms))[::-1]
     order = np.argsort(first_seen[unique])
     unique, signature = unique[order], signature[order]
-    label = lanes.label[unique]
+    label = sets.label[unique]
     stratum[unique] = np.unique(signature, return_inverse=True)[1]
     families: list[tuple[int, DimIds]] = []
     plain = label == 0
@@ -225,14 +225,16 @@ def _families(
         families.append((int(where[0]), unique[where][None]))
     seen: set[int] = set()
     for key in dict.fromkeys(label[~plain].tolist()):
-        bundle = lanes.bundles.get(key, {})
-        if key in seen or not bundle:
+        taken = sets.steps_of.get(key, {})
+        if key in seen or not taken:
             continue
-        seen |= set(bundle)
-        units = {lane: unique[label == lane] for lane in bundle}
-        steps = min(len(units[lane]) // count for lane, count in bundle.items())
+        seen |= set(taken)
+        units = {one_set: unique[label == one_set] for one_set in taken}
+        steps = min(len(units[one_set]) // count for one_set, count in taken.items())
         if steps:
-            parts = [units[lane][i::count][:steps] for lane, count in bundle.items() for i in range(count)]
+            parts = [
+                units[one_set][i::count][:steps] for one_set, count in taken.items() for i in range(count)
+            ]
             families.append((int(np.flatnonzero(label == key)[0]), np.stack(parts)))
     return [family for _, family in sorted(families, key=lambda f: f[0])], stratum
 

@@ -43,15 +43,15 @@ class Ignored:
         return held
 
     def groups_left(self, groups: list[Group], links: Sequence[Link], held: DimIds) -> list[Group]:
-        """Groups less the held units; groups of several lanes or with links stay whole or not at all."""
+        """Groups less the held units; groups of several balanced sets or with links stay whole or not at all."""
         if not held.any():
             return groups
         linked = {name for link in links for name in link}
-        whole = {g.name for g in groups if held[g.lanes].any() and (len(g.lanes) > 1 or g.name in linked)}
+        whole = {g.name for g in groups if held[g.sets].any() and (len(g.sets) > 1 or g.name in linked)}
         whole = reachable(whole, links)
         kept = []
         for group in groups:
-            free = ~held[group.lanes].any(axis=0)
+            free = ~held[group.sets].any(axis=0)
             if group.name in whole or not free.any():
                 continue
             kept.append(group if free.all() else _restricted(group, free))
@@ -108,7 +108,7 @@ def path_of(model: nn.Module, part: Any, said: str = "got") -> str:
 
 
 def _restricted(group: Group, free: DimIds) -> Group:
-    """The group with only some of its units (single lane)."""
+    """The group with only some of its units (a single balanced set)."""
     number = np.full(group.units, -1, dtype=np.int64)
     number[free] = np.arange(int(free.sum()))
     members = []
@@ -119,5 +119,5 @@ def _restricted(group: Group, free: DimIds) -> Group:
                 dataclasses.replace(member, index=member.index[stays], unit=number[member.unit[stays]])
             )
     return dataclasses.replace(
-        group, lanes=group.lanes[:, free], strata=group.strata[:, free], members=tuple(members)
+        group, sets=group.sets[:, free], strata=group.strata[:, free], members=tuple(members)
     )

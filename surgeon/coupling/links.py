@@ -27,7 +27,7 @@ def find_links(
     names = []
     grids: dict[int, list[int]] = defaultdict(list)
     for number, group in enumerate(groups):
-        group_of[group.lanes.ravel()] = number
+        group_of[group.sets.ravel()] = number
         names.append(group.name)
         if group.grid >= 0:
             grids[group.grid].append(number)

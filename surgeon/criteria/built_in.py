@@ -126,7 +126,7 @@ def prepare(
 
 
 def scores(which: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
-    """The criterion's scores as a float64 array [lanes, steps], checked.
+    """The criterion's scores as a float64 array [sets, steps], checked.
 
     Raises:
         InputError: wrong length, or a score that is NaN or infinite.
@@ -145,4 +145,4 @@ def scores(which: Criterion, group: Group, tensors: Mapping[str, Tensor]) -> Dim
             why="the weights hold NaN or inf, or the criterion divides by zero",
             fix="repair the weights (see torch.isfinite) or the criterion",
         )
-    return found.reshape(group.lanes.shape)
+    return found.reshape(group.sets.shape)

@@ -67,7 +67,7 @@ class _Groups:
         self.of_atom = np.full(len(shapes.solution.root), -1, dtype=np.int64)
         for number, group in enumerate(find_groups(shapes.propagation, shapes.solution)[0]):
             self.names.append(group.name)
-            self.of_atom[group.lanes.ravel()] = number
+            self.of_atom[group.sets.ravel()] = number
         self.nodes: dict[tuple[int, str, str], list[fx.Node]] = {}
         for graph in runs:
             for at, call in enumerate(repeated(graph)):

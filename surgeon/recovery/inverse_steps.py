@@ -12,7 +12,7 @@ from surgeon.criteria.data.consumers import normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.families.elementwise import affine
-from surgeon.ops.families.movement import permutation
+from surgeon.ops.families.moves.movement import permutation
 from surgeon.ops.table import Trait, has, op_name
 
 

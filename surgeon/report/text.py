@@ -54,7 +54,7 @@ def alike(named: Sequence[tuple[str, str]]) -> list[str]:
 def _group_line(group: Group) -> str:
     text = f"  {group.name}: {group.width} channels"
     if group.steps != group.width:
-        text += f" in {group.steps} steps" + (f" of {len(group.lanes)} units" if len(group.lanes) > 1 else "")
+        text += f" in {group.steps} steps" + (f" of {len(group.sets)} units" if len(group.sets) > 1 else "")
     others = [f"{tensor}[{dim}]" for tensor, dim in group.slots if f"{tensor}[{dim}]" not in group.name]
     if others:
         text += (

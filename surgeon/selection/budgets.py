@@ -67,13 +67,13 @@ class Budgets:
         holds: Callable[[State], bool],
         best: State,
         scope: str | None = None,
-        bands: list[LinkedGroups] | None = None,
+        linked_groups: list[LinkedGroups] | None = None,
     ) -> State:
         """What leaves at the smallest ratio that holds; `best` holds."""
         low, high = 0.0, 1.0
         while high - low > _NARROWEST:
             middle = (low + high) / 2
-            found = self.planner.at(middle, scope, bands)
+            found = self.planner.at(middle, scope, linked_groups)
             if holds(found):
                 best, high = found, middle
             else:
@@ -86,19 +86,23 @@ class Budgets:
         """The knapsack's choice, from where the other scopes end; its limit is lowered until every budget
         holds.
         """
-        bands = self.planner.bands(0.5)
-        most = self.planner.at(math.nextafter(1.0, 0.0), "uniform", bands)
+        linked_groups = self.planner.linked_groups(0.5)
+        most = self.planner.at(math.nextafter(1.0, 0.0), "uniform", linked_groups)
         starts = (
-            [self._least(holds, most, scope, bands) for scope in ("uniform", "global")] if holds(most) else []
+            [self._least(holds, most, scope, linked_groups) for scope in ("uniform", "global")]
+            if holds(most)
+            else []
         )
 
         def cost(counts: list[int]) -> float:
-            choice = self.planner.choice(State(bands, counts))
+            choice = self.planner.choice(State(linked_groups, counts))
             return sum(cost(choice) / limits[kind] for kind, cost in costs.items())
 
         limit = float(len(costs))
         for _ in range(_TIGHTER):
-            state = State(bands, knapsack(bands, cost, limit, [state.counts for state in starts]))
+            state = State(
+                linked_groups, knapsack(linked_groups, cost, limit, [state.counts for state in starts])
+            )
             if holds(state):
                 return state
             limit *= 0.95
@@ -108,15 +112,15 @@ class Budgets:
         """Give steps back while all budgets hold, those with the highest scores first."""
 
         def value(number: int) -> float:
-            band, count = state.bands[number], state.counts[number]
-            return float(band.score[count - 1] / max(band.score.mean(), 1e-30)) if count else -math.inf
+            linked, count = state.linked_groups[number], state.counts[number]
+            return float(linked.score[count - 1] / max(linked.score.mean(), 1e-30)) if count else -math.inf
 
         fits = True
         while fits:
             fits = False
-            for number in sorted(range(len(state.bands)), key=value, reverse=True):
+            for number in sorted(range(len(state.linked_groups)), key=value, reverse=True):
                 before = state.counts[number]
-                less = state.bands[number].fewer(before)
+                less = state.linked_groups[number].fewer(before)
                 if less is None:
                     continue
                 state.counts[number] = less

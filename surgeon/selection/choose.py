@@ -1,9 +1,9 @@
 """choose(...) -> (Choice, block): which units leave, from scores and a ratio or budgets.
 
-Scopes: `uniform` removes the same share of every band (see `bands`); `global` removes the lowest scores
+Scopes: `uniform` removes the same share of all linked groups (see `linked_groups`); `global` removes the lowest scores
 wherever they are; `isomorphic` does so among groups of like structure; `knapsack` weighs importance against
 cost (see there). A budget is met from below: the ratio is searched at which all budgets just hold, then
-whatever still fits is given back, the highest scores first, until no band can take one step more.
+whatever still fits is given back, the highest scores first, until no linked groups can take one step more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def choose(
     """The choice that meets the request, and the block that its widths are multiples of.
 
     Args:
-        scores: [lanes, steps] of a group, low leaves first.
+        scores: [sets, steps] of a group, low leaves first.
         links: pairs of groups that keep the same share.
         block: kept widths are multiples of it; of less under "auto" if a budget cannot be met otherwise,
             which is warned of.

@@ -1,12 +1,12 @@
-"""solve(bands, cost, limit) -> counts: what to remove so that the layers keep most of their importance within
+"""solve(linked_groups, cost, limit) -> counts: what to remove so that the layers keep most of their importance within
 a budget.
 
-Each band keeps a share of its importance (the squared scores of what stays); the product of these shares over
-all slots that the bands hold is kept as large as possible, so that no layer is emptied for the sake of
+Linked groups keep a share of its importance (the squared scores of what stays); the product of these shares over
+all slots that they hold is kept as large as possible, so that no layer is emptied for the sake of
 others, and a residual stream counts once for every layer that it runs through. (Scores that add up, such as
-those of `kfac`, are summed instead.) Per count of steps a band has a value and a cost, and dynamic
-programming over bands picks one count each (a multiple-choice knapsack; Shen et al., HALP, NeurIPS 2022, use
-one for latency). What a band costs hangs on the widths around it, so the costs are measured at the last
+those of `kfac`, are summed instead.) Per count of steps they have a value and a cost, and dynamic
+programming over them picks one count each (a multiple-choice knapsack; Shen et al., HALP, NeurIPS 2022, use
+one for latency). What they cost hangs on the widths around it, so the costs are measured at the last
 solution and the knapsack is solved again, a few times.
 """
 
@@ -20,37 +20,40 @@ from surgeon.ops.ids import DimIds
 from surgeon.selection.linked_groups import LinkedGroups
 
 _BINS = 1000  # how finely the budget is divided
-_OPTIONS = 12  # counts tried per band: evenly spread legal ones
+_OPTIONS = 12  # counts tried for each: evenly spread legal ones
 _ROUNDS = 3
 
 
 def solve(
-    bands: Sequence[LinkedGroups],
+    linked_groups: Sequence[LinkedGroups],
     cost: Callable[[list[int]], float],
     limit: float,
     starts: Sequence[list[int]] = (),
 ) -> list[int]:
-    """Counts of steps that leave each band; the cheapest ones if the limit cannot be met.
+    """Counts of steps that leave, for each of the linked groups; the cheapest ones if the limit cannot be met.
 
     Args:
-        cost: of all bands together, given their counts.
+        cost: of all together, given their counts.
         starts: solutions to start from, each by itself; the result loses no more than any of them that is
             within the limit.
     """
     third = [
-        int(found[np.argmin(np.abs(found - band.steps / 3))])
-        for found, band in ((band.legal(), band) for band in bands)
+        int(found[np.argmin(np.abs(found - linked.steps / 3))])
+        for found, linked in ((linked.legal(), linked) for linked in linked_groups)
     ]
-    found = [_improved(bands, cost, limit, counts) for counts in (starts or [third])]
+    found = [_improved(linked_groups, cost, limit, counts) for counts in (starts or [third])]
     return min(found, key=lambda pair: pair[0])[1]
 
 
 def _improved(
-    bands: Sequence[LinkedGroups], cost: Callable[[list[int]], float], limit: float, counts: list[int]
+    linked_groups: Sequence[LinkedGroups], cost: Callable[[list[int]], float], limit: float, counts: list[int]
 ) -> tuple[float, list[int]]:
     """(what is lost, counts) of the best solution met; infinite if none is within the limit."""
-    options = [np.union1d(_spread(band.legal()), [count]) for band, count in zip(bands, counts, strict=True)]
-    losses = [_losses(band, found) for band, found in zip(bands, options, strict=True)]
+    options = [
+        np.union1d(_spread(linked.legal()), [count])
+        for linked, count in zip(linked_groups, counts, strict=True)
+    ]
+    losses = [_losses(linked, found) for linked, found in zip(linked_groups, options, strict=True)]
 
     def lost(counts: list[int]) -> float:
         each = zip(losses, options, counts, strict=True)
@@ -80,21 +83,21 @@ def _spread(counts: DimIds) -> DimIds:
     return some
 
 
-def _losses(band: LinkedGroups, counts: DimIds) -> DimIds:
+def _losses(linked: LinkedGroups, counts: DimIds) -> DimIds:
     """-log of the share of importance that stays, once for every slot; of additive scores what is lost."""
-    if band.additive:
-        lost: DimIds = np.concatenate([[0.0], np.cumsum(band.score)])[counts]
+    if linked.additive:
+        lost: DimIds = np.concatenate([[0.0], np.cumsum(linked.score)])[counts]
         return lost
-    energy = np.concatenate([[0.0], np.cumsum(np.maximum(band.score, 0.0) ** 2 + 1e-12)])
+    energy = np.concatenate([[0.0], np.cumsum(np.maximum(linked.score, 0.0) ** 2 + 1e-12)])
     share = 1 - energy[counts] / energy[-1]
-    found: DimIds = -np.log(np.maximum(share, 1e-12)) * band.slots
+    found: DimIds = -np.log(np.maximum(share, 1e-12)) * linked.slots
     return found
 
 
 def _curve(
     cost: Callable[[list[int]], float], counts: list[int], number: int, options: DimIds, whole: float
 ) -> DimIds:
-    """What all bands cost more or less if this one loses another count; 0 at the present one."""
+    """What all cost more or less if this one loses another count; 0 at the present one."""
     found = []
     for option in options:
         other = [*counts[:number], int(option), *counts[number + 1 :]]
@@ -106,7 +109,7 @@ def _curve(
 def _fill(
     options: Sequence[DimIds], losses: Sequence[DimIds], curves: Sequence[DimIds], room: float
 ) -> list[int]:
-    """Dynamic programming: the least loss for each amount spent, band by band."""
+    """Dynamic programming: the least loss for each amount spent, one after the other."""
     least = [int(np.argmin(curve)) for curve in curves]
     if room <= 0:
         return [int(found[i]) for found, i in zip(options, least, strict=True)]

@@ -1,9 +1,9 @@
-"""bands(...) -> groups that move together in steps, with the counts at which their widths are legal.
+"""linked_groups(...) -> groups that shrink together in steps, with the counts at which their widths are legal.
 
-A *band* is usually one group, several where the model's code ties their sizes (links: all keep the same
+*Linked groups* are usually one group, several where the model's code ties their sizes (links: all keep the same
 share). Of a grid only rows or only columns are taken, whichever meets the ratio more closely (rows when
 equal, if some op computes them one by one and more than one stays: whole heads and groups are what kernels
-like). At least one step of every band stays.
+like). At least one step of each stays.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from surgeon.selection.request import Request
 class LinkedGroups:
     """Groups that move together: step j removes `per[i]` steps of group i.
 
-    `order[i]` is [lanes, steps] of group i's atoms, first to leave first; `score` is one number per step of
-    the band. At least `kept` steps stay. `blocks[i]` is what the kept width of group i is a multiple of, and
+    `order[i]` is [sets, steps] of group i's atoms, first to leave first; `score` is one number per step of
+    all. At least `kept` steps stay. `blocks[i]` is what the kept width of group i is a multiple of, and
     `gives` says whether less will do where nothing else fits, but never less than `needed[i]`, which a kernel
-    asks for; `flexible` blocks may be halved to meet a ratio more closely. `ratio` is the share asked of this
-    band, if one was. `additive` scores add up over bands to what is lost.
+    asks for; `flexible` blocks may be halved to meet a ratio more closely. `ratio` is the share asked of
+    them, if one was. `additive` scores add up over all of them to what is lost.
     """
 
     groups: list[Group]
@@ -76,14 +76,14 @@ class LinkedGroups:
     def legal(self) -> DimIds:
         """Counts of steps that may leave, ascending: those that leave whole blocks of every group, and 0.
 
-        Where groups that move together have no such count in common, or steps are bundles of another size
+        Where groups that move together have no such count in common, or steps are of another size
         (heads), the blocks are halved until there is one.
         """
         if self._legal is None:
             shrunk = 1
             self._legal = self._whole_blocks(shrunk)
-            bundled = len(self.groups) > 1 or any(group.width > group.steps for group in self.groups)
-            while bundled and self.gives and shrunk < max(self.blocks) and len(self._legal) == 1:
+            together = len(self.groups) > 1 or any(group.width > group.steps for group in self.groups)
+            while together and self.gives and shrunk < max(self.blocks) and len(self._legal) == 1:
                 shrunk *= 2
                 self._legal = self._whole_blocks(shrunk)
         return self._legal
@@ -173,7 +173,7 @@ def build(
     block_of: Callable[[Group], tuple[int, int]],
     additive: bool = False,
 ) -> list[LinkedGroups]:
-    """The bands of these groups."""
+    """These groups, those that are linked together."""
     import networkx as nx
 
     tied = nx.Graph()
@@ -196,15 +196,15 @@ def _band(
     order, total = [], np.zeros(steps)
     for group, count in zip(groups, per, strict=True):
         found = score(group)
-        rank = np.stack([_ranked(*lane) for lane in zip(found, group.strata, strict=True)])
-        order.append(np.take_along_axis(group.lanes, rank, axis=1))
+        rank = np.stack([_ranked(*one_set) for one_set in zip(found, group.strata, strict=True)])
+        order.append(np.take_along_axis(group.sets, rank, axis=1))
         ranked = np.take_along_axis(found, rank, axis=1)
         if additive:
             total += ranked.sum(axis=0).reshape(steps, count).sum(axis=1)
         else:
             total += ranked.mean(axis=0).reshape(steps, count).mean(axis=1) / len(groups)
     strata = max(
-        max(len(np.unique(lane)) for lane in group.strata) / count
+        max(len(np.unique(one_set)) for one_set in group.strata) / count
         for group, count in zip(groups, per, strict=True)
     )
     caps = [of_pattern(request.options["max_ratio"], group.producers, 1.0) for group in groups]
@@ -237,7 +237,7 @@ def narrowed(block: int, width: int) -> int:
 
 
 def _ranked(scores: DimIds, strata: DimIds) -> DimIds:
-    """Order of a lane's units, first to leave first.
+    """Order of a balanced set's units, first to leave first.
 
     Units that touch other slots form strata; each loses the same share, and the best unit of each comes last,
     so that no slot is ever emptied.

@@ -21,9 +21,9 @@ from surgeon.selection.shares import CLOSE
 
 @dataclasses.dataclass
 class State:
-    """How many steps each band loses."""
+    """How many steps each of the linked groups loses."""
 
-    bands: list[LinkedGroups]
+    linked_groups: list[LinkedGroups]
     counts: list[int]
 
 
@@ -45,14 +45,14 @@ class Planner:
         self._slots: dict[str, list[DimIds]] = {}
         self._needed = needed_blocks(shapes.graph)
 
-    def bands(self, ratio: float) -> list[LinkedGroups]:
+    def linked_groups(self, ratio: float) -> list[LinkedGroups]:
         asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
         chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
         key = tuple(group.name for group in chosen)
         if key not in self._bands:
             found = self._built(chosen, self._block)
             if isinstance(self.request.options["round_to"], str) and all(
-                len(band.legal()) == 1 for band in found
+                len(linked.legal()) == 1 for linked in found
             ):
                 found = self._built(chosen, self._narrowed)
             self._bands[key] = found
@@ -96,33 +96,38 @@ class Planner:
         self._bands.clear()
         return True
 
-    def at(self, ratio: float, scope: str | None = None, bands: list[LinkedGroups] | None = None) -> State:
+    def at(
+        self, ratio: float, scope: str | None = None, linked_groups: list[LinkedGroups] | None = None
+    ) -> State:
         """What leaves at this share of channels."""
-        bands = self.bands(ratio) if bands is None else bands
+        linked_groups = self.linked_groups(ratio) if linked_groups is None else linked_groups
         scope = scope or self.request.scope
-        counts = [0] * len(bands)
+        counts = [0] * len(linked_groups)
         if scope == "uniform" and self.request.ratio is not None:
-            counts = [band.closest(ratio if band.ratio is None else band.ratio, CLOSE) for band in bands]
+            counts = [
+                linked.closest(ratio if linked.ratio is None else linked.ratio, CLOSE)
+                for linked in linked_groups
+            ]
         elif scope == "uniform":
-            counts = [band.nearest(ratio * band.steps) for band in bands]
+            counts = [linked.nearest(ratio * linked.steps) for linked in linked_groups]
         else:
             pools: dict[Hashable, list[int]] = defaultdict(list)
-            for number, band in enumerate(bands):
-                pools[_structure(band) if scope == "isomorphic" else ""].append(number)
+            for number, linked in enumerate(linked_groups):
+                pools[_structure(linked) if scope == "isomorphic" else ""].append(number)
             for pool in pools.values():
-                for number, count in _lowest([bands[i] for i in pool], ratio).items():
-                    counts[pool[number]] = bands[pool[number]].nearest(count)
-        return State(bands, counts)
+                for number, count in _lowest([linked_groups[i] for i in pool], ratio).items():
+                    counts[pool[number]] = linked_groups[pool[number]].nearest(count)
+        return State(linked_groups, counts)
 
     def choice(self, state: State) -> Choice:
         """The units that leave; fewer where units of one group would together take all indices of a slot."""
         choice = nothing(self.shapes.solution)
-        for band, count in zip(state.bands, state.counts, strict=True):
-            band.remove(choice, count)
-            while count and any(self._empties(choice, group) for group in band.groups):
-                band.give_back(choice)
-                count = band.fewer(count) or 0
-                band.remove(choice, count)
+        for linked, count in zip(state.linked_groups, state.counts, strict=True):
+            linked.remove(choice, count)
+            while count and any(self._empties(choice, group) for group in linked.groups):
+                linked.give_back(choice)
+                count = linked.fewer(count) or 0
+                linked.remove(choice, count)
         return choice
 
     def _empties(self, choice: Choice, group: Group) -> bool:
@@ -137,28 +142,28 @@ class Planner:
         return self._slots[group.name]
 
 
-def _lowest(bands: list[LinkedGroups], ratio: float) -> dict[int, int]:
-    """Steps that leave if the lowest scores of all these bands do, up to this share of their channels."""
-    total = sum(band.width * band.steps for band in bands)
+def _lowest(linked_groups: list[LinkedGroups], ratio: float) -> dict[int, int]:
+    """Steps that leave if the lowest scores of all these do, up to this share of their channels."""
+    total = sum(linked.width * linked.steps for linked in linked_groups)
     entries = sorted(
         (
             (float(score), number)
-            for number, band in enumerate(bands)
-            for score in np.maximum.accumulate(band.score)[: max(band.steps - band.kept, 0)]
+            for number, linked in enumerate(linked_groups)
+            for score in np.maximum.accumulate(linked.score)[: max(linked.steps - linked.kept, 0)]
         ),
         key=lambda entry: entry[0],
     )
     counts: dict[int, int] = defaultdict(int)
     gone = 0.0
     for _, number in entries:
-        if gone + bands[number].width / 2 > ratio * total:
+        if gone + linked_groups[number].width / 2 > ratio * total:
             break
         counts[number] += 1
-        gone += bands[number].width
+        gone += linked_groups[number].width
     return counts
 
 
-def _structure(band: LinkedGroups) -> Hashable:
+def _structure(linked: LinkedGroups) -> Hashable:
     """What groups of like structure have in common: the kinds of slots that they touch, and how often (Fang
     et al., 2024).
     """
@@ -168,5 +173,5 @@ def _structure(band: LinkedGroups) -> Hashable:
             group.attention,
             tuple(sorted(Counter((m.tensor.rpartition(".")[2], m.dim) for m in group.members).items())),
         )
-        for group in band.groups
+        for group in linked.groups
     )

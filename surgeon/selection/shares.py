@@ -30,7 +30,7 @@ def missed(
 
     found = []
     for group in sides(without_kept_heads(groups, request.options["heads"], list(links)), asked):
-        reached = float(choice[group.lanes].mean())
+        reached = float(choice[group.sets].mean())
         if abs(reached - asked(group)) > CLOSE:
             found.append(
                 {"group": group.name, "width": group.width, "asked": asked(group), "reached": reached}

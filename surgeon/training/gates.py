@@ -196,7 +196,7 @@ class _Places:
     def of(self, group: Group) -> list[Member]:
         """The slots; none if anything but a weight reads the units."""
         unit_of = np.full(len(self._surgery.solution.root), -1, dtype=np.int64)
-        unit_of[group.lanes.ravel()] = np.arange(group.units)
+        unit_of[group.sets.ravel()] = np.arange(group.units)
         found: dict[tuple[str, int], Member] = {}
         readers = set()
         for consumer, (name, labels) in zip(self._consumers, self._labels, strict=True):

@@ -89,7 +89,7 @@ class Growing(Regularizer):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1 or not ceiling > 0:
             raise InputError(f"every={every!r} must be a positive whole number, ceiling={ceiling!r} positive")
         choice = choice_of(surgery, plan)
-        leaving = {group.name: choice[group.lanes.ravel()] for group in groups}
+        leaving = {group.name: choice[group.sets.ravel()] for group in groups}
         super().__init__(surgery, strength, [g for g in groups if leaving[g.name].any()])
         if not self.groups:
             raise InputError(

@@ -96,7 +96,7 @@ def test_padding_that_is_summed_over_stays() -> None:
     assert frozen(solve(constraints), both) == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize("module", ["ops.ids.constraints", "ops.families.reshape", "coupling.solve"])
+@pytest.mark.parametrize("module", ["ops.ids.constraints", "ops.families.moves.reshape", "coupling.solve"])
 def test_worked_examples(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"surgeon.{module}"))
     assert tried >= 3

@@ -899,7 +899,7 @@ def test_a_part_of_a_group_scores_as_in_the_whole(which: Any) -> None:
         inside = number[m.unit] >= 0
         members.append(dataclasses.replace(m, index=m.index[inside], unit=number[m.unit[inside]]))
     part = dataclasses.replace(
-        whole, lanes=whole.lanes[:, stays], strata=whole.strata[:, stays], members=tuple(members)
+        whole, sets=whole.sets[:, stays], strata=whole.strata[:, stays], members=tuple(members)
     )
     tensors = surgery.graph.tensors
     np.testing.assert_allclose(found(part, tensors), found(whole, tensors)[stays])

@@ -86,7 +86,7 @@ def must_lose(group: Group, request: dict[str, Any]) -> bool:
     """Whether a plain group has a step to lose at this ratio; where widths are rounded or a grid has two
     sides, it may not.
     """
-    free = group.steps - max(len(set(lane)) for lane in group.strata.tolist())
+    free = group.steps - max(len(set(one_set)) for one_set in group.strata.tolist())
     return (
         request["round_to"] == 1
         and group.kind == "channels"

@@ -31,7 +31,7 @@ def prepared(motif: Motif, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
 
 
 def said(group: Group) -> str:
-    return f"{group.steps}x{len(group.lanes)}: " + " ".join(sorted(f"{t}[{d}]" for t, d in group.slots))
+    return f"{group.steps}x{len(group.sets)}: " + " ".join(sorted(f"{t}[{d}]" for t, d in group.slots))
 
 
 @CASES

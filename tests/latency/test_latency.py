@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.coupling.groups import Group, Member
 from surgeon.errors import BudgetError, InputError
 from surgeon.latency import kernels as timing
 from surgeon.latency.kernels import Kernel, kernels
 from surgeon.latency.predict import LatencyTable, Predictor
 from surgeon.latency.search import Stopwatch, search
 from surgeon.selection.cost import nothing
-from surgeon.selection.knapsack import solve
-from surgeon.selection.linked_groups import LinkedGroups
 
 
 class Net(nn.Module):
@@ -114,7 +111,7 @@ def test_a_prediction_is_exact_where_time_is_bilinear(surgery: surgeon.Surgery, 
     want = sum(by_macs(list(itertools.chain(*kernels(small.shapes, nothing(small.solution))))))
     choice = nothing(surgery.solution)
     for group in surgery.groups:
-        choice[group.lanes[:, : group.steps // 2].ravel()] = True
+        choice[group.sets[:, : group.steps // 2].ravel()] = True
     assert predict(choice) == pytest.approx(want, rel=1e-6)
 
 
@@ -139,49 +136,6 @@ def test_an_unknown_runtime() -> None:
         with torch.device("meta"):
             net = Net()
         surgeon.inspect(net, torch.randn(2, 3, 16, 16, device="meta")).plan(latency=0.5)
-
-
-# -- the knapsack --------------------------------------------------------------------------------------------
-
-
-def bands(sizes: Sequence[int], seed: int = 0) -> list[LinkedGroups]:
-    rng = np.random.default_rng(seed)
-    lanes = [np.arange(n)[None] for n in sizes]
-    slots = [
-        [Member(f"w{place}", 0, lane[0], lane[0]) for place in range(number)]
-        for number, lane in enumerate(lanes, 1)
-    ]
-    groups = [
-        Group(f"g{number}", lane, slots[number], np.zeros_like(lane)) for number, lane in enumerate(lanes)
-    ]
-    return [
-        LinkedGroups([group], [1], [group.lanes], np.sort(rng.random(group.steps) + 0.1)) for group in groups
-    ]
-
-
-def lost(some: Sequence[LinkedGroups], counts: Sequence[int]) -> float:
-    """The first band touches one slot, the second two, the third three."""
-    shares = [1 - (b.score[:k] ** 2).sum() / (b.score**2).sum() for b, k in zip(some, counts, strict=True)]
-    return sum(-slots * math.log(share) for slots, share in enumerate(shares, 1))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_knapsack_against_all_combinations(seed: int) -> None:
-    some, weight = bands([5, 6, 7], seed), np.random.default_rng(seed).random(3) + 0.2
-
-    def cost(counts: Sequence[int]) -> float:
-        return float(sum(w * (b.steps - k) for w, b, k in zip(weight, some, counts, strict=True)))
-
-    limit = 0.6 * cost([0, 0, 0])
-    best = min(lost(some, c) for c in itertools.product(range(5), range(6), range(7)) if cost(c) <= limit)
-    found = solve(some, cost, limit)
-    assert cost(found) <= limit
-    assert lost(some, found) <= best * 1.02 + 1e-9
-
-
-def test_the_knapsack_takes_the_cheapest_if_nothing_fits() -> None:
-    some = bands([4, 4])
-    assert solve(some, lambda counts: 100.0 - sum(counts), 1.0) == [3, 3]
 
 
 class Stream(nn.Module):
@@ -253,7 +207,7 @@ class Simulated:
         from surgeon.selection.request import Request
 
         def scores(group: Any) -> Any:
-            return np.random.default_rng(len(group.name)).random(group.lanes.shape) + 1
+            return np.random.default_rng(len(group.name)).random(group.sets.shape) + 1
 
         request = Request.of(latency=f"{limit}ms", round_to=1, **others)
         costs = {"latency": self.predict, **{kind: getattr(self.surgery.shapes, kind) for kind in others}}

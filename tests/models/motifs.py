@@ -1,6 +1,6 @@
 """Small models, one per wiring motif, each with the groups that must be found in it.
 
-`groups` maps a group's name to "steps x lanes: slots", the slots sorted by name. It was written from the
+`groups` maps a group's name to "steps x balanced sets: slots", the slots sorted by name. It was written from the
 wiring, not from what surgeon printed: read a motif's forward and its groups side by side. To add a motif, add
 a class and a row in MOTIFS.
 """

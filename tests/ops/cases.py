@@ -2,7 +2,7 @@
 
 Operands are called a, b, c; `a1` is dim 1 of a. `ties` lists the groups that must be found, separated by
 spaces: `a1=b0` (dim 1 of a and dim 0 of b leave together), `a0/3` (in 3 steps, where that is not the dim's
-size), `a0x2` (2 lanes: two units a step). Rows and columns of a grid that one dim was cut into stand as
+size), `a0x2` (2 balanced sets: two units a step). Rows and columns of a grid that one dim was cut into stand as
 `a0.rows` and `a0.columns`. Everything that is not listed must be frozen. To add an op: one row here.
 """
 

@@ -79,9 +79,9 @@ def said(group: Group, case: Case) -> str:
     slots = sorted({f"{t}{d}" for t, d in group.slots})
     size = min(case.shapes["abc".index(s[0])][int(s[1])] for s in slots)
     text = "=".join(slots) + ("" if group.kind == "channels" else f".{group.kind}")
-    lanes = f"x{len(group.lanes)}" if len(group.lanes) > 1 else ""
+    sets = f"x{len(group.sets)}" if len(group.sets) > 1 else ""
     largest = max(case.shapes["abc".index(s[0])][int(s[1])] for s in slots)
-    return text + (f"/{group.steps}" if group.steps != size or largest != size else "") + lanes
+    return text + (f"/{group.steps}" if group.steps != size or largest != size else "") + sets
 
 
 @EACH
@@ -142,11 +142,11 @@ def reference(found: Found, kept: dict[str, dict[int, list[int]]]) -> Tensor:
 
 
 def removal(found: Found, group: Group, seed: int) -> Any:
-    """One step of the group, with a random unit of each lane."""
+    """One step of the group, with a random unit of each balanced set."""
     random = np.random.default_rng(seed)
     choice = nothing(found.solution)
-    for lane in group.lanes:
-        choice[lane[random.integers(len(lane))]] = True
+    for one_set in group.sets:
+        choice[one_set[random.integers(len(one_set))]] = True
     return choice
 
 

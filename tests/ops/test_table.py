@@ -151,7 +151,7 @@ def test_what_the_proof_computes_with_uses_no_ids() -> None:
 def test_the_test_of_the_proof_finds_ids() -> None:
     files = {module: Functions(path) for module, path in FILES.items()}
     seen: set[tuple[str, str]] = set()
-    reached("surgeon.ops.families.reshape", "shuffle", files, seen)
+    reached("surgeon.ops.families.moves.reshape", "shuffle", files, seen)
     assert any(module.startswith("surgeon.ops.ids") for module, _ in seen)
 
 

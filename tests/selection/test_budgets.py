@@ -355,8 +355,8 @@ def test_costs_follow_the_choice(seed: int, attends: bool) -> None:
     for _ in range(40):
         choice = choice.copy()
         group = found.groups[rng.integers(len(found.groups))]
-        lanes = group.lanes[:, rng.permutation(group.steps)[: rng.integers(1, group.steps)]]
-        choice[lanes.ravel()] = rng.random() < 0.6
+        sets = group.sets[:, rng.permutation(group.steps)[: rng.integers(1, group.steps)]]
+        choice[sets.ravel()] = rng.random() < 0.6
         fresh = ShapeModel(found.graph, found.propagation, found.solution)
         for kind in rng.permutation(["macs", "params", "size", "memory"])[: rng.integers(1, 5)]:
             assert getattr(found.shapes, kind)(choice) == getattr(fresh, kind)(choice), kind

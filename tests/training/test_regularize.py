@@ -264,9 +264,9 @@ def test_gates_where_no_weight_reads() -> None:
 
 
 def closing_one_step(group: Group) -> Tensor:
-    """Numbers for the gates of a group: one unit of every lane is closed."""
+    """Numbers for the gates of a group: one unit of every balanced set is closed."""
     found = torch.full((group.units,), 9.0)
-    found[np.arange(group.units).reshape(group.lanes.shape)[:, 0]] = -9
+    found[np.arange(group.units).reshape(group.sets.shape)[:, 0]] = -9
     return found
 
 

@@ -89,7 +89,7 @@ def find_consumers(graph: Graph, propagation: Propagation, atoms: Atoms) -> list
     return found
 
 
-def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: DimIds) -> Consumer | None:
+def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, sets: DimIds) -> Consumer | None:
     """The last value [samples, channels, height, width] whose channels leave with these atoms; None if there
     is none.
     """
@@ -102,7 +102,7 @@ def find_planes(graph: Graph, propagation: Propagation, atoms: Atoms, lanes: Dim
         held = spec(call.node)
         if len(held.shape) == 4 and held.dtype.is_floating_point and max(held.shape[2:]) > 1:
             found = tuple(a.ravel() for a in atoms(axes[1]))
-            if axes[1].size == held.shape[1] and np.isin(lanes, np.concatenate(found)).all():
+            if axes[1].size == held.shape[1] and np.isin(sets, np.concatenate(found)).all():
                 shape = (1, held.shape[1])
                 return Consumer(call.node, "", "", _pixels, _nothing, shape, found, (1,), planes=True)
     return None

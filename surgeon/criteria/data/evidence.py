@@ -256,9 +256,9 @@ class Evidence:
         """The consumers that read a group's channels; products of data with data only for units that no other
         reads.
         """
-        lanes = group.lanes.ravel()
-        numbers = sorted({number for atom in lanes.tolist() for number in self._by_atom.get(atom, [])})
-        readings = [_reading(self.statistics[number], lanes) for number in numbers]
+        sets = group.sets.ravel()
+        numbers = sorted({number for atom in sets.tolist() for number in self._by_atom.get(atom, [])})
+        readings = [_reading(self.statistics[number], sets) for number in numbers]
         plain = [r for r in readings if not r.statistics.consumer.moving]
         told = np.zeros(group.units, dtype=bool)
         for reading in plain:
@@ -271,13 +271,13 @@ class Evidence:
         return plain + rest
 
 
-def _reading(statistics: Statistics, lanes: DimIds) -> Reading:
-    order = np.argsort(lanes)
+def _reading(statistics: Statistics, sets: DimIds) -> Reading:
+    order = np.argsort(sets)
     entries, units = [], []
     for atoms in statistics.consumer.atoms:
         flat = atoms.ravel()
-        place = np.minimum(np.searchsorted(lanes[order], flat), len(lanes) - 1)
-        hit = np.flatnonzero(lanes[order][place] == flat)
+        place = np.minimum(np.searchsorted(sets[order], flat), len(sets) - 1)
+        hit = np.flatnonzero(sets[order][place] == flat)
         entries.append(hit)
         units.append(order[place[hit]])
     pairs = np.unique(

@@ -142,7 +142,7 @@ def _consumers(
     """The consumers of a run that read channels of the groups."""
     if not groups or not needs - {"gradients", "gates"}:
         return []
-    alive = np.concatenate([group.lanes.ravel() for group in groups])
+    alive = np.concatenate([group.sets.ravel() for group in groups])
 
     def living(ids: DimIds) -> list[DimIds]:
         return [np.where(np.isin(a, alive), a, -1) for a in atoms(ids)]
@@ -153,7 +153,7 @@ def _consumers(
         seen = Evidence(0, {}, [Statistics(c, (), 0) for c in found])
         for group in groups:
             if not seen.of(group):
-                planes = find_planes(graph, propagation, living, group.lanes)
+                planes = find_planes(graph, propagation, living, group.sets)
                 found += [planes] if planes else []
     return found
 

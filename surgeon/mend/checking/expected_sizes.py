@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from surgeon.ops.context import OpContext
-from surgeon.ops.families.movement import dense
-from surgeon.ops.families.slicing import normal_slice
+from surgeon.ops.families.moves.movement import dense
+from surgeon.ops.families.moves.slicing import normal_slice
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.table import op_name
 from surgeon.selection.cost import Choice, ShapeModel

@@ -4,17 +4,13 @@ from surgeon.ops.families import (
     attention,
     contraction,
     convolution,
-    diagonal,
     elementwise,
     factory,
-    indexing,
-    movement,
     normalisation,
     reduction,
-    reshape,
-    slicing,
     window,
 )
+from surgeon.ops.families.moves import diagonal, indexing, movement, reshape, slicing
 
 FAMILIES = (
     attention, contraction, convolution, diagonal, elementwise, factory, indexing, movement, normalisation, reduction,

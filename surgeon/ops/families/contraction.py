@@ -20,7 +20,7 @@ from surgeon.graph.graph import spec
 from surgeon.ops import masks
 from surgeon.ops.context import OpContext, broadcast, meet, opaque
 from surgeon.ops.families.convolution import mixed_places, whole_windows
-from surgeon.ops.families.reshape import reshape
+from surgeon.ops.families.moves.reshape import reshape
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.letters import Operand, Product, Step
 from surgeon.ops.masked_op import MaskedOp, refusal, unchanged

@@ -13,8 +13,8 @@ from surgeon.graph.queries import is_read
 from surgeon.ops import masks
 from surgeon.ops.context import OpContext, along, broadcast
 from surgeon.ops.families.elementwise import per_channel
+from surgeon.ops.families.moves.reshape import reshape
 from surgeon.ops.families.reduction import reduce_dims
-from surgeon.ops.families.reshape import reshape
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp
 from surgeon.ops.masks import Mask

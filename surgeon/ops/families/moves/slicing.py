@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from surgeon.ops import masks
 from surgeon.ops.context import OpContext, beside, broadcast
-from surgeon.ops.families.movement import joined, viewed
+from surgeon.ops.families.moves.movement import joined, viewed
 from surgeon.ops.ids import Constraints, ValueIds
 from surgeon.ops.masked_op import MaskedOp
 from surgeon.ops.table import Family, Trait, op

@@ -17,7 +17,7 @@ from surgeon.graph.arguments import Arguments
 from surgeon.ops import masks
 from surgeon.ops.context import OpContext, beside, opaque, shift
 from surgeon.ops.families.factory import unowned_ids
-from surgeon.ops.families.reshape import permuted
+from surgeon.ops.families.moves.reshape import permuted
 from surgeon.ops.ids import DimIds, ValueIds
 from surgeon.ops.masked_op import MaskedOp
 from surgeon.ops.side_by_side import presences

@@ -1,0 +1,1 @@
+"""Ops that give the same entries in other places, or a part of them."""
