@@ -41,7 +41,7 @@ class Planner:
         self.groups, self.shapes, self.request, self.links, self.block = groups, shapes, request, links, block
         self.score, self.additive = scores, additive
         self.narrow = False  # whether groups of convolutions that hold one block may keep a part of it
-        self._bands: dict[tuple[str, ...], list[LinkedGroups]] = {}
+        self._known: dict[tuple[str, ...], list[LinkedGroups]] = {}
         self._slots: dict[str, list[DimIds]] = {}
         self._needed = needed_blocks(shapes.graph)
 
@@ -49,14 +49,14 @@ class Planner:
         asked = self.request.ratio if isinstance(self.request.ratio, Mapping) else ratio
         chosen = sides(self.groups, lambda group: of_pattern(asked, group.producers, 0.0))
         key = tuple(group.name for group in chosen)
-        if key not in self._bands:
+        if key not in self._known:
             found = self._built(chosen, self._block)
             if isinstance(self.request.options["round_to"], str) and all(
                 len(linked.legal()) == 1 for linked in found
             ):
                 found = self._built(chosen, self._narrowed)
-            self._bands[key] = found
-        return self._bands[key]
+            self._known[key] = found
+        return self._known[key]
 
     def _built(self, groups: list[Group], block: Callable[[Group], int]) -> list[LinkedGroups]:
         def whole(group: Group) -> tuple[int, int]:
@@ -93,7 +93,7 @@ class Planner:
         if self.narrow:
             self.block //= 2
         self.narrow = True
-        self._bands.clear()
+        self._known.clear()
         return True
 
     def at(
