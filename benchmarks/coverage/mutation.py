@@ -209,7 +209,11 @@ def caught_by(folder: Path, fault: Fault, known: Collection[str]) -> str:
     found = apart(folder, partial(cuts, known, False))
     if found:
         return f"a cut: {found}"
-    return apart(folder, partial(tests, tests_of(fault)))
+    found = apart(folder, partial(tests, tests_of(fault)))
+    shutil.copy(ROOT / "surgeon" / fault.file, folder / "surgeon" / fault.file)
+    if found and apart(folder, partial(tests, found.splitlines())):
+        raise RuntimeError(f"{found} fails without a fault as well")
+    return found
 
 
 def copied(folder: Path) -> None:
