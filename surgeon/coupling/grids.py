@@ -117,7 +117,7 @@ def close_parts(
 
 
 def _idle(root: DimIds, owned: DimIds) -> DimIds:
-    """Which classes hold free ids only: so far they met nothing that could take them along."""
+    """Which classes hold unowned ids only: so far they are joined to nothing that could be removed."""
     found = np.ones(len(root), dtype=bool)
     found[root[owned]] = False
     return found

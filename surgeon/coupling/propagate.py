@@ -33,7 +33,7 @@ class Propagation:
     Attributes:
         constraints: every fact about ids.
         slots: (tensor name, dim) -> the ids of its indices, 1-d.
-        axes: node -> its tracks (a tuple of them where the op has several outputs).
+        axes: node -> the ids of its dims (a tuple of them where the op has several outputs).
     """
 
     constraints: Constraints
@@ -105,7 +105,7 @@ def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, constraints: Const
 
 
 def _parts(axes: Any) -> tuple[ValueIds, ...]:
-    """The tracks of each output of an op."""
+    """The ids of each output of an op."""
     return axes if isinstance(axes, tuple) else (axes,)
 
 
@@ -149,7 +149,7 @@ def _of_source(axes: dict[fx.Node, Any], source: Follows) -> DimIds | None:
 
 
 def _share(constraints: Constraints, own: DimIds | None, other: DimIds | None, same: bool) -> None:
-    """Write down that two tracks keep the same share, if one of them is fixed only where both are of the
+    """Write down that the ids of two dims keep the same share, if one of them is fixed only where both are of the
     `same` size.
     """
     if (own is not None and other is not None) or (same and (own is not None or other is not None)):

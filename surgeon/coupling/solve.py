@@ -11,7 +11,7 @@ Conclusions, repeated until nothing changes:
   freedom);
 - a frozen column makes a cell the same as its row, a frozen row the same as its column;
 - a cell that is its own row leaves with every column, one that is its own column with every row: but a column
-  or row of free ids alone, which met nothing of a tensor's, never leaves;
+  or row of unowned ids alone, which are joined to no parameter's, never leaves;
 - a frozen cell freezes its row and its column;
 - a class that is all of some value's dim is frozen: it would leave nothing of it;
 - what no op of the run computed with is frozen: the rest of a table of positions, which longer inputs need.

@@ -51,7 +51,7 @@ class ActivationMean(FromReadings):
 
 
 class ActivationNorm(FromReadings):
-    """sqrt(E x_j^2) * sum |W_:j|: how much a consumer can hear of a channel.
+    """sqrt(E x_j^2) * sum |W_:j|: how much of what a consumer gives comes from a channel.
 
     (Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), 2024; there for
     single weights.)

@@ -75,7 +75,7 @@ class OpContext:
         return list(self.node.all_input_nodes)
 
     def freeze(self, axes: ValueIds, dims: Any, reason: str) -> ValueIds:
-        """Freeze the tracks of `dims` and return what is left."""
+        """Freeze the ids of `dims` and return what is left."""
         dims = set(dims)
         for dim in dims & set(axes):
             self.constraints.freeze(axes[dim], reason)
@@ -102,7 +102,7 @@ def opaque(ctx: OpContext) -> Any:
 
 
 def shift(axes: ValueIds, ndim: int, to: int) -> ValueIds:
-    """The same tracks in a value with more dims on the left, as broadcasting aligns them."""
+    """The same ids in a value with more dims on the left, as broadcasting aligns them."""
     extra = to - ndim
     if extra == 0:
         return axes
@@ -112,7 +112,7 @@ def shift(axes: ValueIds, ndim: int, to: int) -> ValueIds:
 def broadcast(
     ctx: OpContext, operands: list[tuple[ValueIds, tuple[int, ...]]], out: tuple[int, ...]
 ) -> ValueIds:
-    """Entries of all operands meet: join the tracks of each dim; a dim that is fixed in one operand freezes
+    """Entries of all operands meet: join the ids of each dim; a dim that is fixed in one operand freezes
     the others.
     """
     ndim = len(out)

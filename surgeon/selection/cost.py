@@ -39,19 +39,21 @@ class ShapeModel:
 
     def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
         self.graph, self.propagation, self.solution = graph, propagation, solution
-        self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of tracks, by dim
+        self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of ids, by dim
         self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
-        self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on a track
+        self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on an array of ids
         self._asking: Hashable = None  # the part that is being computed
-        self._index: tuple[DimIds, DimIds] | None = None  # atoms, ascending, and the track that holds each
-        self._numbers: dict[int, int] = {}  # of tracks, by what they hold: most tracks are copies of a few
+        self._index: tuple[DimIds, DimIds] | None = (
+            None  # atoms, ascending, and the array of ids that holds each
+        )
+        self._numbers: dict[int, int] = {}  # of arrays of ids, by what they hold: most are copies of a few
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._atoms: dict[int, list[DimIds]] = {}  # of each number
         self._choice = self._former = nothing(solution)
         self.products = products_of(graph)
 
     def leaves(self, track: DimIds, choice: Choice) -> DimIds:
-        """Which entries of a track leave."""
+        """Which entries of an array of ids leave."""
         gone = np.zeros(track.shape, dtype=bool)
         for part in self._atoms[self._number(track)]:
             gone |= choice[part] & (part >= 0)
@@ -86,7 +88,7 @@ class ShapeModel:
                 self._parts.pop(part, None)
 
     def _held(self) -> tuple[DimIds, DimIds]:
-        """All atoms, ascending, and the numbers of the tracks that hold them."""
+        """All atoms, ascending, and the numbers of the arrays of ids that hold them."""
         if self._index is None:
             found = [(np.unique(part[part >= 0]), n) for n, atoms in self._atoms.items() for part in atoms]
             atoms = np.concatenate([part for part, _ in found])

@@ -2,7 +2,7 @@
 entry leaves with.
 
 A consumer is a convolution or matrix product of data with a weight, or of data with data (queries with keys).
-Ids tell, not layer types: the summed dim of its data operand carries a track. Data is read as [samples,
+Ids say so, not layer types: the summed dim of its data operand has ids. Data is read as [samples,
 positions, groups, width] and weights as [groups, width, fan], where [groups, width] are the *entries* that
 are summed over (groups: of a convolution, or matrices of a batched product). Products that sum over one
 entry, such as depthwise convolutions, mix nothing and are none.

@@ -282,5 +282,5 @@ def _reading(statistics: Statistics, sets: DimIds) -> Reading:
         units.append(order[place[hit]])
     pairs = np.unique(
         np.stack([np.concatenate(entries), np.concatenate(units)]), axis=1
-    )  # once, by however many tracks
+    )  # once, by however many arrays of ids
     return Reading(statistics, pairs[0], pairs[1])

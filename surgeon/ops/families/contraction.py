@@ -1,6 +1,6 @@
 """Contractions: products summed over a shared dim, declared by letters (see `letters`).
 
-The tracks of one letter are joined over all operands that have it. A letter that is missing from the result is summed
+The ids of one letter are joined over all operands that have it. A letter that is missing from the result is summed
 over: its ids end there.
 """
 
@@ -28,7 +28,7 @@ from surgeon.ops.masks import Mask
 from surgeon.ops.table import Family, Trait, bound, defaults, info, op
 
 Shape = tuple[int, ...]
-Lettered = tuple[ValueIds, Shape, Sequence[str]]  # tracks and shape of an operand with one letter a dim
+Lettered = tuple[ValueIds, Shape, Sequence[str]]  # ids and shape of an operand with one letter a dim
 
 
 def contraction(ctx: OpContext) -> Any:
@@ -114,7 +114,7 @@ def _rows(step: Step) -> frozenset[str]:
 def contract(
     ctx: OpContext, operands: list[Lettered], out: Sequence[str], rows: frozenset[str] = frozenset()
 ) -> ValueIds:
-    """Join per letter and return the tracks of the output's letters.
+    """Join per letter and return the ids of the output's letters.
 
     Args:
         rows: letters of the output that number products like those that several operands have.
@@ -157,7 +157,7 @@ def contract(
 def _of_output(
     ctx: OpContext, joined: dict[str, np.ndarray], letters: list[str], out: Sequence[str]
 ) -> ValueIds:
-    """Tracks over all letters as tracks over those of the output; along the others they become constant."""
+    """Ids over all letters as ids over those of the output; along the others they become constant."""
     place = {letter: i for i, letter in enumerate(letters)}
     result: ValueIds = {}
     for letter, track in joined.items():
@@ -173,7 +173,7 @@ def _of_output(
 
 
 def _spread(track: np.ndarray, names: Sequence[str], place: dict[str, int]) -> np.ndarray:
-    """A track over an operand's dims as a track over all letters."""
+    """Ids over an operand's dims as ids over all letters."""
     order = sorted(range(len(names)), key=lambda i: place[names[i]])
     shape = [1] * len(place)
     for dim, name in enumerate(names):

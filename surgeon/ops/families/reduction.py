@@ -23,7 +23,7 @@ from surgeon.ops.table import Family, Trait, defaults, op, op_name
 
 
 def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: bool) -> ValueIds:
-    """Tracks after the dims ended; a track that varied along one of them is made constant there."""
+    """Ids after the dims ended; those that varied along one of them are made constant there."""
     gone = {int(d) % ndim for d in dims} if ndim else set()
     for d in gone & set(axes):
         ctx.constraints.reduced(axes[d])

@@ -52,10 +52,10 @@ class Constraints(Facts):
         return known
 
     def split(self, track: DimIds, dims: Sequence[int]) -> ValueIds:
-        """Tracks of the dims that one dim was cut into; `track` varies along several of `dims`, given from
+        """Ids of the dims that one dim was cut into; `track` varies along several of `dims`, given from
         outer to inner.
 
-        One dim: the track itself. Several: the innermost gets columns, the outer ones rows, recursively.
+        One dim: `track` itself. Several: the innermost gets columns, the outer ones rows, recursively.
 
         Example: six channels 0 ... 5 are seen as 2 x 3 (`view(2, 3)`). The two rows get ids 6 and 7. Each row has
         columns of its own, 8, 9, 10 and 11, 12, 13: row 0 may lose its first column where row 1 loses its last, but
@@ -117,7 +117,7 @@ class Constraints(Facts):
         return wide
 
     def _unmerged(self, track: DimIds, dims: Sequence[int]) -> ValueIds | None:
-        """The tracks that a merged dim was made of, if each of them varies along one of the dims that it is
+        """The ids that a merged dim was made of, if those of each dim vary along one of the dims that it is
         cut into.
         """
         if track.size != np.prod([track.shape[d] for d in dims]):
@@ -143,10 +143,10 @@ class Constraints(Facts):
         return [(dim, ids)]
 
     def merge(self, axes: ValueIds, dims: Sequence[int], shape: tuple[int, ...]) -> DimIds | None:
-        """One track over `dims` (outer to inner, adjacent), full along those that matter; None if all of them
+        """Ids over `dims` (outer to inner, adjacent), full along those that matter; None if all of them
         are fixed.
 
-        A track that varies along a dim inside its own is made constant along it: the order of what stays
+        Ids that vary along a dim inside their own are made constant along it: the order of what stays
         would otherwise differ from the order of the merged dim.
 
         Example: six channels 0 ... 5, seen as 2 x 3 and flattened again, are the same six ids: what `split` made

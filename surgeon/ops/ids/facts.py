@@ -99,7 +99,7 @@ class Facts:
         return found
 
     def value(self, axes: ValueIds) -> None:
-        """An op gives a value with these tracks."""
+        """An op gives a value with these ids."""
         self.dims |= {id(track): track for track in axes.values() if track.size}
 
     def read(self, axes: ValueIds) -> None:
@@ -165,7 +165,7 @@ class Facts:
             self.balances.append(Balance(matrix, self.node))
 
     def even(self, track: DimIds, dim: int) -> None:
-        """`balance`, once for each track of a value, and only where it varies along other dims."""
+        """`balance`, once for the ids of each dim of a value, and only where they vary along other dims."""
         if track.size == track.shape[dim] or (id(track), dim) in self._even:
             return
         self._even[id(track), dim] = track  # kept alive, so that its id stays its own
@@ -176,7 +176,7 @@ class Facts:
         self.shares.append(Share(own.ravel(), other.ravel(), self.node))
 
     def collapse(self, track: DimIds, dim: int) -> DimIds:
-        """Join the entries along `dim`, so that the track no longer varies along it; a free one, if any,
+        """Join the entries along `dim`, so that the ids no longer vary along it; an unowned one, if any,
         stands for all.
         """
         if track.shape[dim] == 1:

@@ -124,7 +124,7 @@ def cat(ctx: OpContext) -> ValueIds:
         filled = []
         for part, found in zip(parts, tracks, strict=True):
             size, track = ctx.shape(part)[dim], found
-            if track is None:  # entries that nobody may remove
+            if track is None:  # entries that may not be removed
                 track = ctx.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
                 ctx.constraints.freeze(track, "is concatenated and its size is fixed")
             filled.append(track)

@@ -77,7 +77,7 @@ def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new:
 def _regroup(
     track: DimIds, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]
 ) -> DimIds:
-    """The same reshape on one compressed track: segments along which it varies are made full, the others stay
+    """The same reshape on compressed ids: segments along which they vary are made full, the others stay
     1.
     """
     full, shape = list(track.shape), [1] * len(new)

@@ -199,7 +199,7 @@ def constant_pad(ctx: OpContext) -> ValueIds:
         for d, track in list(axes.items()):
             if track.shape[dim] == 1 and d != dim:
                 continue
-            if d != dim:  # rows of another dim's track: the new rows are unowned as well
+            if d != dim:  # rows of another dim's ids: the new rows are unowned as well
                 ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
                 continue
             edges = []
