@@ -27,7 +27,7 @@ from surgeon.errors import MendError
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
 from surgeon.report.text import count, describe
-from surgeon.selection.cost import ShapeModel, nothing
+from surgeon.selection.cost import ShapeModel
 from surgeon.selection.options import PlanOptions, Ratio, takes_options
 from surgeon.selection.request import Request
 from surgeon.selection.selection import Cost, Selection
@@ -110,7 +110,7 @@ class Surgery:
     @cached_property
     def cost(self) -> Cost:
         """What the model costs as it is."""
-        return Cost.of(self.shapes, nothing(self.solution))
+        return Cost(*self.shapes.before())
 
     @property
     def macs(self) -> int:

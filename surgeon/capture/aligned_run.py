@@ -40,14 +40,25 @@ class AlignedRun(PlainMode):
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if has(name, Trait.COPIES) or name == "as_strided_":
-            return func(*args, **kwargs)
-        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, Tensor)]
+            return self.run(func, args, kwargs)
+        given = [
+            a
+            for a in (args if _is_flat(args) else torch.utils._pytree.tree_leaves(args))
+            if isinstance(a, Tensor)
+        ]
         out = None
         if not any(_counts(t.dtype) for t in given):
-            out = func(*args, **kwargs)
+            out = self.run(func, args, kwargs)
             if given or not isinstance(out, Tensor) or not _counts(out.dtype):
                 return out
         return self.op(func, args, kwargs, out)
+
+
+def _is_flat(args: Any) -> bool:
+    """Whether arguments hold no lists of tensors."""
+    return not any(
+        type(a) in (list, tuple) and any(isinstance(i, Tensor | list | tuple) for i in a) for a in args
+    )
 
 
 def repeated(graph: Graph) -> list[Call]:

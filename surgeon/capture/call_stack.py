@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
+import types
 from typing import Any
 
 import torch
@@ -70,11 +72,21 @@ def user_line() -> tuple[str, int] | None:
     """
     frame = sys._getframe(2)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(_OWN_DIR):
-            if path.endswith("capture.py") and frame.f_code.co_name == "capture":
-                return None
-        elif not path.startswith(_TORCH_DIR) and (not path.startswith("<") or path.startswith(CHANGED)):
-            return path, frame.f_lineno
+        whose = _whose(frame.f_code)
+        if whose:
+            return (frame.f_code.co_filename, frame.f_lineno) if whose == _USERS else None
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return None
+
+
+_USERS, _ENTRANCE = 1, 2
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _whose(code: types.CodeType) -> int:
+    """Whether code is the user's, or where surgeon starts to record; 0 for what lies between."""
+    path = code.co_filename
+    if path.startswith(_OWN_DIR):
+        return _ENTRANCE if path.endswith("capture.py") and code.co_name == "capture" else 0
+    between = path.startswith(_TORCH_DIR) or (path.startswith("<") and not path.startswith(CHANGED))
+    return 0 if between else _USERS

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.capture.hollow.mode import NeedsValuesError, hollow
 from surgeon.capture.inputs import find_inputs, normalize
 from surgeon.capture.meta_run import real_indices
 from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
@@ -22,7 +23,6 @@ from surgeon.capture.recording.recorder import Recorder
 from surgeon.capture.sizes.dependencies import SizeMode
 from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
-from surgeon.graph.entrance import check_model
 from surgeon.graph.graph import Decision, Graph
 from surgeon.graph.tensors import tensor_leaves
 
@@ -34,6 +34,7 @@ def capture(
     training: bool = False,
     answers: Mapping[str, bool] | None = None,
     outputs: Sequence[str] | None = None,
+    real: bool = False,
 ) -> Graph:
     """Run `model` once and record it.
 
@@ -45,25 +46,46 @@ def capture(
         answers: what the model's code is told of global modes (see `global_modes`).
         outputs: names of the outputs that count, all by default; what is below a name counts with it. Others
             are no outputs of the graph: their channels may leave, and nothing compares them.
+        real: compute every number. Otherwise those that nothing reads are left out (see `HollowRun`), and the
+            graph has no results.
 
     Raises:
         InputError: no output has one of the names, or the model has lazy layers that did not run.
         CaptureError: the model does not run on the inputs, or does something that cannot be recorded.
     """
-    check_model(model)
     assumed = ""
     if example_inputs is None:
         example_inputs, assumed = find_inputs(model)
-    args, kwargs = real_indices(normalize(example_inputs))
+    given = real_indices(normalize(example_inputs))
+    if not real:
+        try:
+            return _recorded(model, given, assumed, training, answers, outputs, real=False)
+        except (NeedsValuesError, CaptureError):  # it reads numbers, or fails because there are none
+            pass
+    return _recorded(model, given, assumed, training, answers, outputs, real=True)
+
+
+def _recorded(
+    model: nn.Module,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+    assumed: str,
+    training: bool,
+    answers: Mapping[str, bool] | None,
+    outputs: Sequence[str] | None,
+    real: bool,
+) -> Graph:
+    args, kwargs = inputs
     recorder = Recorder(model)
-    sizes = SizeMode(recorder.values.node_of, recorder.values.assign, recorder.product)
     asked: list[Decision] = []
-    with quiet_run(model, 0, training, answers, asked):
+    with quiet_run(model, 0, training, answers, asked, above=recorder):
         try:
             with recorder.watching():
                 given = copies((args, kwargs))
-                for path, tensor in tensor_leaves(given):
+                leaves = list(tensor_leaves(given))
+                for path, tensor in leaves:
                     recorder.values.placeholder(path, tensor)
+                empty = None if real else hollow(recorder, model, [tensor for _, tensor in leaves])
+                sizes = SizeMode(recorder.values.node_of, recorder.values.assign, recorder.product, empty)
                 with (
                     looking_inside_functional(),
                     recorder,
@@ -75,10 +97,19 @@ def capture(
                         Decision("value", f"a number drawn by {name}", "one of many", None)
                         for name in drawn_since(before)
                     ]
+            if empty is not None and empty.asked:
+                raise NeedsValuesError
             graph = recorder.finish(output, args, kwargs, assumed, outputs, sizes.reads)
             decisions = (*graph.decisions, *dict.fromkeys(asked))
             told = tuple((answers or {}).items())
-            return dataclasses.replace(graph, training=training, answers=told, decisions=decisions)
+            return dataclasses.replace(
+                graph,
+                training=training,
+                answers=told,
+                decisions=decisions,
+                rates=tuple(sizes.rates),
+                results=graph.results if empty is None else None,
+            )
         except SurgeonError:
             raise
         except Exception as error:  # the model's own code: all of it is reported

@@ -9,18 +9,29 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class ControlFlow(TorchFunctionMode):
-    """Runs `cond` and `while_loop` in Python, so that their ops are seen, and nothing is compiled on the way."""
+class NotCompiled:
+    """While it is entered, nothing is compiled."""
 
-    def __enter__(self) -> ControlFlow:
+    def __enter__(self) -> Any:
         self.compiles = torch.compile
         torch.compile = _not_compiled  # type: ignore[assignment]  # it has overloads for the decorator with options
-        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
         torch.compile = self.compiles
+
+
+class ControlFlow(NotCompiled, TorchFunctionMode):
+    """Runs `cond` and `while_loop` in Python, so that their ops are seen, and nothing is compiled on the way."""
+
+    def __enter__(self) -> ControlFlow:
+        super().__enter__()
+        TorchFunctionMode.__enter__(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        TorchFunctionMode.__exit__(self, *error)
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in IN_PYTHON:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from surgeon.capture.control_flow import ControlFlow
+from surgeon.capture.control_flow import ControlFlow, NotCompiled
 from surgeon.graph.nests import map_tensors
-from surgeon.graph.opaque_ops import as_op
+from surgeon.graph.opaque_ops import HigherOrder, as_op
 
 
 class PlainMode(TorchDispatchMode):
@@ -25,13 +25,15 @@ class PlainMode(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+    beneath: PlainMode | None = None  # takes every op from this one: one dispatch an op instead of two
+    with_functions = False  # whether a function mode runs with it that knows control flow
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
 
     def __enter__(self) -> PlainMode:
-        self.control_flow = ControlFlow()
+        self.control_flow = NotCompiled() if self.with_functions else ControlFlow()
         self.control_flow.__enter__()
         return super().__enter__()  # type: ignore[no-any-return]  # torch does not say
 
@@ -44,7 +46,16 @@ class PlainMode(TorchDispatchMode):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an op."""
-        return func(*args, **kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an op as it is, for the mode beneath if there is one."""
+        if self.beneath is None:
+            return func(*args, **kwargs)
+        if isinstance(func, HigherOrder):  # the ops of its functions come one by one
+            with self.beneath:
+                return func(*args, **kwargs)
+        return self.beneath.call(func, args, kwargs)
 
 
 class Meta(PlainMode):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.isolation.snapshot import snapshots
-from surgeon.capture.meta_run import Meta, MetaAttention
+from surgeon.capture.meta_run import Meta, MetaAttention, PlainMode
 from surgeon.capture.paths.global_modes import answering
 from surgeon.capture.paths.no_dropout import NoDropout
 from surgeon.graph.graph import Decision
@@ -74,6 +74,7 @@ def quiet_run(
     answers: Mapping[str, bool] | None = None,
     asked: list[Decision] | None = None,
     isolated: bool = True,
+    above: PlainMode | None = None,
 ) -> Iterator[None]:
     """Eval (or training) mode, no gradients, no autocast, draws that depend on the seed alone; all of it put back
     afterwards.
@@ -92,19 +93,23 @@ def quiet_run(
         answers, asked: what the model's code is told of global modes, and what it asks (see `global_modes`).
         isolated: False for what cannot run under a torch mode (exporters): then the process's own generators are
             seeded and put back, and of tensors only what they are, not what they hold.
+        above: the mode under which the model will run, together with a function mode; it hands on every op.
     """
     mode = Isolation(seed) if isolated else None
     with LOCK, deep_enough(model), contextlib.ExitStack() as stack:
+        modules = list(model.modules())
         stack.enter_context(_kept(model, values=training and not isolated))
         stack.enter_context(_other_draws(seed))
         if mode is None:
             stack.enter_context(_fork_rng(seed))
         else:
             stack.callback(mode.restore)
-        for context in _ways_to_run(model, isolated):
+        for context in _ways_to_run(modules, isolated, functions=above is not None):
             stack.enter_context(context)
-        stack.enter_context(answering(model, answers or {}, asked))
-        if mode is not None:
+        stack.enter_context(answering(modules, answers or {}, asked))
+        if above is not None:
+            above.beneath = mode
+        elif mode is not None:
             stack.enter_context(mode)
         on_meta = any(p.is_meta for p in model.parameters())
         stack.enter_context(callers_device(on_meta))
@@ -113,19 +118,24 @@ def quiet_run(
             stack.enter_context(MetaAttention())
         if training:
             stack.enter_context(NoDropout())
-        stack.enter_context(_in_mode(model, training))
+        stack.enter_context(_in_mode(modules, training))
         yield
 
 
-def _ways_to_run(model: nn.Module, isolated: bool) -> Iterator[Any]:
-    """What decides how a model runs: no gradients, no fused kernels."""
+def _ways_to_run(modules: Sequence[nn.Module], isolated: bool, functions: bool) -> Iterator[Any]:
+    """What decides how a model runs: no gradients, no fused kernels.
+
+    Args:
+        functions: whether a function mode will be there.
+    """
     yield torch.inference_mode(False)
     yield torch.no_grad()
     yield from map(_without_autocast, _AUTOCAST)
-    yield _NoFastPath() if isolated else _fast_path_off()
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    if not functions:  # under any function mode torch's transformer layers take no fused kernel
+        yield _NoFastPath() if isolated else _fast_path_off()
+    if any(isinstance(module, nn.RNNBase) for module in modules):
         yield torch.backends.mkldnn.flags(enabled=False)
-    yield _uncompiled(model)
+    yield _uncompiled(modules)
 
 
 class _NoFastPath(TorchFunctionMode):
@@ -136,9 +146,9 @@ class _NoFastPath(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def _in_mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
     """All modules in training or eval mode."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
     try:
         for module, _ in flags:
             module.training = training
@@ -160,14 +170,14 @@ def _fast_path_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def _uncompiled(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The modules' own code instead of what `module.compile()` and `torch.compile(module)` made of it; `_kept`
     puts it back.
     """
-    for module in model.modules():
+    for module in modules:
         if "_compiled_call_impl" in module.__dict__:
             module.__dict__["_compiled_call_impl"] = None
-        inner = dict(module.named_children()).get("_orig_mod")
+        inner = module._modules.get("_orig_mod")
         if inner is not None and "dynamo_ctx" in module.__dict__:
             module.__dict__["forward"] = inner
     yield

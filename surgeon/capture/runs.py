@@ -120,6 +120,8 @@ def _again(model: nn.Module, run: Graph, given: Any, **how: Any) -> Graph:
 def _told_otherwise(model: nn.Module, base: Graph, graphs: list[Graph]) -> Iterator[str]:
     """Runs in which the code is told the other answer about global modes that it asks about."""
     asked = {d.what: d for d in base.decisions if d.kind == "mode"}
+    if asked and base.results is None:
+        base = _again(model, base, (base.args, base.kwargs), training=base.training, real=True)
     other = {name: decision.went != "True" for name, decision in asked.items()}
     if len(other) > 1 and _is_known(_with_answers(model, base, other), base, graphs):
         return
@@ -136,7 +138,9 @@ def _told_otherwise(model: nn.Module, base: Graph, graphs: list[Graph]) -> Itera
 
 def _with_answers(model: nn.Module, base: Graph, answers: Mapping[str, bool]) -> Graph | CaptureError:
     try:
-        return _again(model, base, (base.args, base.kwargs), training=base.training, answers=answers)
+        return _again(
+            model, base, (base.args, base.kwargs), training=base.training, answers=answers, real=True
+        )
     except CaptureError as error:
         return error
 

@@ -105,7 +105,10 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
         unit_of[sets.ravel()] = np.arange(sets.size)
     members = _members(groups_of, unit_of, atoms, slot_of, index_of, slots, len(families))
     kinds, grids = kinds_of(solution, cells, groups_of, families)
-    made = outputs_of_tensors(propagation, solution)
+    made = {
+        name: set(groups_of[np.concatenate(parts)].tolist())
+        for name, parts in _given(propagation, solution).items()
+    }
     found = []
     for number, sets in enumerate(families):
         if members[number]:
@@ -115,9 +118,7 @@ def find_groups(propagation: Propagation, solution: Solution) -> tuple[list[Grou
             )
             batched = bool(solution.batched[sets].any())
             tensors = dict.fromkeys(member.tensor for member in members[number])
-            producers = tuple(
-                tensor for tensor in tensors if tensor in made and np.isin(sets, made[tensor]).any()
-            )
+            producers = tuple(tensor for tensor in tensors if number in made.get(tensor, ()))
             part = (
                 name,
                 sets,
@@ -141,8 +142,20 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
     Which dim of a weight holds a layer's outputs is the op's matter: the first one of a convolution's, the
     second one of a transposed convolution's, of an embedding's and of `x @ weight`.
     """
+    return {name: np.unique(np.concatenate(parts)) for name, parts in _given(propagation, solution).items()}
+
+
+def _given(propagation: Propagation, solution: Solution) -> dict[str, list[DimIds]]:
+    """The same in parts, of which some hold the same atoms."""
     owned: dict[fx.Node, set[str]] = {}
     found: dict[str, list[DimIds]] = defaultdict(list)
+    known: dict[int, list[DimIds]] = {}  # by track; many values share one
+
+    def atoms_of(track: DimIds) -> list[DimIds]:
+        if id(track) not in known:
+            known[id(track)] = [each[each >= 0] for each in solution.atoms(np.unique(track))]
+        return known[id(track)]
+
     for node, axes in propagation.axes.items():
         sources = node.all_input_nodes
         if node.op == "get_attr":
@@ -153,10 +166,10 @@ def outputs_of_tensors(propagation: Propagation, solution: Solution) -> dict[str
             tracks = [
                 track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()
             ]
-            atoms = [each[each >= 0] for track in tracks for each in solution.atoms(np.unique(track))]
+            atoms = [each for track in tracks for each in atoms_of(track)]
             for name in names:
                 found[name] += atoms
-    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items() if parts}
+    return {name: parts for name, parts in found.items() if parts}
 
 
 def _attention(solution: Solution, sets: DimIds) -> str:
@@ -257,7 +270,9 @@ def _members(
     )  # they come in order of slots
     group, atoms, slot_of, index_of = group[order], atoms[order], slot_of[order], index_of[order]
     cuts = np.flatnonzero((np.diff(group) != 0) | (np.diff(slot_of) != 0)) + 1
-    for part in np.split(np.arange(len(group)), cuts) if len(group) else []:
-        tensor, dim = slots[slot_of[part[0]]]
-        members[group[part[0]]].append(Member(tensor, dim, index_of[part], unit_of[atoms[part]]))
+    units = unit_of[atoms]
+    ends = [*cuts.tolist(), len(group)] if len(group) else []
+    for first, last in zip([0, *ends], ends, strict=False):
+        tensor, dim = slots[slot_of[first]]
+        members[group[first]].append(Member(tensor, dim, index_of[first:last], units[first:last]))
     return members

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 from torch import fx
@@ -40,14 +41,19 @@ class Solution:
 
     def why(self, ids: DimIds) -> tuple[str, fx.Node | None]:
         """(reason, node) of the first freeze that holds one of the ids, directly or through a grid."""
-        wanted = np.zeros(len(self.root), dtype=bool)
-        wanted[self.root[ids]] = True
-        for atoms in self.atoms(ids):
-            wanted[atoms[atoms >= 0]] = True
-        for freeze in self.freezes:
-            if wanted[self.root[freeze.ids]].any():
-                return freeze.reason, freeze.node
+        known = [self.root[ids], *(atoms[atoms >= 0] for atoms in self.atoms(ids))]
+        first = min(int(self._first_freeze[part].min(initial=len(self.freezes))) for part in known)
+        if first < len(self.freezes):
+            return self.freezes[first].reason, self.freezes[first].node
         return "must keep as many as a part that is frozen", None
+
+    @cached_property
+    def _first_freeze(self) -> DimIds:
+        """Of each class, the place of the first freeze that holds it."""
+        found = np.full(len(self.root), len(self.freezes), dtype=np.int64)
+        for place in reversed(range(len(self.freezes))):
+            found[self.root[self.freezes[place].ids]] = place
+        return found
 
     def atoms(self, ids: DimIds) -> list[DimIds]:
         """Arrays like `ids` of the atoms whose leaving takes each entry along; -1 where there are fewer."""

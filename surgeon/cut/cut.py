@@ -6,19 +6,15 @@ small module's shapes and any of the model's values.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from surgeon.cut.plan import Plan, carrying
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
-from surgeon.errors import ConfigWarning, MendError, WidthWarning, warn
+from surgeon.errors import ConfigWarning, WidthWarning, warn
 from surgeon.graph.graph import Graph
-from surgeon.mend.apply_edits import apply_edit
-from surgeon.mend.checking.size_check import check
 from surgeon.mend.config_model import ConfigModel
 from surgeon.mend.config_sync import configure, unsaid
 from surgeon.mend.edits import Edit
@@ -70,7 +66,10 @@ class Cutter:
 
     def _plan(self, selection: Selection, small: nn.Module) -> Plan:
         """The plan of what was sliced; its edits are made in `small`."""
-        mended = find_edits(small, self.runs, self.shapes, selection.choice)
+        mended = find_edits(
+            small, self.runs, self.shapes, selection.choice, lambda: self._unread(selection, small)
+        )
+        _warn_of(mended.undecided)
         rescaled = {"rescaled": [str(number) for number in mended.rescaled]} if mended.rescaled else {}
         return Plan(
             kept=selection.kept,
@@ -81,39 +80,13 @@ class Cutter:
             memory=selection.cost.memory,
             macs_before=selection.before.macs,
             params_before=selection.before.params,
-            edits=(*mended.edits, *self._unread(selection, small), *self._config_edits(selection, small)),
+            edits=(*mended.edits, *mended.unread, *self._config_edits(selection, small)),
             request={**selection.request, **rescaled},
         )
 
-    def _unread(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
-        """Edits of numbers that say widths and that no run reads; they are undone if a run does notice them."""
-        if not selection.kept:
-            return ()
-        edits, undecided = follow_widths(small, self.model, self.runs[0])
-        before = self._numbers(selection, small) if edits else None
-        for edit in edits:
-            apply_edit(small, edit)
-        if edits and self._numbers(selection, small) != before:
-            for edit in reversed(edits):
-                apply_edit(small, dataclasses.replace(edit, old=edit.new, new=edit.old))
-            undecided += [f"{edit.module}.{edit.name} = {edit.old}".removeprefix(".") for edit in edits]
-            edits = []
-        if undecided:
-            more = f" and {len(undecided) - _SAID} more" if len(undecided) > _SAID else ""
-            warn(
-                f"numbers that may say a width and that no run reads keep their value: {', '.join(undecided[:_SAID])}{more}; "
-                "set them before calling what reads them",
-                WidthWarning,
-            )
-        return tuple(edits)
-
-    def _numbers(self, selection: Selection, small: nn.Module) -> Any:
-        """The numbers that runs show: sizes that differ from what the cut asks for, constants, rates of dropout."""
-        try:
-            found = check(small, self.runs, self.shapes, selection.choice)
-        except MendError as error:
-            return str(error)
-        return found.notes, found.constants, found.rates
+    def _unread(self, selection: Selection, small: nn.Module) -> tuple[list[Edit], list[str]]:
+        """Edits of numbers that say widths and that no run reads, and those that may say one."""
+        return follow_widths(small, self.model, self.runs[0]) if selection.kept else ([], [])
 
     def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
         if self.config is None or not selection.kept:
@@ -129,3 +102,13 @@ class Cutter:
             ConfigWarning,
         )
         return ()
+
+
+def _warn_of(undecided: Sequence[str]) -> None:
+    if undecided:
+        more = f" and {len(undecided) - _SAID} more" if len(undecided) > _SAID else ""
+        warn(
+            f"numbers that may say a width and that no run reads keep their value: {', '.join(undecided[:_SAID])}{more}; "
+            "set them before calling what reads them",
+            WidthWarning,
+        )

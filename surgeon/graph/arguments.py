@@ -6,6 +6,7 @@ seventh of them), and what equals its default need not be given. So no argument 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +27,9 @@ class Arguments(Mapping[str, Any]):
 
     def __init__(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._target, self.args, self.kwargs = target, tuple(args), dict(kwargs)
-        schema = getattr(target, "_schema", None)
-        declared = () if schema is None else schema.arguments
-        self.places: dict[str, int] = {argument.name: i for i, argument in enumerate(declared)}
-        if schema is None:
-            self.places = {f"arg{i}": i for i in range(len(args))}
-        defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
-        given = {**defaults, **dict(zip(self.places, args, strict=False)), **kwargs}
+        known = _declared(target) if hasattr(target, "_schema") else None
+        self.places: Mapping[str, int] = known[0] if known else {f"arg{i}": i for i in range(len(args))}
+        given = {**(known[1] if known else {}), **dict(zip(self.places, args, strict=False)), **kwargs}
         self._values: dict[str, Any] = {name: given[name] for name in self.places if name in given}
 
     def __getitem__(self, name: str) -> Any:
@@ -67,6 +64,20 @@ class Arguments(Mapping[str, Any]):
         raise KeyError(f"{self._target} has no argument {names}, but {', '.join(self._values)}")
 
 
+@functools.lru_cache(maxsize=4096)
+def _declared(target: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+    """The places of an op's arguments, and the defaults of those that have one."""
+    declared = target._schema.arguments
+    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
+    return {argument.name: i for i, argument in enumerate(declared)}, defaults
+
+
 def arguments(node: fx.Node) -> Arguments:
-    """The arguments of a recorded op, by name."""
-    return Arguments(node.target, node.args, node.kwargs)
+    """The arguments of a recorded op, by name. Bound once: recorded nodes do not change."""
+    found: Arguments | None = node.meta.get(_BOUND)
+    if found is None:
+        found = node.meta[_BOUND] = Arguments(node.target, node.args, node.kwargs)
+    return found
+
+
+_BOUND = "arguments"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 import torch
@@ -110,7 +110,12 @@ def _refused(kind: str, where: str = "") -> CaptureError:
     return CaptureError(f"{kind} cannot be cut", where=where, why=why, fix=fix)
 
 
-def _comes_from(kind: type, packages: Iterable[str]) -> bool:
+def _comes_from(kind: type, packages: tuple[str, ...]) -> bool:
     """Whether a class, or one that it builds on, is one of these packages."""
+    return _any_from(kind.__mro__, packages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _any_from(kinds: tuple[type, ...], packages: tuple[str, ...]) -> bool:
     roots = tuple(f"{package}." for package in packages)
-    return any(f"{base.__module__}.".startswith(roots) for base in kind.__mro__)
+    return any(f"{kind.__module__}.".startswith(roots) for kind in kinds)

@@ -93,7 +93,7 @@ class Graph:
         hash: the `architecture` of the model.
         calls: the ops in the order in which they ran.
         outputs: (path, node) of each output tensor, e.g. ("logits", node).
-        results: the values of the outputs.
+        results: the values of the outputs; None if the run did not compute them.
         reads: values that left torch, in order.
         inputs: (path, node) of each input tensor.
         args, kwargs: the inputs of the run.
@@ -104,6 +104,7 @@ class Graph:
         number: which of several calls this is a run of, from 1; 0 if there is but one.
         named: the names of the outputs that count, () if all do.
         decisions: what the model's Python code decided by.
+        rates: the rates that dropouts were called with, in order.
         rebuilt: tensors that the model's code makes anew while it runs (see `rebuilt_state`), with the line.
     """
 
@@ -115,7 +116,7 @@ class Graph:
     hash: str
     calls: tuple[Call, ...]
     outputs: tuple[tuple[str, torch.fx.Node], ...]
-    results: tuple[Tensor, ...]
+    results: tuple[Tensor, ...] | None
     reads: tuple[Read, ...]
     inputs: tuple[tuple[str, torch.fx.Node], ...]
     args: tuple[Any, ...]
@@ -126,6 +127,7 @@ class Graph:
     number: int = 0
     named: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    rates: tuple[Any, ...] = ()
     rebuilt: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     @property

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.ops.ids import DimIds
-from surgeon.ops.letters import Product, Step
+from surgeon.ops.letters import Step
+from surgeon.ops.product import Product
 
 _REPEATS = 12  # timed runs of a kernel, after two that are not timed
 Choice = DimIds

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -23,7 +23,7 @@ from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.mend.apply_edits import apply_edit, undo_edits
 from surgeon.mend.candidates import propose
-from surgeon.mend.checking.constants import Constant, Judge, changed_rates, to_blame
+from surgeon.mend.checking.constants import Constant, Judge, to_blame
 from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import COMPARISONS, Note, of_ones
 from surgeon.mend.checking.size_check import Findings, check, compare
@@ -45,13 +45,26 @@ class Mended:
         edits: sizes.
         rescaled: other numbers that changed with them, because they count the terms of a sum that lost some
             (1/sqrt(head_dim)).
+        unread: numbers that say widths and that no run reads.
+        undecided: those that keep their value because nothing tells what they say, as text.
     """
 
     edits: tuple[Edit, ...]
     rescaled: tuple[Constant, ...] = ()
+    unread: tuple[Edit, ...] = ()
+    undecided: tuple[str, ...] = ()
 
 
-def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choice: Choice) -> Mended:
+Unread = Callable[[], tuple[Sequence[Edit], Sequence[str]]]
+
+
+def find_edits(
+    small: nn.Module,
+    runs: Sequence[Graph],
+    shapes: ShapeModel,
+    choice: Choice,
+    unread: Unread = lambda: ((), ()),
+) -> Mended:
     """Find the edits and make them in `small`, which is the copy that `shrink_module` gave.
 
     Of edits that explain the sizes those are made that change no other number: an attribute that is a scale
@@ -60,6 +73,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
     Args:
         runs: the recorded runs of the original: in eval mode, and in training mode where that runs other
             layers.
+        unread: gives the edits of numbers that say widths and that no run reads, and what is undecided, once all
+            others are made. A run that does notice them has them undone.
 
     Raises:
         MendError: the model's code holds a size that neither an attribute nor a literal explains, or another
@@ -68,14 +83,16 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
     first = list(_layer_edits(small, runs, shapes, choice))
     for edit in first:
         apply_edit(small, edit)
-    judge = Judge(runs, shapes, choice)
-    edits, refused, found = list[Edit](), Refused(), check(small, runs, shapes, choice)
-    rates, wrong_at_first = found.rates, found.notes
 
     def look() -> Findings:
-        now = check(small, runs, shapes, choice)
-        return dataclasses.replace(now, constants=[*now.constants, *changed_rates(rates, now.rates)])
+        return check(small, runs, shapes, choice)
 
+    quiet, undecided = _with_unread(small, unread, look)
+    if quiet is not None:  # nothing else is to be mended
+        return Mended(tuple(first), (), quiet, undecided)
+    judge = Judge(runs, shapes, choice)
+    edits, refused, found = list[Edit](), Refused(), look()
+    wrong_at_first = found.notes
     for _ in range(_ROUNDS):
         wrong = [] if found.notes else [c for c in found.constants if not judge.counts(c)]
         blamed = to_blame(small, edits, wrong, lambda: _reaching_the_end(look())) if wrong else []
@@ -84,7 +101,8 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
             refused.bar(blamed, wrong)
             edits, found = [edit for edit in edits if edit not in blamed], look()
         if not found.notes:
-            return Mended((*first, *edits), judge.following(found.constants))
+            quiet, undecided = _with_unread(small, unread, look, found)
+            return Mended((*first, *edits), judge.following(found.constants), quiet or (), undecided)
         trial = propose(small, found.notes, refused)
         if not trial:
             break
@@ -98,7 +116,35 @@ def find_edits(small: nn.Module, runs: Sequence[Graph], shapes: ShapeModel, choi
     except MendError as error:
         error.ties = ties(wrong_at_first, found.notes, runs, shapes)
         raise
-    return Mended((*first, *edits))
+    quiet, undecided = _with_unread(small, unread, look, found)
+    return Mended((*first, *edits), (), quiet or (), undecided)
+
+
+def _with_unread(
+    small: nn.Module, unread: Unread, look: Callable[[], Findings], wanted: Findings | None = None
+) -> tuple[tuple[Edit, ...] | None, tuple[str, ...]]:
+    """Make the edits of numbers that no run reads. If a run shows something else than is wanted they are undone:
+    None, and they are undecided.
+
+    Args:
+        wanted: what runs show without them; None: nothing, which is looked at as well.
+    """
+    edits, undecided = unread()
+    if wanted is not None and not edits:
+        return (), tuple(undecided)
+    for edit in edits:
+        apply_edit(small, edit)
+    try:
+        same = look() == (wanted or Findings([], []))
+    except MendError:
+        same = False
+    if same:
+        return tuple(edits), tuple(undecided)
+    undo_edits(small, edits)
+    return None, (
+        *undecided,
+        *(f"{edit.module}.{edit.name} = {edit.old}".removeprefix(".") for edit in edits),
+    )
 
 
 def _reaching_the_end(found: Findings) -> list[Constant] | None:

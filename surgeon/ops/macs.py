@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from surgeon.graph.graph import Graph
-from surgeon.ops.letters import Product
+from surgeon.ops.product import Product
 from surgeon.ops.table import product
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from surgeon.graph.arguments import Arguments, arguments
 from surgeon.graph.graph import spec
-from surgeon.ops.letters import Product, bind
+from surgeon.ops.product import Product, bind
 
 
 class Family(enum.Enum):
@@ -173,11 +173,15 @@ def bound(node: fx.Node) -> Product | None:
     """The products of an op as it was recorded; None if it is declared without letters, or for operands of other
     dims.
     """
-    letters, given = info(node).letters, arguments(node)
+    letters = info(node).letters
     if letters is None:
         return None
-    text = letters if isinstance(letters, str) else letters(given)
-    return bind(text, given, lambda value: spec(value).shape, spec(node).shape)
+    if _PRODUCT not in node.meta:  # bound once: recorded nodes do not change
+        given = arguments(node)
+        text = letters if isinstance(letters, str) else letters(given)
+        node.meta[_PRODUCT] = bind(text, given, lambda value: spec(value).shape, spec(node).shape)
+    found: Product | None = node.meta[_PRODUCT]
+    return found
 
 
 def product(node: fx.Node) -> Product | None:
@@ -187,3 +191,4 @@ def product(node: fx.Node) -> Product | None:
 
 
 _OPAQUE = OpInfo(Family.OPAQUE)
+_PRODUCT = "product"

@@ -21,7 +21,7 @@ from surgeon.criteria.data.consumers import moving, normalises, only_reader
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.families.elementwise import affine
-from surgeon.ops.letters import Product
+from surgeon.ops.product import Product
 from surgeon.ops.table import Trait, has, op_name, product
 from surgeon.recovery.inverse_steps import back, trains
 from surgeon.recovery.runs.paired_run import PairedRun, twin

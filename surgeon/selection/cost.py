@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from torch import fx
 from torch.nn import Parameter
 
-from surgeon.capture.recording.aliasing import is_view, writes
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds
-from surgeon.ops.letters import Product
 from surgeon.ops.macs import products_of
+from surgeon.ops.product import Product
 from surgeon.ops.table import info
+from surgeon.selection.memory import Lifetimes, bytes_of, lifetimes, outputs_of, peak
 
 Choice = DimIds
+_Part = tuple[str, Hashable]  # its kind, and what it is of
 
 
 class ShapeModel:
@@ -40,12 +42,12 @@ class ShapeModel:
     def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
         self.graph, self.propagation, self.solution = graph, propagation, solution
         self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of ids, by dim
-        self._parts: dict[Hashable, int] = {}  # of sums over nodes or tensors
-        self._readers: dict[int, set[Hashable]] = defaultdict(set)  # the parts that hang on an array of ids
-        self._asking: Hashable = None  # the part that is being computed
-        self._index: tuple[DimIds, DimIds] | None = (
-            None  # atoms, ascending, and the array of ids that holds each
-        )
+        self._parts: dict[_Part, int] = {}  # of sums over nodes or tensors
+        self._sums: dict[str, int] = {}  # of the parts of a kind that are known
+        self._missing: dict[str, dict[Hashable, None]] = {}  # the others
+        self._readers: dict[int, set[_Part]] = defaultdict(set)  # the parts that hang on an array of ids
+        self._asking: _Part | None = None  # the part that is being computed
+        self._index: tuple[DimIds, DimIds] | None = None  # atoms, ascending, and the ids that hold each
         self._numbers: dict[int, int] = {}  # of arrays of ids, by what they hold: most are copies of a few
         self._contents: dict[tuple[tuple[int, ...], bytes], int] = {}
         self._atoms: dict[int, list[DimIds]] = {}  # of each number
@@ -85,7 +87,11 @@ class ShapeModel:
         for number in np.unique(tracks[places]).tolist():
             self._widths.pop(number, None)
             for part in self._readers.pop(number, ()):
-                self._parts.pop(part, None)
+                value = self._parts.pop(part, None)
+                kind, key = part
+                if value is not None and kind in self._sums:
+                    self._sums[kind] -= value
+                    self._missing[kind][key] = None
 
     def _held(self) -> tuple[DimIds, DimIds]:
         """All atoms, ascending, and the numbers of the arrays of ids that hold them."""
@@ -99,7 +105,7 @@ class ShapeModel:
             )
         return self._index
 
-    def _part(self, key: Hashable, choice: Choice, compute: Callable[[], int]) -> int:
+    def _part(self, key: _Part, choice: Choice, compute: Callable[[], int]) -> int:
         """A part of a sum, computed once for as long as nothing changes that it hangs on."""
         self._follow(choice)
         if key not in self._parts:
@@ -109,6 +115,18 @@ class ShapeModel:
             finally:
                 self._asking = None
         return self._parts[key]
+
+    def _sum(
+        self, kind: str, keys: Iterable[Hashable], choice: Choice, compute: Callable[[Any, Choice], int]
+    ) -> int:
+        """The sum of parts, of which those alone are computed anew that hang on what has changed."""
+        self._follow(choice)
+        if kind not in self._sums:
+            self._sums[kind], self._missing[kind] = 0, dict.fromkeys(keys)
+        for key in self._missing[kind]:
+            self._sums[kind] += self._part((kind, key), choice, partial(compute, key, choice))
+        self._missing[kind] = {}
+        return self._sums[kind]
 
     def _number(self, track: DimIds) -> int:
         number = self._numbers.get(id(track))
@@ -161,9 +179,19 @@ class ShapeModel:
         gone &= ~stays
         return gone
 
+    def before(self) -> tuple[int, int, int, int]:
+        """MACs, params, size and memory of the original: of the choice that keeps everything, without evaluating one."""
+        tensors = self.graph.tensors
+        return (
+            sum(product.macs for product in self.products.values()),
+            sum(tensors[name].numel() for name in self.parameters),
+            sum(tensors[name].numel() * tensors[name].element_size() for name in self.graph.stored),
+            peak(self._lifetimes, lambda node: bytes_of(node, lambda output: outputs_of(node)[output].shape)),
+        )
+
     def params(self, choice: Choice) -> int:
         """Number of elements of all parameters (not buffers); tied weights count once."""
-        return sum(self.params_by_tensor(choice).values())
+        return self._sum("params", self.parameters, choice, self._count)
 
     def params_by_tensor(self, choice: Choice) -> dict[str, int]:
         return {name: self._elements(name, choice) for name in self.parameters}
@@ -172,8 +200,10 @@ class ShapeModel:
         """Bytes of all parameters and stored buffers, tied ones once; a file adds its header, some hundred
         bytes per tensor.
         """
-        tensors = self.graph.tensors
-        return sum(self._elements(name, choice) * tensors[name].element_size() for name in self.graph.stored)
+        return self._sum("size", self.graph.stored, choice, self._stored)
+
+    def _stored(self, name: str, choice: Choice) -> int:
+        return self._count(name, choice) * self.graph.tensors[name].element_size()
 
     def _elements(self, name: str, choice: Choice) -> int:
         return self._part(("elements", name), choice, partial(self._count, name, choice))
@@ -197,58 +227,21 @@ class ShapeModel:
         views and in-place ops share the memory of what they are made of. An executor that keeps values longer
         (or fuses ops) needs more (or less).
         """
-        alive = peak = 0
-        for made, ended in self._lifetimes:
-            alive += sum(self._bytes(node, choice) for node in made)
-            peak = max(peak, alive)
-            alive -= sum(self._bytes(node, choice) for node in ended)
-        return peak
+        return peak(self._lifetimes, lambda node: self._bytes(node, choice))
+
+    @cached_property
+    def _lifetimes(self) -> Lifetimes:
+        return lifetimes(self.graph)
 
     def _bytes(self, node: fx.Node, choice: Choice) -> int:
         return self._part(("bytes", node), choice, partial(self._sized, node, choice))
 
     def _sized(self, node: fx.Node, choice: Choice) -> int:
-        specs = node.meta["spec"]
-        outputs = specs if isinstance(specs, tuple) else (specs,)
-        sizes = (
-            s.dtype.itemsize * math.prod(self.shape(node, choice, i))
-            for i, s in enumerate(outputs)
-            if s is not None
-        )
-        return sum(sizes)
-
-    @cached_property
-    def _lifetimes(self) -> list[tuple[list[fx.Node], list[fx.Node]]]:
-        """For each op: the values whose memory it takes, and those of which it is the last reader."""
-        called = {call.node: call.op for call in self.graph.calls}
-        owner: dict[fx.Node, fx.Node | None] = {}  # whose memory a value lies in; None for the weights'
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self.graph.fx.nodes:
-            first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            op = called.get(
-                node
-            )  # nodes that no op made take no memory: they put a write through a view into its base
-            shares = node.op == "call_function" and (op is None or is_view(op) or writes(op))
-            owner[node] = owner[first] if first is not None and shares else node
-            if node.op == "output" or (node.op == "get_attr" and node.target in self.graph.owned):
-                owner[node] = None  # weights are no activations
-            for used in (node, *node.all_input_nodes):
-                whose = owner[used]
-                if whose is not None:
-                    last[whose] = node
-        inputs = {node for _, node in self.graph.inputs}  # whoever calls the model holds them
-        ends: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for value, node in last.items():
-            if value not in inputs:
-                ends[node].append(value)
-        made = {value for value in owner.values() if value is not None}
-        return [([node] if node in made else [], ends[node]) for node in self.graph.fx.nodes]
+        return bytes_of(node, lambda output: self.shape(node, choice, output))
 
     def macs(self, choice: Choice) -> int:
         """MACs of one run on the example inputs."""
-        return sum(
-            self._part(("macs", node), choice, partial(self._macs, node, choice)) for node in self.products
-        )
+        return self._sum("macs", self.products, choice, self._macs)
 
     def _macs(self, node: fx.Node, choice: Choice) -> int:
         return self.product(node, choice).macs

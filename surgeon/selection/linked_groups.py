@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class LinkedGroups:
         """Channels of the first group that one step takes."""
         return self.groups[0].width / self.steps
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """How many slots its channels take an index of: a residual stream has some of every layer on it."""
         return len({(member.tensor, member.dim) for group in self.groups for member in group.members})

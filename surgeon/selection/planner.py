@@ -7,14 +7,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
 
-import numpy as np
-
 from surgeon.coupling.groups import Group
 from surgeon.coupling.links import Link
 from surgeon.ops.ids import DimIds
 from surgeon.selection.amounts import of_pattern
 from surgeon.selection.cost import Choice, ShapeModel, needed_blocks, nothing
 from surgeon.selection.linked_groups import LinkedGroups, build, narrowed, sides
+from surgeon.selection.ranking import Ranking
 from surgeon.selection.request import Request
 from surgeon.selection.shares import CLOSE
 
@@ -43,6 +42,9 @@ class Planner:
         self.narrow = False  # whether groups of convolutions that hold one block may keep a part of it
         self._known: dict[tuple[str, ...], list[LinkedGroups]] = {}
         self._slots: dict[str, list[DimIds]] = {}
+        self._last: tuple[State, Choice] | None = None
+        self._apart: tuple[list[LinkedGroups], bool] | None = None
+        self._ranked: dict[int, tuple[list[int], list[LinkedGroups], Ranking]] = {}  # by the first of a pool
         self._needed = needed_blocks(shapes.graph)
 
     def linked_groups(self, ratio: float) -> list[LinkedGroups]:
@@ -115,12 +117,39 @@ class Planner:
             for number, linked in enumerate(linked_groups):
                 pools[_structure(linked) if scope == "isomorphic" else ""].append(number)
             for pool in pools.values():
-                for number, count in _lowest([linked_groups[i] for i in pool], ratio).items():
-                    counts[pool[number]] = linked_groups[pool[number]].nearest(count)
+                for number, count in zip(pool, self._ranking(linked_groups, pool).lowest(ratio), strict=True):
+                    counts[number] = linked_groups[number].nearest(count)
         return State(linked_groups, counts)
+
+    def _ranking(self, linked_groups: list[LinkedGroups], pool: list[int]) -> Ranking:
+        key = id(linked_groups[pool[0]])
+        found = [linked_groups[number] for number in pool]
+        if key not in self._ranked or self._ranked[key][0] != list(map(id, found)):
+            self._ranked[key] = list(map(id, found)), found, Ranking(found)
+        return self._ranked[key][2]
 
     def choice(self, state: State) -> Choice:
         """The units that leave; fewer where units of one group would together take all indices of a slot."""
+        last, linked_groups = self._last, state.linked_groups
+        if last is not None and last[0].linked_groups is linked_groups and self._independent(linked_groups):
+            choice = last[1].copy()
+            for linked, count, before in zip(linked_groups, state.counts, last[0].counts, strict=True):
+                if count != before:
+                    linked.give_back(choice)
+                    linked.remove(choice, count)
+        else:
+            choice = self._whole_choice(state)
+        self._last = State(linked_groups, list(state.counts)), choice
+        return choice
+
+    def _independent(self, linked_groups: list[LinkedGroups]) -> bool:
+        """Whether no index of a slot is held by two units, so that each of them leaves as if it were alone."""
+        if self._apart is None or self._apart[0] is not linked_groups:
+            shared = any(self._shared(group) for linked in linked_groups for group in linked.groups)
+            self._apart = linked_groups, not shared
+        return self._apart[1]
+
+    def _whole_choice(self, state: State) -> Choice:
         choice = nothing(self.shapes.solution)
         for linked, count in zip(state.linked_groups, state.counts, strict=True):
             linked.remove(choice, count)
@@ -140,27 +169,6 @@ class Planner:
             found = [m for m in group.members if len(m.index) > int(m.index.max()) + 1]
             self._slots[group.name] = [slots[member.tensor, member.dim] for member in found]
         return self._slots[group.name]
-
-
-def _lowest(linked_groups: list[LinkedGroups], ratio: float) -> dict[int, int]:
-    """Steps that leave if the lowest scores of all these do, up to this share of their channels."""
-    total = sum(linked.width * linked.steps for linked in linked_groups)
-    entries = sorted(
-        (
-            (float(score), number)
-            for number, linked in enumerate(linked_groups)
-            for score in np.maximum.accumulate(linked.score)[: max(linked.steps - linked.kept, 0)]
-        ),
-        key=lambda entry: entry[0],
-    )
-    counts: dict[int, int] = defaultdict(int)
-    gone = 0.0
-    for _, number in entries:
-        if gone + linked_groups[number].width / 2 > ratio * total:
-            break
-        counts[number] += 1
-        gone += linked_groups[number].width
-    return counts
 
 
 def _structure(linked: LinkedGroups) -> Hashable:

@@ -18,7 +18,8 @@ import surgeon
 from surgeon.graph.arguments import Arguments
 from surgeon.graph.graph import Spec
 from surgeon.ops.families.attention import LETTERS
-from surgeon.ops.letters import bind, parse
+from surgeon.ops.letters import parse
+from surgeon.ops.product import bind
 from surgeon.ops.table import Family, absent_of, bound, known, op, product, rule_of
 
 ROOT = Path(surgeon.__file__).parent

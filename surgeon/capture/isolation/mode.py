@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,14 +35,21 @@ class Isolation(PlainMode):
             func, torch._ops.OpOverload
         ):  # an operator that takes functions: what they run comes by itself
             return func(*args, **kwargs)
-        for place, name in _written(func):
-            self._save(args[place] if place < len(args) else kwargs.get(name))
-        result = self._drawn(func, args, kwargs) if _draws(func) else func(*args, **kwargs)
-        if _makes(func):
-            for tensor in torch.utils._pytree.tree_leaves(result):
+        known = _facts(func)
+        if known.mode is None or known.of(known.mode, args, kwargs) is not False:
+            for argument in known.written:
+                self._save(known.of(argument, args, kwargs))
+        result = self._drawn(func, args, kwargs) if known.draws else func(*args, **kwargs)
+        if known.makes:
+            self.made(result)
+        return result
+
+    def made(self, result: Any) -> None:
+        """What this run made, in new memory."""
+        for item in result if type(result) in (tuple, list) else (result,):
+            for tensor in item if type(item) in (tuple, list) else (item,):
                 if isinstance(tensor, Tensor):
                     self._made.add(_place(tensor))
-        return result
 
     def restore(self) -> None:
         """Write back what was there before; a backward pass that waits for it finds it unchanged."""
@@ -98,27 +106,45 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What an op does to memory and to generators.
+
+    Attributes:
+        written: (place, name) of the arguments that it writes to; batch norms do not say that they write their
+            statistics.
+        mode: the argument that says whether it writes; None if it always does.
+        makes: what it returns lies in new memory.
+        draws: it draws numbers at random.
+    """
+
+    written: tuple[tuple[int, str], ...]
+    mode: tuple[int, str] | None
+    makes: bool
+    draws: bool
+
+    @staticmethod
+    def of(argument: tuple[int, str], args: Any, kwargs: Any) -> Any:
+        """The value of an argument; None if its default counts."""
+        place, name = argument
+        return args[place] if place < len(args) else kwargs.get(name)
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
 @functools.cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """The arguments that an op writes to; batch norms do not say that they write their statistics."""
-    declared = enumerate(func._schema.arguments)
-    return tuple(
-        (i, a.name)
-        for i, a in declared
-        if (a.alias_info is not None and a.alias_info.is_write) or a.name in ("running_mean", "running_var")
+def _facts(func: Any) -> _Facts:
+    declared = list(enumerate(func._schema.arguments))
+    said = tuple((i, a.name) for i, a in declared if a.alias_info is not None and a.alias_info.is_write)
+    unsaid = tuple((i, a.name) for i, a in declared if a.name in _STATISTICS and (i, a.name) not in said)
+    modes = [(i, a.name) for i, a in declared if a.name in ("training", "train")]
+    return _Facts(
+        written=(*said, *unsaid),
+        mode=modes[0] if unsaid and not said and modes else None,
+        makes=func.namespace in ("aten", "prims") and all(r.alias_info is None for r in func._schema.returns),
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
     )
-
-
-@functools.cache
-def _makes(func: Any) -> bool:
-    """Whether what an op returns lies in new memory."""
-    own = func.namespace in ("aten", "prims")
-    return own and all(r.alias_info is None for r in func._schema.returns)
-
-
-@functools.cache
-def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 @functools.cache

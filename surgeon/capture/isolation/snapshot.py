@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgeon.graph.copying.references import is_atomic, is_weak
+from surgeon.graph.copying.references import ATOMIC, is_atomic, is_weak
 
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
-_DICTS = (dict, OrderedDict, defaultdict)
+_DICTS = frozenset((dict, OrderedDict, defaultdict))
+_LEFT = ATOMIC | {Tensor, nn.Parameter}
 
 
 def snapshots(model: nn.Module) -> list[Callable[[], None]]:
@@ -24,12 +26,19 @@ def snapshots(model: nn.Module) -> list[Callable[[], None]]:
     Objects that hold locks (queues, pools) belong to the process and are left alone, and so is what only functions
     and weak references lead to: it is the caller's.
     """
-    found: list[Callable[[], None]] = []
+    empty: list[dict[Any, Any]] = []  # most of what a module holds
+    found: list[Callable[[], None]] = [functools.partial(_put_back_empty, empty)]
     seen: set[int] = set()
     stack: list[Any] = [model]
     while stack:
         value = stack.pop()
-        if id(value) in seen or is_atomic(value) or isinstance(value, Tensor) or is_weak(value):
+        kind = type(value)
+        if kind in _LEFT or id(value) in seen:
+            continue
+        if kind in _DICTS and not value:
+            empty.append(value)
+            continue
+        if is_atomic(value) or isinstance(value, Tensor) or is_weak(value):
             continue
         seen.add(id(value))
         stack.extend(_looked_at(value, found))
@@ -67,8 +76,18 @@ def _put_back_state(generator: torch.Generator, before: Tensor) -> None:
     generator.set_state(before)
 
 
+def _put_back_empty(every: list[dict[Any, Any]]) -> None:
+    for held in every:
+        if held:
+            held.clear()
+
+
 def _put_back_dict(held: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(held) != len(before) or any(held.get(name) is not value for name, value in before.items()):
+    if len(held) == len(before) and all(map(operator.is_, held.values(), before.values())):
+        same = all(map(operator.is_, held, before))
+    else:
+        same = False
+    if not same:
         held.clear()
         held.update(before)
 

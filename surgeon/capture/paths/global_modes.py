@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ _SPACES: Mapping[str, tuple[Any, tuple[str, ...]]] = {
 
 
 @contextlib.contextmanager
-def answering(model: nn.Module, answers: Mapping[str, bool], asked: list[Decision] | None) -> Iterator[None]:
+def answering(
+    modules: Sequence[nn.Module], answers: Mapping[str, bool], asked: list[Decision] | None
+) -> Iterator[None]:
     """While this holds, the user's code gets these answers about modes, and what it asks is noted.
 
     Args:
@@ -46,23 +48,37 @@ def answering(model: nn.Module, answers: Mapping[str, bool], asked: list[Decisio
         yield
         return
     before: list[tuple[dict[str, Any], str, Any]] = []
-    homes = {type(module).__module__ for module in model.modules()}
+    homes = {type(module).__module__ for module in modules}
     spaces = [
         vars(sys.modules[name]) for name in homes if name in sys.modules
     ]  # a file that was run may be in none
+    told: dict[int, tuple[Any, Any]] = {}
+    for path, (space, names) in _SPACES.items():
+        for name in names:
+            function = getattr(space, name)
+            told[id(function)] = function, _told(f"{path}.{name}", function, answers, asked)
+    own = {name for _, names in _SPACES.values() for name in names}
     try:
-        for path, (space, names) in _SPACES.items():
-            for name in names:
-                function = getattr(space, name)
-                told = _told(f"{path}.{name}", function, answers, asked)
-                for held in (vars(space), *(s for s in spaces if s is not vars(space))):
-                    for own in [key for key, value in held.items() if value is function]:
-                        before.append((held, own, function))
-                        held[own] = told
+        for space, _ in _SPACES.values():
+            _tell(vars(space), own, told, before)
+        for held in spaces:
+            _tell(held, list(held), told, before)
         yield
     finally:
         for held, name, function in before:
             held[name] = function
+
+
+def _tell(
+    held: dict[str, Any], names: Iterable[str], told: Mapping[int, tuple[Any, Any]], before: list[Any]
+) -> None:
+    """Put what tells in the place of functions that a space holds."""
+    for name in names:
+        value = held.get(name)
+        function, instead = told.get(id(value), (None, None))
+        if function is not None and function is value:
+            before.append((held, name, function))
+            held[name] = instead
 
 
 def _told(

@@ -36,6 +36,8 @@ def adds_nothing(run: Graph, known: Iterable[Graph]) -> bool:
 
 def gives_the_same(run: Graph, other: Graph) -> bool:
     """Whether two runs on the same inputs give the same outputs, up to rounding."""
+    if run.results is None or other.results is None:
+        raise ValueError("a run that computed no results is compared")
     return len(run.results) == len(other.results) and all(map(_close, run.results, other.results))
 
 

@@ -25,6 +25,8 @@ from surgeon.graph.tensors import architecture, named, tensor_leaves
 
 
 class Recorder(PlainMode):
+    with_functions = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.stack = CallStack(model)
@@ -61,7 +63,7 @@ class Recorder(PlainMode):
                 fix="copy what is read first: x[:, 1:] = x[:, :-1].clone()",
             )
         if aliasing.keeps_layout(func, args):  # only strides of dims of size 1 change
-            return func(*args, **kwargs)
+            return self.run(func, args, kwargs)
         written = aliasing.written(func, args, kwargs)
         for tensor in written:
             name = self.values.names.get(id(self._base_tensor(tensor)))
@@ -73,7 +75,7 @@ class Recorder(PlainMode):
         )
         if isinstance(func, HigherOrder):
             graph_kwargs["held"] = self.values.nodes(held_by_functions(args))
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if torch.Tag.inplace_view in func.tags:
             node = self._turn(func, args, graph_args, graph_kwargs)
         elif written:

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.call_stack import user_line
+from surgeon.capture.hollow.mode import HollowRun
 from surgeon.capture.paths.decisions import note_length
 from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
-from surgeon.capture.sizes.tracing import Sizes, inside_transform
+from surgeon.capture.sizes.tracing import Sizes, inside_transform, rate_of_dropout
 from surgeon.graph.graph import Read
 from surgeon.graph.python_calls import REPEATS, RESHAPES, SPLITS
 from surgeon.ops.table import Family, family, op_name
@@ -44,6 +45,7 @@ class SizeMode(Sizes):
         node_of: the graph node of a tensor, None if it is not part of the run.
         assign: told of `tensor.data = other`, which is no op.
         within: told the number of a product before it runs, and 0 after it.
+        hollow: told of the tensors whose numbers leave torch.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class SizeMode(Sizes):
         node_of: Callable[[Tensor], fx.Node | None],
         assign: Callable[[Tensor, Tensor], None],
         within: Callable[[int], None],
+        hollow: HollowRun | None = None,
     ) -> None:
         super().__init__()
-        self.node_of, self.assign, self.within = node_of, assign, within
+        self.node_of, self.assign, self.within, self.hollow = node_of, assign, within, hollow
         self.reads: list[Read] = []
+        self.rates: list[Any] = []  # of dropouts
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
         node = self.node_of(tensor) if size > 1 else None
@@ -68,6 +72,8 @@ class SizeMode(Sizes):
         )
 
     def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        if self.hollow is not None:
+            self.hollow.reads(tensor)
         with _disable_current_modes():
             value = tensor.detach().clone()
         self.reads.append(Read(how, self.node_of(tensor), value, user_line()))
@@ -81,9 +87,12 @@ class SizeMode(Sizes):
             self.within(0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        rate = rate_of_dropout(name, args)
+        if rate is not None:
+            self.rates.append(rate)
         if inside_transform():
             return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
         if name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
             self.assign(args[0], args[1])
         result = super().__torch_function__(func, types, args, kwargs)

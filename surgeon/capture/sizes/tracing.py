@@ -24,11 +24,17 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon.capture.control_flow import IN_PYTHON
 from surgeon.graph.process import LOCK
+from surgeon.graph.python_calls import DROPOUTS
 
 _PRODUCTS = {  # torch makes them of other ops where a size is 1, or by how the operands lie in memory
     torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum, torch.tensordot, torch.linalg.multi_dot,
     torch.nn.functional.linear, torch.nn.functional.bilinear, torch.nn.functional.scaled_dot_product_attention,
 }  # fmt: skip
+
+
+def rate_of_dropout(name: str, args: Any) -> Any:
+    """The rate that a dropout of torch is called with, by its layers as well; None if the call is of something else."""
+    return args[1] if name in DROPOUTS and len(args) > 1 else None  # (input, rate, training)
 
 
 def inside_transform() -> bool:

@@ -24,7 +24,8 @@ from surgeon.coupling.propagate import Propagation
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
 from surgeon.ops.ids import DimIds, ValueIds
-from surgeon.ops.letters import Operand, Product, Step
+from surgeon.ops.letters import Operand, Step
+from surgeon.ops.product import Product
 from surgeon.ops.table import Trait, has, op_name, product
 
 _SAMPLES = "n"  # the letter that numbers them

@@ -20,7 +20,7 @@ from surgeon.graph.graph import Call, Graph, Spec, spec
 from surgeon.graph.messages import source_line
 from surgeon.graph.queries import made_of_numbers
 from surgeon.graph.tensors import named_tensors
-from surgeon.mend.checking.constants import Constant, Rate, changed_constants
+from surgeon.mend.checking.constants import Constant, changed_constants
 from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import Note, Notes, of_ones
 from surgeon.ops.table import Trait, has, is_view, op_name
@@ -44,12 +44,14 @@ def _slices(call: Call) -> bool:
 
 
 class Comparer(AlignedRun):
+    with_functions = True
+
     def __init__(self, small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice) -> None:
         super().__init__(small, graph)
         self.small, self.shapes, self.choice = small, shapes, choice
         self.notes = Notes(small, self.calls, shapes, choice)
         self.constants: list[Constant] = []
-        self.rates: list[Rate] = []
+        self.rates = iter(graph.rates)
         self.made = made_of_numbers(graph)
         self.ran: list[tuple[Any, Any, Any]] = []  # ops inside of a product, with their arguments
         self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
@@ -71,6 +73,13 @@ class Comparer(AlignedRun):
     def compared(self, op: str, old: int, new: int) -> None:
         """Note that the code compares a size, which is `new`, with the number that it was."""
         self.notes.found.append(Note(self.at, self.stack.owner, user_line(), op, old, new, old))
+
+    def rate(self, now: Any) -> None:
+        """Hold the rate of the next dropout against the recorded one."""
+        was = next(self.rates, now)
+        if was != now:
+            place = f"dropout in module '{self.stack.owner}' {source_line(user_line())}".rstrip()
+            self.constants.append(Constant(None, "p", was, now, self.stack.owner, place))
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = super().call(func, args, kwargs)
@@ -108,7 +117,7 @@ class Comparer(AlignedRun):
     def op(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if self.inside:
             self.ran.append((func, args, kwargs))
-            return func(*args, **kwargs) if out is None else out
+            return self.run(func, args, kwargs) if out is None else out
         call = self._match(func, args)
         self._hold_constants(call, func, args, kwargs)
         args = self._corrected(call, list(args))
@@ -116,7 +125,7 @@ class Comparer(AlignedRun):
         if "decision" in call.node.meta:  # the small model is to take the same path
             out = replay(call.node, args, kwargs)
         if out is None:
-            out = func(*args, **kwargs)
+            out = self.run(func, args, kwargs)
         self._check(call, out)
         specs = call.node.meta["spec"]
         several = isinstance(out, list | tuple)

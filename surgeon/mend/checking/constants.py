@@ -43,23 +43,6 @@ class Constant:
         return f"{self.place}: {self.before:.6g} became {self.after:.6g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """The rate that a dropout is called with, in whichever mode."""
-
-    module: str
-    line: str
-    value: Any
-
-
-def changed_rates(before: Sequence[Rate], after: Sequence[Rate]) -> Iterator[Constant]:
-    """Rates of dropout that edits changed, of two runs as far as both came."""
-    for was, now in zip(before, after, strict=False):
-        if was.value != now.value:
-            place = f"dropout in module '{now.module}' {now.line}".rstrip()
-            yield Constant(None, "p", was.value, now.value, now.module, place)
-
-
 def changed_constants(
     call: Call, now: Arguments, made: Mapping[fx.Node, Tensor], sizes: Collection[int]
 ) -> Iterator[Constant]:

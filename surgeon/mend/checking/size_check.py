@@ -8,25 +8,23 @@ a number that the code compares a size with and found equal to it before.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from surgeon.capture.call_stack import user_line
-from surgeon.capture.model_state import output_of, quiet_run
+from surgeon.capture.hollow.mode import HollowRun, NeedsValuesError, hollow
+from surgeon.capture.model_state import copies, quiet_run
 from surgeon.capture.sizes.traced_size import CheckedInt
-from surgeon.capture.sizes.tracing import Sizes, inside_transform, looking_inside_functional
+from surgeon.capture.sizes.tracing import Sizes, inside_transform, looking_inside_functional, rate_of_dropout
 from surgeon.capture.value_dependent import RecordedReads
 from surgeon.errors import MendError
 from surgeon.graph.graph import Graph
-from surgeon.graph.messages import source_line
-from surgeon.graph.python_calls import DROPOUTS, VIEWS
+from surgeon.graph.python_calls import VIEWS
+from surgeon.graph.tensors import tensor_leaves
 from surgeon.mend.checking.comparer import Comparer
-from surgeon.mend.checking.constants import Constant, Rate
+from surgeon.mend.checking.constants import Constant
 from surgeon.mend.checking.notes import Note
 from surgeon.selection.cost import Choice, ShapeModel
 
@@ -54,7 +52,6 @@ class Findings:
 
     notes: list[Note]
     constants: list[Constant]
-    rates: list[Rate] = dataclasses.field(default_factory=list)
 
 
 def check(
@@ -63,38 +60,42 @@ def check(
     """As `compare`; tells of numbers that are no sizes and differ from the recorded ones, too."""
     found = Findings([], [])
     for graph in runs:
-        mode = Comparer(small, graph, shapes, choice)
-        with _buffers_kept(small):
-            found.notes.extend(_compare_one(small, graph, mode, comparisons))
-        found.constants.extend(mode.constants)
-        found.rates.extend(mode.rates)
+        notes, constants = _compare_one(small, graph, shapes, choice, comparisons)
+        found.notes.extend(notes)
+        found.constants.extend(constants)
     return found
 
 
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a run in eval mode writes into buffers."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _compare_one(small: nn.Module, graph: Graph, mode: Comparer, comparisons: bool) -> list[Note]:
-    with quiet_run(small, 0, graph.training, dict(graph.answers)), mode.stack:
+def _compare_one(
+    small: nn.Module, graph: Graph, shapes: ShapeModel, choice: Choice, comparisons: bool
+) -> tuple[list[Note], list[Constant]]:
+    if graph.results is None:  # the record needed no numbers
         try:
-            with looking_inside_functional(), mode, _SmallSizes(mode, comparisons):
-                output_of(small, graph.args, graph.kwargs)
+            mode = Comparer(small, graph, shapes, choice)
+            return _notes(small, graph, mode, comparisons, real=False), mode.constants
+        except NeedsValuesError:
+            pass
+    mode = Comparer(small, graph, shapes, choice)
+    return _notes(small, graph, mode, comparisons, real=True), mode.constants
+
+
+def _notes(small: nn.Module, graph: Graph, mode: Comparer, comparisons: bool, real: bool) -> list[Note]:
+    with quiet_run(small, 0, graph.training, dict(graph.answers), above=mode), mode.stack:
+        try:
+            args, kwargs = copies((graph.args, graph.kwargs))
+            empty = None if real else hollow(mode, small, [t for _, t in tensor_leaves((args, kwargs))])
+            with looking_inside_functional(), mode, _SmallSizes(mode, comparisons, empty):
+                small(*args, **kwargs)
+            if empty is not None and empty.asked:
+                raise NeedsValuesError
             mode.ended()
-        except MendError as error:
-            if not mode.notes.found:  # else: mend what is known, then look again
-                raise
-            return mode.notes.stopped(mode.at, error.what)
         except Exception as error:  # the model's own code, on sizes that it does not know
+            if not real:  # what stopped it may be the numbers that nobody computed
+                raise NeedsValuesError from error
+            if isinstance(error, MendError) and mode.notes.found:  # mend what is known, then look again
+                return mode.notes.stopped(mode.at, error.what)
+            if isinstance(error, MendError):
+                raise
             if mode.notes.found or mode.notes.looked_ahead(mode.at):
                 return mode.notes.stopped(mode.at, f"{type(error).__name__}: {error}")
             raise MendError(
@@ -111,8 +112,9 @@ class _SmallSizes(Sizes):
     become an ATen op.
     """
 
-    def __init__(self, comparer: Comparer, comparisons: bool) -> None:
+    def __init__(self, comparer: Comparer, comparisons: bool, empty: HollowRun | None) -> None:
         super().__init__()
+        self.empty = empty
         self.comparer, self.comparisons = comparer, comparisons
         self.reads = RecordedReads(comparer.reads)
 
@@ -123,6 +125,8 @@ class _SmallSizes(Sizes):
         return CheckedInt(size, old[dim], self.comparer.compared)
 
     def read(self, how: str, tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        if self.empty is not None:
+            self.empty.reads(tensor)
         return function(self.reads.value(tensor))
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
@@ -130,8 +134,9 @@ class _SmallSizes(Sizes):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
-        if name in DROPOUTS and len(args) > 1:  # (input, rate, training), by torch's layers as well
-            self.comparer.rates.append(Rate(self.comparer.stack.owner, source_line(user_line()), args[1]))
+        rate = rate_of_dropout(name, args)
+        if rate is not None:
+            self.comparer.rate(rate)
         if inside_transform() or name not in VIEWS:
             return super().__torch_function__(func, types, args, kwargs)
         try:

@@ -22,9 +22,10 @@ from surgeon.ops.context import OpContext, broadcast, meet, opaque
 from surgeon.ops.families.convolution import mixed_places, whole_windows
 from surgeon.ops.families.moves.reshape import reshape
 from surgeon.ops.ids import ValueIds
-from surgeon.ops.letters import Operand, Product, Step
+from surgeon.ops.letters import Operand, Step
 from surgeon.ops.masked_op import MaskedOp, refusal, unchanged
 from surgeon.ops.masks import Mask
+from surgeon.ops.product import Product
 from surgeon.ops.table import Family, Trait, bound, defaults, info, op
 
 Shape = tuple[int, ...]

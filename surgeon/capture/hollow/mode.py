@@ -1,0 +1,130 @@
+"""HollowRun: a run whose products, and what follows from them, are tensors of the right shape that nobody computed.
+
+A record needs sizes and the order of ops, and numbers only where the model's code reads some. The first op that makes
+something else than floating-point numbers of a hollow tensor (a comparison, an index, a number for Python) raises
+`NeedsValuesError`, and the model is run again for real. Hollow is only what hangs on the run's inputs and on weights:
+what code makes of one of them alone, a table of positions say, it may keep for later runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from surgeon.capture.hollow.kernels import OTHERS, PRODUCTS, SHAPES_ALONE, SOUND_INDICES
+from surgeon.capture.isolation.mode import Isolation
+from surgeon.capture.meta_run import PlainMode
+
+_FED, _HOLLOW = 1, 2
+
+
+class NeedsValuesError(BaseException):
+    """A hollow run reads a number that nobody computed. No `Exception`: the model's code must not catch it."""
+
+
+class HollowRun(PlainMode):
+    """Stands between a mode that sees every op and the one that isolates the run.
+
+    Attributes:
+        asked: whether a number was needed, even if the model's code caught the error.
+    """
+
+    def __init__(self, beneath: Isolation, inputs: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.beneath: Isolation = beneath
+        self.asked = False
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._kinds: dict[int, int] = {}  # of storages
+        self._alive: dict[int, Any] = {}  # weak references keep an address from being used again
+        for tensor in inputs:
+            self._mark(tensor, _FED)
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kind = self._kind((args, kwargs) if kwargs else args)
+        if not kind:
+            return self.beneath.call(func, args, kwargs)
+        kernel = self._kernel(func, kind, args)
+        out = None if kernel is None else kernel(*args, **kwargs)
+        if out is None:
+            out = self.beneath.call(func, args, kwargs)
+        else:
+            kind = _HOLLOW
+            if not func._schema.is_mutable:
+                self.beneath.made(out)
+        kind = _FED if func in SHAPES_ALONE else kind
+        for item in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(item, Tensor) and (item.is_floating_point() or item.is_complex()):
+                self._mark(item, kind)
+            elif isinstance(item, Tensor) and (kind == _FED or func in SOUND_INDICES):
+                self._mark(item, _FED)
+            elif item is not None and kind == _HOLLOW:
+                self.ask()
+        if func._schema.is_mutable:
+            for item in (*args, *kwargs.values()):
+                if isinstance(item, Tensor):
+                    self._mark(item, kind)
+        return out
+
+    def _kernel(self, func: Any, kind: int, args: Any) -> Callable[..., Any] | None:
+        """What may take an op's place: of what follows from hollow tensors, and of products with weights."""
+        if kind == _HOLLOW:
+            return PRODUCTS.get(func) or OTHERS.get(func)
+        weighed = func in PRODUCTS and any(
+            isinstance(a, Tensor) and a.untyped_storage()._cdata in self._weights for a in args
+        )
+        return PRODUCTS[func] if weighed else None
+
+    def ask(self) -> None:
+        """A number is needed.
+
+        Raises:
+            NeedsValuesError: always.
+        """
+        self.asked = True
+        raise NeedsValuesError
+
+    def reads(self, tensor: Tensor) -> None:
+        """A tensor's numbers leave torch.
+
+        Raises:
+            NeedsValuesError: nobody computed them.
+        """
+        if self._kind((tensor,)) == _HOLLOW:
+            self.ask()
+
+    def _mark(self, tensor: Tensor, kind: int) -> None:
+        if tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = StorageWeakRef(storage)
+        self._kinds[key] = max(kind, self._kinds.get(key, 0))
+
+    def _kind(self, items: Any) -> int:
+        found = 0
+        for item in items:
+            if isinstance(item, Tensor):
+                if item.layout is torch.strided:
+                    found = max(found, self._kinds.get(item.untyped_storage()._cdata, 0))
+            elif isinstance(item, tuple | list):
+                found = max(found, self._kind(item))
+            elif isinstance(item, dict):
+                found = max(found, self._kind(item.values()))
+        return found
+
+
+def hollow(mode: PlainMode, model: nn.Module, inputs: Iterable[Tensor]) -> HollowRun | None:
+    """Make the run of a model under a mode, within `quiet_run`, a hollow one; None if it has no numbers, or lies on
+    another device.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    if not isinstance(mode.beneath, Isolation) or any(t.device.type != "cpu" for t in tensors):
+        return None
+    made = HollowRun(mode.beneath, inputs, model.parameters())
+    mode.beneath = made
+    return made
