@@ -20,7 +20,7 @@ def planner_of(slot: np.ndarray) -> Any:
         leaves=lambda ids, choice: choice[ids] | choice[ids + 4],
     )
     planner: Any = Planner.__new__(Planner)
-    planner.shapes, planner._slots = shapes, {}
+    planner.shapes, planner._slots, planner._last, planner._apart = shapes, {}, None, None
     return planner
 
 
