@@ -32,9 +32,9 @@ def unite(root: DimIds, left: DimIds, right: DimIds) -> DimIds:
 def orient(root: DimIds, frozen: DimIds, constraints: Constraints) -> tuple[DimIds, DimIds]:
     """Rows and columns of all parts, with those of merged dims swapped where that ties less.
 
-    A split knows its row from its column. A merge of two dims does not (after a channel shuffle the columns
-    are outside), so it is compared with the first part that shares cells with it, both ways, and the way that
-    leaves more classes is taken.
+    Of a split it is known which is the row and which the column. Of a merge of two dims it is not (after a
+    channel shuffle the columns are outside), so it is compared with the first part that shares cells with it,
+    both ways, and the way that leaves more classes is taken.
     """
     empty = np.zeros(0, dtype=np.int64)
     if not constraints.parts:

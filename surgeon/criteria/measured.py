@@ -114,5 +114,5 @@ class FromParameters(Measured):
         return self.combined([self.part(m, group.units) for m in members], group.units)
 
     def part(self, member: Member, units: int) -> DimIds:
-        """The score of each unit in the eyes of one slot."""
+        """The score of each unit by what one slot holds of it."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ class GeometricMedian(Combined):
     """Sum of the Euclidean distances of a unit's weights to those of all units of the group, in each weight
     that it slices.
 
-    Units near the geometric median are told best by the others, and leave first. (He et al., Filter Pruning
+    Units near the geometric median are replaced best by the others, and leave first. (He et al., Filter Pruning
     via Geometric Median for Deep Convolutional Neural Networks Acceleration, 2019; there for the filters of
     one layer.)
     """

@@ -74,7 +74,7 @@ def fold_image(ctx: OpContext) -> ValueIds:
 
 
 def _without_places(ctx: OpContext, x: fx.Node) -> ValueIds:
-    """Tracks of the batch and channel dims, constant over the spatial ones, which stay whole."""
+    """Ids of the batch and channel dims, constant over the spatial ones, which stay whole."""
     ndim = len(ctx.shape(x))
     return ctx.freeze(ctx.axes(x), range(2, ndim), "is a spatial dim of an unfold")
 

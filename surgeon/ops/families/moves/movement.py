@@ -1,7 +1,7 @@
 """Movement: the output holds entries of the inputs in other places, so the same op runs on the ids.
 
-Tracks are compressed (size 1 along dims where they are constant), so each rule runs its op on the dims that a
-track varies along and only renumbers the others.
+Ids are compressed (size 1 along dims where they are constant), so each rule runs its op on the dims that they vary
+along and only renumbers the others.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def cat(ctx: OpContext) -> ValueIds:
 
 
 def _cat_rows(ctx: OpContext, tracks: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
-    """Tracks of another dim than the concatenated one: joined, or laid side by side where they vary along
+    """Ids of another dim than the concatenated one: joined, or laid side by side where they vary along
     it.
     """
     if all(t.shape[dim] == 1 for t in tracks):
@@ -212,7 +212,7 @@ def repeat(ctx: OpContext) -> ValueIds:
 
 
 def _copies(ctx: OpContext, old: tuple[int, ...]) -> ValueIds:
-    """Tracks of the dims that were of size 1, but for those whose new size the code read from a dim that is
+    """Ids of the dims that were of size 1, but for those whose new size the code read from a dim that is
     fixed.
     """
     sources = ctx.node.meta.get("repeated", {})

@@ -41,7 +41,7 @@ def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
 
 
 def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new: tuple[int, ...]) -> ValueIds:
-    """Tracks after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest
+    """Ids after `view(new)`: dims that merge are composed, dims that are cut become grids, the rest
     passes.
 
     Example: [2, 6] with ids 0, 1 and 2 ... 7 becomes [2, 2, 3]. The first dim passes; the second one is cut into

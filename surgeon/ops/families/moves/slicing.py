@@ -25,7 +25,7 @@ _MOST_PARTS = 4  # that a slice is taken for one of
 def sliced(
     constraints: Constraints, axes: ValueIds, dim: int, start: int, stop: int, step: int = 1
 ) -> ValueIds:
-    """Tracks of x[..., start:stop:step, ...] along `dim`.
+    """Ids of x[..., start:stop:step, ...] along `dim`.
 
     The slice starts and ends at one place in every row, so the rows lose equally many of the entries before it,
     in it, and behind it.
