@@ -39,9 +39,19 @@ def find_links(
             found |= set(group_of[atoms[atoms >= 0]].tolist()) - {-1}
         return {n for number in found for n in of_grid.get(number, [number])}
 
+    is_slot = np.zeros(len(solution.root), dtype=bool)
+    is_slot[solution.root[~propagation.constraints.is_unowned(np.arange(len(solution.root)))]] = True
+
+    def fixed(ids: DimIds) -> bool:
+        """Whether a dim is one of constants that stay, such as a batch that learned queries are repeated for."""
+        classes = solution.root[ids]
+        return bool(solution.frozen[classes].all()) and not bool(is_slot[classes].any())
+
     links, pinned = set(), set()
     for share in propagation.constraints.shares:
         own, other = share.own, share.other
+        if own.size and other.size and own.size != other.size and (fixed(own) or fixed(other)):
+            continue  # as of any fixed dim: of a multiple of it the other factor may leave
         if own.size == other.size and np.array_equal(solution.root[own], solution.root[other]):
             continue
         left, right = touched(own), touched(other)

@@ -28,6 +28,7 @@ from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import COMPARISONS, Note, of_ones
 from surgeon.mend.checking.size_check import Findings, check, compare
 from surgeon.mend.edits import Edit
+from surgeon.mend.kept_numbers import kept_numbers
 from surgeon.mend.refused import Refused
 from surgeon.mend.ties import ties
 from surgeon.mend.trials import reached, try_edits
@@ -101,6 +102,9 @@ def find_edits(
             refused.bar(blamed, wrong)
             edits, found = [edit for edit in edits if edit not in blamed], look()
         if not found.notes:
+            held = kept_numbers(small, judge.stray(found.constants), look)
+            if held:
+                edits, found = [*edits, *held], look()
             quiet, undecided = _with_unread(small, unread, look, found)
             return Mended((*first, *edits), judge.following(found.constants), quiet or (), undecided)
         trial = propose(small, found.notes, refused)

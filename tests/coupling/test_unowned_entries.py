@@ -161,3 +161,22 @@ class Identity(nn.Module):
 def test_an_identity_shrinks_with_what_it_meets() -> None:
     small = cut(Identity(), torch.randn(2, 6))
     assert small.mix.shape == (4, 4)
+
+
+class Queries(nn.Module):
+    """Learned queries, repeated for a batch whose length is no size that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 16))
+        self.attend = nn.MultiheadAttention(16, 4, kdim=5, vdim=5, batch_first=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(len(x), -1, -1)
+        return self.last((queries + self.attend(queries, x, x)[0]).mean(1))
+
+
+def test_a_batch_of_repeated_queries_holds_no_heads() -> None:
+    small = cut(Queries(), torch.randn(2, 6, 5))
+    assert small.last.in_features == 8 and small.attend.q_proj_weight.shape == (8, 8)

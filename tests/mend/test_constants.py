@@ -242,3 +242,25 @@ def test_the_proof_refuses_a_number_that_scales_another_sum() -> None:
     small.scale = 1.0
     with pytest.raises(ProofError, match=r"became 1 where the original has 0\.5"):
         surgeon.verify(model, small, plan, X)
+
+
+class Scaled(nn.Module):
+    """Embeddings scaled by the root of their width, which torch's layer knows (Kang and McAuley, 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.place, self.last = nn.Embedding(20, 16), nn.Embedding(9, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.items(ids) * self.items.embedding_dim**0.5 + self.place(torch.arange(ids.shape[1]))
+        return self.last(x.relu())
+
+
+def test_a_scale_by_the_width_of_a_layer_stays() -> None:
+    model, ids = Scaled().eval(), torch.arange(6)[None]
+    surgery = surgeon.inspect(model, ids)
+    small, plan = surgery.cut(0.5, round_to=1)
+    assert small.items.embedding_dim == 8
+    assert any(edit.kind == "use" and (edit.old, edit.new) == (8, 16) for edit in plan.edits)
+    proof = surgeon.verify(model, small, plan, ids)
+    assert proof.error < 1e-12 and not proof.rescaled

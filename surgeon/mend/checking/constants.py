@@ -111,24 +111,30 @@ class Judge:
             return False
         return law(node, constant.before, constant.after, self.fed, self._kept)
 
+    def stray(self, constants: Collection[Constant]) -> list[Constant]:
+        """The numbers that ops compute with and that follow a width which they do not sum over."""
+        return [
+            constant
+            for constant in dict.fromkeys(constants)
+            if not self._is(follows, constant)
+            and (constant.node is None or family(op_name(constant.node)) is Family.ELEMENTWISE)
+        ]
+
     def following(self, constants: Collection[Constant]) -> tuple[Constant, ...]:
         """The numbers that follow a width; others that the model's code computes from widths are refused.
 
         Raises:
             MendError: a number that ops compute with follows a width that they do not sum over.
         """
-        found = []
-        for constant in dict.fromkeys(constants):
-            if self._is(follows, constant):
-                found.append(constant)
-            elif constant.node is None or family(op_name(constant.node)) is Family.ELEMENTWISE:
-                raise MendError(
-                    "a number in the model's code changes with a width that leaves, and scales no sum over it",
-                    where=str(constant),
-                    why="the code computes it from the width of a tensor or of a layer",
-                    fix="make it a number of its own, set in __init__, or keep the layer with ignore=[...]",
-                )
-        return tuple(found)
+        stray = self.stray(constants)
+        if stray:
+            raise MendError(
+                "a number in the model's code changes with a width that leaves, and scales no sum over it",
+                where=str(stray[0]),
+                why="the code computes it from the width of a tensor or of a layer",
+                fix="make it a number of its own, set in __init__, or keep the layer with ignore=[...]",
+            )
+        return tuple(constant for constant in dict.fromkeys(constants) if self._is(follows, constant))
 
 
 def to_blame(
