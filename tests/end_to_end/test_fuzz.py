@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import random_constants  # noqa: F401  # registers blocks
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
