@@ -133,12 +133,22 @@ class Slicer:
 
 def _in_order_of(tensor: Tensor, data: Tensor) -> Tensor:
     """A slice of a tensor whose dims follow each other in memory as those of the tensor do."""
-    if tensor.layout is not torch.strided or data.dim() < 2:
+    if tensor.layout is not torch.strided or data.dim() < 2 or _in_usual_order(tensor):
         return data
     window = tensor.detach()
     for dim, size in enumerate(data.shape):
         window = window.narrow(dim, 0, size)
     return torch.empty_like(window, memory_format=torch.preserve_format).copy_(data)
+
+
+def _in_usual_order(tensor: Tensor) -> bool:
+    """Whether the last dim follows first in memory, the first one last; dims of size 1 count, as kernels ask for them."""
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _unfit(dim: int, tensor: Tensor) -> PlanError:

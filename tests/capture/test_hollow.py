@@ -174,6 +174,37 @@ def test_code_that_reads_none_is_not_run_for_numbers() -> None:
     assert capture(Net("plain"), torch.randn(2, 4)).results is None
 
 
+SEEN: list[Tensor] = []
+
+
+@torch.library.custom_op("hollow_test::trusting", mutates_args=())
+def trusting(x: Tensor) -> Tensor:
+    SEEN.append(x.clone())
+    return x.clone()
+
+
+class Trusting(nn.Module):
+    def __init__(self, solves: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.solves = nn.Linear(4, 8), nn.Linear(8, 3), solves
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.solves:
+            return self.b(x) @ torch.linalg.inv(x.t() @ x + torch.eye(8))[:3, :3]
+        return self.b(trusting(x))
+
+
+@pytest.mark.parametrize("solves", [False, True])
+def test_ops_that_trust_their_numbers_get_true_ones(solves: bool) -> None:
+    SEEN.clear()
+    model, x = Trusting(solves).eval(), torch.randn(2, 4)
+    graph = capture(model, x)
+    assert graph.results is not None
+    for seen in SEEN:
+        torch.testing.assert_close(seen, model.a(x).detach())
+
+
 TABLES: dict[int, Tensor] = {}
 
 

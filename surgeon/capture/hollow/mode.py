@@ -8,6 +8,7 @@ what code makes of one of them alone, a table of positions say, it may keep for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from surgeon.capture.hollow.kernels import OTHERS, PRODUCTS, SHAPES_ALONE, SOUND_INDICES
 from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.meta_run import PlainMode
+from surgeon.graph.opaque_ops import HigherOrder
 
 _FED, _HOLLOW = 1, 2
 
@@ -47,6 +49,8 @@ class HollowRun(PlainMode):
         kind = self._kind((args, kwargs) if kwargs else args)
         if not kind:
             return self.beneath.call(func, args, kwargs)
+        if (kind == _HOLLOW and not _takes_any_numbers(func)) or isinstance(func, HigherOrder):
+            self.ask()
         kernel = self._kernel(func, kind, args)
         out = None if kernel is None else kernel(*args, **kwargs)
         if out is None:
@@ -116,6 +120,24 @@ class HollowRun(PlainMode):
             elif isinstance(item, dict):
                 found = max(found, self._kind(item.values()))
         return found
+
+
+_SOLVERS = (
+    "linalg",
+    "cholesky",
+    "lu_",
+    "svd",
+    "ormqr",
+    "geqrf",
+    "lstsq",
+)  # they may fail, or not come to an end
+
+
+@functools.cache
+def _takes_any_numbers(func: Any) -> bool:
+    """Whether an op may be run on numbers that mean nothing: none from outside of torch, which may trust them."""
+    name = str(func._schema.name).partition("::")[2].lstrip("_")
+    return func.namespace in ("aten", "prims") and not name.startswith(_SOLVERS)
 
 
 def hollow(mode: PlainMode, model: nn.Module, inputs: Iterable[Tensor]) -> HollowRun | None:
