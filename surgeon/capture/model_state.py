@@ -177,9 +177,10 @@ def _uncompiled(modules: Sequence[nn.Module]) -> Iterator[None]:
     for module in modules:
         if "_compiled_call_impl" in module.__dict__:
             module.__dict__["_compiled_call_impl"] = None
-        inner = module._modules.get("_orig_mod")
-        if inner is not None and "dynamo_ctx" in module.__dict__:
-            module.__dict__["forward"] = inner
+        if "dynamo_ctx" in module.__dict__:
+            inner = dict(module.named_children()).get("_orig_mod")
+            if inner is not None:
+                module.__dict__["forward"] = inner
     yield
 
 
