@@ -120,18 +120,20 @@ def main() -> None:
     cuts = [cut for row in found.values() for cut in row.get("cuts", dict.fromkeys(CUTS, "failed")).values()]
     proved = [cut for cut in cuts if not isinstance(cut, str)]
     exported = [row.get("export", "") for row in found.values()]
-    agree = sum(cell.startswith("yes") for cell in exported)
+    agree, tried = sum(cell.startswith("yes") for cell in exported), sum(map(bool, exported))
     notes = [
         (
             f"{len(proved)} of {len(cuts)} cuts of {len(found)} models are proved; largest proof error {max(proved):.1e}. Others "
             "are refused, with the reason in the cell."
         ),
         (
-            f"The exported file agrees with the small model for {agree} of {len(found)} models; "
+            f"The exported file agrees with the small model for {agree} of {tried} models that were exported; "
             f"{exported.count('not of the original either')} the exporter does not take as they were either."
         ),
         "Random weights, default scores, no hints, no alignment. A number is the proof's error (float64; at most 1e-9).",
     ]
+    if tried < len(found):
+        notes.append("An empty cell: not exported in this run.")
     table = markdown(HEADER, [cells(name, row) for name, row in found.items()])
     write_result("wild", "Models of kinds that no zoo here has", table, notes)
 
