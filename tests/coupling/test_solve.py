@@ -101,3 +101,13 @@ def test_worked_examples(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"surgeon.{module}"))
     assert tried >= 3
     assert failed == 0
+
+
+def test_a_part_and_the_rest_that_are_no_multiples_keep_the_same_share() -> None:
+    """Four of ten entries and the other six: each row of the balance names its ids as often as makes both equally long."""
+    constraints = Constraints()
+    ids = constraints.new(10)
+    constraints.read({0: ids})
+    constraints.share(ids[:4], ids)
+    ((matrix, _),) = solve(constraints).balances
+    assert [np.unique(row, return_counts=True)[1].tolist() for row in matrix] == [[3] * 4, [2] * 6]
