@@ -35,7 +35,7 @@ def _want_slice(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str,
     x = ctx["self"]
     dim, start, stop, step = normal_slice(ctx, ctx.shape(x))
     track = ctx.axes(x).get(dim)
-    if track is None or start == stop:  # nothing, of whatever width
+    if track is None or start == stop < ctx.shape(x)[dim]:  # nothing, of whatever width
         return {}
     before = (
         _kept_before(shapes, choice, ctx.axes(x), dim, start - start % step) + start % step
