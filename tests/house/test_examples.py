@@ -20,7 +20,7 @@ def run(name: str, *options: str) -> str:
         [sys.executable, str(ROOT / "examples" / name), *options],
         # on a busy machine waiting threads crawl
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
