@@ -194,7 +194,7 @@ class ShapeModel:
         return self._sum("params", self.parameters, choice, self._count)
 
     def params_by_tensor(self, choice: Choice) -> dict[str, int]:
-        return {name: self._elements(name, choice) for name in self.parameters}
+        return {name: self._count(name, choice) for name in self.parameters}
 
     def size(self, choice: Choice) -> int:
         """Bytes of all parameters and stored buffers, tied ones once; a file adds its header, some hundred
@@ -204,9 +204,6 @@ class ShapeModel:
 
     def _stored(self, name: str, choice: Choice) -> int:
         return self._count(name, choice) * self.graph.tensors[name].element_size()
-
-    def _elements(self, name: str, choice: Choice) -> int:
-        return self._part(("elements", name), choice, partial(self._count, name, choice))
 
     def _count(self, name: str, choice: Choice) -> int:
         shape = list(self.graph.tensors[name].shape)

@@ -44,7 +44,9 @@ class Planner:
         self._slots: dict[str, list[DimIds]] = {}
         self._last: tuple[State, Choice] | None = None
         self._apart: tuple[list[LinkedGroups], bool] | None = None
-        self._ranked: dict[int, tuple[list[int], list[LinkedGroups], Ranking]] = {}  # by the first of a pool
+        self._ranked: dict[
+            tuple[int, ...], tuple[list[LinkedGroups], Ranking]
+        ] = {}  # by ids; they stay alive
         self._needed = needed_blocks(shapes.graph)
 
     def linked_groups(self, ratio: float) -> list[LinkedGroups]:
@@ -122,11 +124,12 @@ class Planner:
         return State(linked_groups, counts)
 
     def _ranking(self, linked_groups: list[LinkedGroups], pool: list[int]) -> Ranking:
-        key = id(linked_groups[pool[0]])
+        """Of some of the linked groups; a search asks for the same ones again and again."""
         found = [linked_groups[number] for number in pool]
-        if key not in self._ranked or self._ranked[key][0] != list(map(id, found)):
-            self._ranked[key] = list(map(id, found)), found, Ranking(found)
-        return self._ranked[key][2]
+        key = tuple(map(id, found))
+        if key not in self._ranked:
+            self._ranked[key] = found, Ranking(found)
+        return self._ranked[key][1]
 
     def choice(self, state: State) -> Choice:
         """The units that leave; fewer where units of one group would together take all indices of a slot."""

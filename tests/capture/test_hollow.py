@@ -120,9 +120,9 @@ def said(graph: Graph) -> list[Any]:
     """A record with nodes in order in place of their names."""
     place = {node: i for i, node in enumerate(graph.fx.nodes)}
     turned = [torch.fx.node.map_arg((n.args, n.kwargs), lambda a: place[a]) for n in graph.fx.nodes]
-    kept = ("spec", "source", "module", "layout", "follows", "decided", "derived")
+    kept = ("spec", "source", "module", "layout", "decided", "derived")
     return [
-        (n.op, n.target, repr(args), [repr(n.meta.get(key)) for key in kept if key != "follows"])
+        (n.op, n.target, repr(args), [repr(n.meta.get(key)) for key in kept])
         for n, args in zip(graph.fx.nodes, turned, strict=True)
         if n.op != "get_attr"
     ]
