@@ -122,5 +122,3 @@ def _recorded(
                 why=f"inputs were: {shapes or 'no tensors'}" + (f" ({assumed})" if assumed else ""),
                 fix="pass example_inputs=... with which model(...) runs in eval mode",
             ) from error
-        finally:
-            recorder.restore()

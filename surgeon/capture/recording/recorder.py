@@ -33,7 +33,6 @@ class Recorder(PlainMode):
         self.values = Values(model, self.stack)
         self.hash = architecture(model)
         self.calls: list[Call] = []
-        self.saved: dict[str, Tensor] = {}
         self.within = 0  # the number of the product that runs, 0 outside of them
 
     def watching(self) -> CallStack:
@@ -43,12 +42,6 @@ class Recorder(PlainMode):
         module = self.stack.current
         last = f"after {self.values.last.target}" if self.values.last is not None else "before the first op"
         return f"module '{module}', {last}" if module else last
-
-    def restore(self) -> None:
-        """Put back what the model's own forward wrote into its tensors."""
-        with torch.no_grad():
-            for name, value in self.saved.items():
-                self.values.tensors[name].copy_(value)
 
     def product(self, number: int) -> None:
         """Which product runs from now on; 0: none."""
@@ -65,10 +58,6 @@ class Recorder(PlainMode):
         if aliasing.keeps_layout(func, args):  # only strides of dims of size 1 change
             return self.run(func, args, kwargs)
         written = aliasing.written(func, args, kwargs)
-        for tensor in written:
-            name = self.values.names.get(id(self._base_tensor(tensor)))
-            if name is not None and name not in self.saved:
-                self.saved[name] = self.values.tensors[name].detach().clone()
         graph_args, graph_kwargs = (
             self.values.nodes(args),
             {key: self.values.nodes(value) for key, value in kwargs.items()},
@@ -88,10 +77,6 @@ class Recorder(PlainMode):
             node.meta["decision"] = decision(out)
         self.calls.append(Call(func, node, self.stack.current, node.meta["source"], self.within))
         return out
-
-    def _base_tensor(self, tensor: Tensor) -> Tensor:
-        base = tensor._base if tensor._is_view() else None
-        return tensor if base is None else base
 
     def _read(self, func: Any, args: Any, graph_args: Any, graph_kwargs: Any, out: Any) -> fx.Node:
         spec = specs_of(out)
