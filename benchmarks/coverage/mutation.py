@@ -56,7 +56,7 @@ FAULTS = [
     Fault("ops/ids/facts.py", "        self.freezes.append(Freeze(ids.ravel(), reason, self.node))", "        pass"),
     Fault("ops/ids/facts.py", "            self.balances.append(Balance(matrix, self.node))", "            pass"),
     Fault("ops/ids/constraints.py", "        self.balance(column, last)", "        pass"),
-    Fault("ops/ids/facts.py", "        self.join(track, first)\n", ""),
+    Fault("ops/ids/facts.py", "        self.join(dim_ids, first)\n", ""),
     Fault("ops/ids/constraints.py", "self.parts.append(Part(known, outer, inner, False, self.node))", "pass"),
     Fault("ops/ids/constraints.py", "known = cells[index.ravel()]", "known = cells[index.ravel()[::-1]]"),
     Fault("ops/ids/constraints.py", "for inner in dims[position + 1 :]:", "for inner in ():"),
@@ -67,7 +67,7 @@ FAULTS = [
     Fault("ops/invariants.py", "    axes = acyclic(constraints, axes)", "    axes = dict(axes)"),
     Fault("ops/families/moves/slicing.py", "(slice(0, start), slice(start, stop), slice(stop, None)) if", "() if"),
     Fault("ops/families/reduction.py", "is_read(ctx.node, 1):", "False:"),
-    Fault("ops/families/moves/reshape.py", "track = constraints.merge(axes, ins, old)", "track = axes[here[0]]"),
+    Fault("ops/families/moves/reshape.py", "dim_ids = constraints.merge(axes, ins, old)", "dim_ids = axes[here[0]]"),
     Fault("ops/families/moves/movement.py", "np.flip(t, tuple(i for i in dims if t.shape[i] > 1))", "t"),
     Fault("ops/families/moves/reshape.py", "order.index(d): t.transpose(order)", "d: t.transpose(order)"),
     # coupling: conclusions from facts

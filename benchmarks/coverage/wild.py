@@ -10,13 +10,12 @@ model runs in a process of its own with a time limit. Rows are kept in benchmark
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.isolated import answer, asked, options, sweep
+from benchmarks.lib.isolated import cut_cells, cuts_of, sweep_of_cuts
 from benchmarks.lib.results import first_line, markdown, write_result
 
 KINDS = (
@@ -93,31 +92,16 @@ def _export(model: Any, inputs: Any, dynamic: bool) -> str:
 
 def cells(name: str, row: dict[str, Any]) -> list[str]:
     """The row as text."""
-    if "failed" in row:
-        return [name, f"no: {row['failed']}", *[""] * (len(HEADER) - 2)]
-    cuts = [f"no: {cut}" if isinstance(cut, str) else f"{cut:.0e}" for cut in row["cuts"].values()]
-    return [name, *cuts, f"{row['left']:.2f}" if "left" in row else "", row.get("export", "")]
-
-
-def _failed(row: dict[str, Any]) -> bool:
-    return "failed" in row or any(isinstance(cut, str) for cut in row["cuts"].values())
+    left = f"{row['left']:.2f}" if "left" in row else ""
+    return [*cut_cells(name, row, tuple(CUTS)), left, row.get("export", "")]
 
 
 def main() -> None:
     """Cut all models and write the table."""
-    chosen = asked(options(__doc__))
-    if chosen.one:
-        answer(measured, chosen.one)
+    found = sweep_of_cuts("wild", f"{__package__}.wild", __doc__, measured, models, cells)
+    if found is None:
         return
-    wanted = {name: [name] for name in models() if fnmatch.fnmatch(name, chosen.filter or "*")}
-    found = sweep(
-        "wild", f"{__package__}.wild", wanted, limit=chosen.limit, jobs=chosen.jobs,
-        again=lambda row: chosen.fresh or (chosen.retry and _failed(row)),
-        show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
-    )  # fmt: skip
-    if chosen.filter:
-        return
-    cuts = [cut for row in found.values() for cut in row.get("cuts", dict.fromkeys(CUTS, "failed")).values()]
+    cuts = cuts_of(found.values(), tuple(CUTS))
     proved = [cut for cut in cuts if not isinstance(cut, str)]
     exported = [row.get("export", "") for row in found.values()]
     agree, tried = sum(cell.startswith("yes") for cell in exported), sum(map(bool, exported))

@@ -7,12 +7,15 @@ A script that sweeps runs itself with `--one ...` for each row, and there calls 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,13 +23,17 @@ import torch
 
 from benchmarks.lib.results import ROOT, Rows, first_line, keep, kept
 
-Row = dict[str, Any]
+SECONDS = "SURGEON_ROW_SECONDS"  # of CPU time, for the process of a row
+Row = dict[str, Any]  # with several cuts: {"cuts": {name of a cut: the proof's error, or why there is none}}
 
 
 def answer(measured: Callable[..., Row], *arguments: Any) -> None:
     """Measure a row and print it; where that raises, the row says so."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if SECONDS in os.environ:
+        limit = int(os.environ[SECONDS])
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, 2 * limit))
     try:
         row = measured(*arguments)
     except Exception as error:  # noqa: BLE001  # the row says what went wrong
@@ -63,17 +70,20 @@ def in_process(module: str, arguments: Sequence[str], limit: int) -> Row:
     """What `python -m module --one arguments` answers.
 
     Args:
-        limit: seconds.
+        limit: seconds of CPU time, so that a busy machine changes no row; four times as many by the clock.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment[SECONDS] = str(limit)
     environment["TORCHDYNAMO_DISABLE"] = "1"  # torchvision compiles its Python form of roi_align
     command = [sys.executable, "-m", module, "--one", *arguments]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment, check=False
+            command, capture_output=True, text=True, timeout=4 * limit, env=environment, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"no answer within {limit} s"}
+        return {"failed": f"no answer within {4 * limit} s"}
+    if done.returncode == -signal.SIGXCPU:
+        return {"failed": f"no answer within {limit} s of CPU time"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         found: Row = json.loads(lines[-1])
@@ -111,3 +121,47 @@ def sweep(
             rows = keep(name, {key: row})
             show(key, row)
     return {key: rows[key] for key in wanted}
+
+
+def sweep_of_cuts(
+    name: str,
+    module: str,
+    description: str | None,
+    measured: Callable[[str], Row],
+    names: Callable[[], Iterable[str]],
+    cells: Callable[[str, Row], list[str]],
+) -> Rows | None:
+    """Rows of all models, each with several cuts, as the command line asks; None where no table is to be written.
+
+    Args:
+        measured: one row, in a process of its own.
+        names: of the models.
+        cells: a row as text, printed as soon as it is there.
+    """
+    chosen = asked(options(description))
+    if chosen.one:
+        answer(measured, chosen.one)
+        return None
+    rows = sweep(
+        name, module, {key: [key] for key in names() if fnmatch.fnmatch(key, chosen.filter or "*")},
+        limit=chosen.limit, jobs=chosen.jobs, again=lambda row: chosen.fresh or (chosen.retry and failed(row)),
+        show=lambda key, row: print(" | ".join(cells(key, row)), flush=True),
+    )  # fmt: skip
+    return None if chosen.filter else rows
+
+
+def failed(row: Row) -> bool:
+    """Whether a row of cuts, or one of them, has no number."""
+    return "failed" in row or any(isinstance(cut, str) for cut in row["cuts"].values())
+
+
+def cuts_of(rows: Iterable[Row], labels: Sequence[str]) -> list[float | str]:
+    """Every cut of these rows: the proof's error, or why there is none."""
+    return [cut for row in rows for cut in row.get("cuts", dict.fromkeys(labels, "failed")).values()]
+
+
+def cut_cells(name: str, row: Row, labels: Sequence[str]) -> list[str]:
+    """A model's name and its cuts as text."""
+    if "failed" in row:
+        return [name, f"no: {row['failed']}", *[""] * (len(labels) - 1)]
+    return [name, *(f"no: {cut}" if isinstance(cut, str) else f"{cut:.0e}" for cut in row["cuts"].values())]

@@ -20,7 +20,7 @@ from surgeon.capture.inputs import calls_of
 from surgeon.capture.paths.same_run import adds_nothing, gives_the_same
 from surgeon.capture.rebuilt_state import rebuilt
 from surgeon.errors import CaptureError, InputError
-from surgeon.graph.entrance import check_model
+from surgeon.graph.check_model import check_model
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import source_line
 from surgeon.graph.nests import map_tensors

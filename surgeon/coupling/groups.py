@@ -149,12 +149,12 @@ def _given(propagation: Propagation, solution: Solution) -> dict[str, list[DimId
     """The same in parts, of which some hold the same atoms."""
     owned: dict[fx.Node, set[str]] = {}
     found: dict[str, list[DimIds]] = defaultdict(list)
-    known: dict[int, list[DimIds]] = {}  # by track; many values share one
+    known: dict[int, list[DimIds]] = {}  # by dim_ids; many values share one
 
-    def atoms_of(track: DimIds) -> list[DimIds]:
-        if id(track) not in known:
-            known[id(track)] = [each[each >= 0] for each in solution.atoms(np.unique(track))]
-        return known[id(track)]
+    def atoms_of(dim_ids: DimIds) -> list[DimIds]:
+        if id(dim_ids) not in known:
+            known[id(dim_ids)] = [each[each >= 0] for each in solution.atoms(np.unique(dim_ids))]
+        return known[id(dim_ids)]
 
     for node, axes in propagation.axes.items():
         sources = node.all_input_nodes
@@ -163,10 +163,12 @@ def _given(propagation: Propagation, solution: Solution) -> dict[str, list[DimId
         elif node.op != "placeholder" and all(source in owned for source in sources):
             owned[node] = set().union(*(owned[source] for source in sources))
         elif names := set().union(*(owned.get(source, set()) for source in sources)):
-            tracks = [
-                track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()
+            all_ids = [
+                dim_ids
+                for part in (axes if isinstance(axes, tuple) else (axes,))
+                for dim_ids in part.values()
             ]
-            atoms = [each for track in tracks for each in atoms_of(track)]
+            atoms = [each for dim_ids in all_ids for each in atoms_of(dim_ids)]
             for name in names:
                 found[name] += atoms
     return {name: parts for name, parts in found.items() if parts}

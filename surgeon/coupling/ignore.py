@@ -35,10 +35,10 @@ class Ignored:
             InputError: an item is no module that ran, and no tensor.
         """
         held = np.zeros(len(self.solution.root), dtype=bool)
-        for items, tracks_of in ((ignore, self._outputs_of), (ignore_inputs, self._inputs_of)):
+        for items, dim_ids_of in ((ignore, self._outputs_of), (ignore_inputs, self._inputs_of)):
             for item in (items,) if isinstance(items, str | nn.Module) else items:
-                for track in tracks_of(item):
-                    for atoms in self.solution.atoms(track):
+                for dim_ids in dim_ids_of(item):
+                    for atoms in self.solution.atoms(dim_ids):
                         held[atoms[atoms >= 0]] = True
         return held
 
@@ -87,7 +87,9 @@ class Ignored:
         for node in nodes:
             axes = self.propagation.axes[node]
             found += [
-                track for part in (axes if isinstance(axes, tuple) else (axes,)) for track in part.values()
+                dim_ids
+                for part in (axes if isinstance(axes, tuple) else (axes,))
+                for dim_ids in part.values()
             ]
         return found
 

@@ -98,10 +98,10 @@ def _read(node: fx.Node, axes: dict[fx.Node, Any], fed: bool, constraints: Const
         for part in given:
             constraints.read(part)
     elif kind in (Family.CONTRACTION, Family.REDUCTION, Family.OPAQUE):
-        passed = [track.ravel() for part in _parts(axes[node]) for track in part.values()]
+        passed = [dim_ids.ravel() for part in _parts(axes[node]) for dim_ids in part.values()]
         gone = np.concatenate(passed) if passed else np.zeros(0, dtype=np.int64)
         for part in given:
-            constraints.read({dim: np.setdiff1d(track, gone) for dim, track in part.items()})
+            constraints.read({dim: np.setdiff1d(dim_ids, gone) for dim, dim_ids in part.items()})
 
 
 def _parts(axes: Any) -> tuple[ValueIds, ...]:
@@ -157,9 +157,9 @@ def _share(constraints: Constraints, own: DimIds | None, other: DimIds | None, s
         constraints.share(nothing if own is None else own, nothing if other is None else other)
 
 
-def _line(track: DimIds, dim: int) -> DimIds:
+def _line(dim_ids: DimIds, dim: int) -> DimIds:
     """The ids along a dim, of its first row."""
-    found: DimIds = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])[0]
+    found: DimIds = np.moveaxis(dim_ids, dim, -1).reshape(-1, dim_ids.shape[dim])[0]
     return found
 
 
@@ -177,8 +177,8 @@ def _slot_axes(
             axes, f"is state that the model's code makes anew, for a longer input say, at {line}"
         )
     dtype = spec(node).dtype
-    for dim, track in axes.items():
-        slots[name, dim] = track.ravel()
+    for dim, dim_ids in axes.items():
+        slots[name, dim] = dim_ids.ravel()
     if not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool:
         constraints.freeze_all(axes, "holds whole numbers, such as positions")
         return {}

@@ -105,10 +105,10 @@ def assemble(
         outer[c[proper]] = True
         outer[c[proper & (split | of_grid[r] | of_grid[k])]] = False
     marks = [np.zeros(len(root), dtype=bool) for _ in range(3)]
-    for mark, tracks in zip(
+    for mark, all_ids in zip(
         marks, (constraints.batched, constraints.heads, constraints.head_dims), strict=True
     ):
-        for ids in tracks:
+        for ids in all_ids:
             mark[root[ids]] = True
     batched, heads, head_dims = marks
     while (

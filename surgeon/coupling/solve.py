@@ -133,7 +133,7 @@ def _unread(
 
 def _alone(root: DimIds, frozen: DimIds, constraints: Constraints) -> DimIds:
     """Classes that may leave so far and are the only one along a dim of a value."""
-    firsts = np.array([track.flat[0] for track in constraints.dims.values()], dtype=np.int64)
+    firsts = np.array([dim_ids.flat[0] for dim_ids in constraints.dims.values()], dtype=np.int64)
     loose = ~frozen[root[firsts]]
     found = [
         root[i]

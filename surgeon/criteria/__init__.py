@@ -12,11 +12,12 @@ from surgeon.criteria.activation import (
     TaylorActivation,
     Variance,
 )
-from surgeon.criteria.built_in import BUILT_IN, criterion, looks_at_data, prepare, scores
 from surgeon.criteria.combine import Criterion
 from surgeon.criteria.gradient import Fisher, Gradient, Taylor
 from surgeon.criteria.kfac import KFAC
 from surgeon.criteria.magnitude import BatchNormScale, Lamp, Norm, Random, first
+from surgeon.criteria.names import BUILT_IN
+from surgeon.criteria.prepare import criterion, looks_at_data, prepare, scores
 from surgeon.criteria.second_order import OBS
 from surgeon.criteria.similarity import GeometricMedian
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.measured import FromReadings
+from surgeon.criteria.names import named
 from surgeon.errors import InputError
 from surgeon.ops.ids import DimIds
 
@@ -134,3 +135,11 @@ class Entropy(FromReadings):
         place = ((values - low) / (high - low).clamp(min=1e-30) * self.bins).long().clamp(max=self.bins - 1)
         share = torch.bincount(place).double() / len(values)
         return -torch.xlogy(share, share).sum()
+
+
+named("taylor_activation", lambda seed: TaylorActivation())
+named("activation_mean", lambda seed: ActivationMean())
+named("activation_l2", lambda seed: ActivationNorm())
+named("variance", lambda seed: Variance())
+named("hrank", lambda seed: HighRank())
+named("entropy", lambda seed: Entropy())

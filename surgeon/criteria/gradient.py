@@ -12,6 +12,7 @@ from torch import Tensor
 from surgeon.coupling.groups import Member
 from surgeon.criteria.combine import array, by_unit
 from surgeon.criteria.measured import FromParameters
+from surgeon.criteria.names import named
 from surgeon.ops.ids import DimIds
 
 
@@ -82,3 +83,8 @@ class Fisher(FromParameters):
         return _summed(known.tensor.detach().double().square() * known.square, member, units) / (
             2 * self.evidence.batches
         )
+
+
+named("taylor", lambda seed: Taylor())
+named("gradient", lambda seed: Gradient())
+named("fisher", lambda seed: Fisher())

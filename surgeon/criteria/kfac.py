@@ -14,6 +14,7 @@ from surgeon.criteria.data.curvature import Curvature
 from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
+from surgeon.criteria.names import named
 from surgeon.criteria.second_order import inverted
 from surgeon.errors import InputError
 from surgeon.ops.ids import DimIds
@@ -167,3 +168,6 @@ def _downdate(inverse: DimIds, product: DimIds, where: DimIds) -> None:
         matrix[where] = 0.0
         matrix[:, where] = 0.0
     inverse[where, where] = 1.0
+
+
+named("kfac", lambda seed: KFAC())

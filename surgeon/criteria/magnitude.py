@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, array, by_unit, weights
+from surgeon.criteria.names import named
 from surgeon.errors import InputError
 from surgeon.ops.ids import DimIds
 
@@ -143,3 +144,11 @@ class Random:
 def first(group: Group, tensors: Mapping[str, Tensor]) -> DimIds:
     """The first channels stay: for models without values, of which only the sizes are asked for."""
     return -np.arange(group.units, dtype=np.float64)
+
+
+named("l1", lambda seed: Norm(1))
+named("l2", lambda seed: Norm(2))
+named("lamp", lambda seed: Lamp())
+named("bn_scale", lambda seed: BatchNormScale())
+named("random", Random)
+named("first", lambda seed: first)

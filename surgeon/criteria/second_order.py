@@ -11,6 +11,7 @@ from torch import Tensor
 from surgeon.criteria.data.evidence import Reading
 from surgeon.criteria.data.gather import WIDEST
 from surgeon.criteria.measured import FromReadings
+from surgeon.criteria.names import named
 from surgeon.errors import InputError
 from surgeon.ops.ids import DimIds
 
@@ -77,3 +78,6 @@ def inverted(hessian: Tensor, damping: float) -> Tensor:
     ridge = max(damping * float(hessian.diagonal().mean()), 1e-30)
     damped = hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+named("obs", lambda seed: OBS())

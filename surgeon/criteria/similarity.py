@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgeon.coupling.groups import Group, Member
 from surgeon.criteria.combine import Combined, weights
+from surgeon.criteria.names import named
 from surgeon.ops.ids import DimIds
 
 _CHUNK = 1 << 22  # numbers that are made float64 at a time
@@ -54,3 +55,6 @@ class GeometricMedian(Combined):
         distances = (square[:, None] + square[None] - 2 * product).clamp(min=0).sqrt()
         found: DimIds = distances.fill_diagonal_(0).sum(1).numpy()
         return found
+
+
+named("fpgm", lambda seed: GeometricMedian())

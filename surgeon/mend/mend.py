@@ -205,8 +205,8 @@ def _layers(notes: Sequence[Note], runs: Sequence[Graph], shapes: ShapeModel, ch
     gone = np.zeros(len(choice), dtype=bool)
     for node in nodes:
         axes = shapes.propagation.axes.get(node, {})
-        for track in (axes[0] if isinstance(axes, tuple) else axes).values():
-            for atoms in shapes.solution.atoms(track.ravel()):
+        for dim_ids in (axes[0] if isinstance(axes, tuple) else axes).values():
+            for atoms in shapes.solution.atoms(dim_ids.ravel()):
                 gone[atoms[atoms >= 0]] = True
     gone &= choice
     found = []

@@ -21,7 +21,7 @@ from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx import compare as agree
 from surgeon.onnx.bf16_to_fp32 import widen
-from surgeon.onnx.child import try_inputs
+from surgeon.onnx.child_process import try_inputs
 from surgeon.onnx.compare import Inputs, batch_size_of
 from surgeon.onnx.file import head
 

@@ -121,41 +121,41 @@ def broadcast(
     ]
     result: ValueIds = {}
     for dim in {d for axes, _ in aligned for d in axes}:
-        tracks = [axes[dim] for axes, _ in aligned if dim in axes]
+        operand_ids = [axes[dim] for axes, _ in aligned if dim in axes]
         if any(dim not in axes and shape[dim] != 1 for axes, shape in aligned):
-            for track in tracks:
-                ctx.constraints.freeze(track, "meets a tensor whose size here is fixed")
+            for dim_ids in operand_ids:
+                ctx.constraints.freeze(dim_ids, "meets a tensor whose size here is fixed")
             continue
-        result[dim] = meet(ctx.constraints, tracks)
+        result[dim] = meet(ctx.constraints, operand_ids)
     return result
 
 
-def meet(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
+def meet(constraints: Constraints, operand_ids: list[np.ndarray]) -> np.ndarray:
     """Join ids that meet entry by entry; the most compressed one stands for all, and one of a tensor
     for an unowned one.
     """
-    best = min(tracks, key=lambda t: t.size)
-    for track in tracks:
-        if track is not best:
-            constraints.join(track, best)
+    best = min(operand_ids, key=lambda t: t.size)
+    for dim_ids in operand_ids:
+        if dim_ids is not best:
+            constraints.join(dim_ids, best)
     free = constraints.is_unowned(best)
-    for track in tracks:
-        if free.any() and track is not best:
-            best = np.where(free, track, best)
+    for dim_ids in operand_ids:
+        if free.any() and dim_ids is not best:
+            best = np.where(free, dim_ids, best)
             free = constraints.is_unowned(best)
     return best
 
 
-def beside(constraints: Constraints, tracks: list[np.ndarray]) -> np.ndarray:
+def beside(constraints: Constraints, operand_ids: list[np.ndarray]) -> np.ndarray:
     """Join ids of values that lie side by side; as the entries do not mix, an unowned one stands
     for all.
     """
-    best = meet(constraints, tracks)
-    if any(constraints.is_unowned(track).any() for track in tracks):
-        found: np.ndarray = constraints.collapse(np.stack(np.broadcast_arrays(*tracks)), 0)[0]
+    best = meet(constraints, operand_ids)
+    if any(constraints.is_unowned(dim_ids).any() for dim_ids in operand_ids):
+        found: np.ndarray = constraints.collapse(np.stack(np.broadcast_arrays(*operand_ids)), 0)[0]
         for dim in range(found.ndim):
             found = constraints.collapse(found, dim) if best.shape[dim] == 1 else found
-        constraints.met(found, tracks)
+        constraints.met(found, operand_ids)
         return found
     return best
 

@@ -21,10 +21,10 @@ from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import named_tensors
 from surgeon.recovery.distill import Distilling
-from surgeon.recovery.fold import fold
 from surgeon.recovery.kept_entries import KeptEntries
 from surgeon.recovery.layers import find_layers
 from surgeon.recovery.layerwise import RIDGES, WIDEST, Fit, Fitting, Pass
+from surgeon.recovery.neuron_merging import fold
 from surgeon.recovery.norms import reestimate
 from surgeon.recovery.options import DEFAULT, STRONGER, batches_of, check_made_by, check_options, split
 from surgeon.recovery.row_sampling import RowSample

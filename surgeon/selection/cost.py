@@ -54,22 +54,22 @@ class ShapeModel:
         self._choice = self._former = nothing(solution)
         self.products = products_of(graph)
 
-    def leaves(self, track: DimIds, choice: Choice) -> DimIds:
+    def leaves(self, dim_ids: DimIds, choice: Choice) -> DimIds:
         """Which entries of an array of ids leave."""
-        gone = np.zeros(track.shape, dtype=bool)
-        for part in self._atoms[self._number(track)]:
+        gone = np.zeros(dim_ids.shape, dtype=bool)
+        for part in self._atoms[self._number(dim_ids)]:
             gone |= choice[part] & (part >= 0)
         return gone
 
-    def width(self, track: DimIds, dim: int, choice: Choice) -> int:
+    def width(self, dim_ids: DimIds, dim: int, choice: Choice) -> int:
         """How many entries stay along `dim` (in the rows that stay)."""
         self._follow(choice)
-        number = self._number(track)
+        number = self._number(dim_ids)
         if self._asking is not None:
             self._readers[number].add(self._asking)
         widths = self._widths[number]
         if dim not in widths:
-            widths[dim] = int((~self.leaves(track, choice)).sum(axis=dim).max(initial=0))
+            widths[dim] = int((~self.leaves(dim_ids, choice)).sum(axis=dim).max(initial=0))
         return widths[dim]
 
     def _follow(self, choice: Choice) -> None:
@@ -80,11 +80,11 @@ class ShapeModel:
         self._choice, self._former = choice, choice.copy()
         if not changed.size or not self._widths:
             return
-        atoms, tracks = self._held()
+        atoms, numbers = self._held()
         first, last = np.searchsorted(atoms, changed), np.searchsorted(atoms, changed, side="right")
         counts = last - first
         places = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
-        for number in np.unique(tracks[places]).tolist():
+        for number in np.unique(numbers[places]).tolist():
             self._widths.pop(number, None)
             for part in self._readers.pop(number, ()):
                 value = self._parts.pop(part, None)
@@ -128,13 +128,13 @@ class ShapeModel:
         self._missing[kind] = {}
         return self._sums[kind]
 
-    def _number(self, track: DimIds) -> int:
-        number = self._numbers.get(id(track))
+    def _number(self, dim_ids: DimIds) -> int:
+        number = self._numbers.get(id(dim_ids))
         if number is None:
-            number = self._contents.setdefault((track.shape, track.tobytes()), len(self._contents))
-            self._numbers[id(track)] = number
+            number = self._contents.setdefault((dim_ids.shape, dim_ids.tobytes()), len(self._contents))
+            self._numbers[id(dim_ids)] = number
             if number not in self._atoms:
-                self._atoms[number] = self.solution.atoms(track)
+                self._atoms[number] = self.solution.atoms(dim_ids)
                 self._index = None
         return number
 

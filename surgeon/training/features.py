@@ -178,8 +178,8 @@ def _kept(surgery: Inspected, node: fx.Node, choice: DimIds, path: str) -> Kept:
     axes = surgery.propagation.axes[node]
     if not isinstance(axes, dict):
         raise InputError(f"module '{path}' gives several values", fix="name a module that returns one tensor")
-    for dim, track in axes.items():
-        leaves = np.moveaxis(surgery.shapes.leaves(track, choice), dim, 0).reshape(track.shape[dim], -1)
+    for dim, dim_ids in axes.items():
+        leaves = np.moveaxis(surgery.shapes.leaves(dim_ids, choice), dim, 0).reshape(dim_ids.shape[dim], -1)
         if (leaves != leaves[:, :1]).any():
             raise InputError(
                 f"the output of module '{path}' loses other channels in one place than in another",

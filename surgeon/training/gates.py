@@ -278,8 +278,8 @@ def _ending(surgery: Inspected, node: fx.Node) -> DimIds:
         for value in nodes:
             axes = surgery.propagation.axes.get(value, {})
             for part in axes if isinstance(axes, tuple) else (axes,):
-                for track in part.values():
-                    found += [atoms[atoms >= 0] for atoms in surgery.solution.atoms(track.ravel())]
+                for dim_ids in part.values():
+                    found += [atoms[atoms >= 0] for atoms in surgery.solution.atoms(dim_ids.ravel())]
         return np.unique(np.concatenate(found))
 
     return np.setdiff1d(carried(node.all_input_nodes), carried([node]))

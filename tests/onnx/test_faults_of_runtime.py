@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from surgeon.errors import FileError, QuantizeError, SurgeonError
-from surgeon.onnx import child
-from surgeon.onnx.child import guilty_node, run_in_child
+from surgeon.onnx import child_process
+from surgeon.onnx.child_process import guilty_node, run_in_child
 from surgeon.onnx.export import export
 from surgeon.onnx.float_nodes import check_scales, float_nodes
 from surgeon.onnx.quantize import quantize
@@ -50,13 +50,13 @@ def test_a_file_that_ends_its_process_is_an_error_that_names_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stands in for a runtime's fault: the child ends itself where a file holds a Tan."""
-    script = tmp_path / "child_main.py"
+    script = tmp_path / "child_process_main.py"
     script.write_text(
         "import os, signal, sys, onnx\n"
         "if any(n.op_type == 'Tan' for n in onnx.load(sys.argv[1]).graph.node): os.kill(os.getpid(), signal.SIGSEGV)\n"
-        f"exec(compile(open({str(child._SCRIPT)!r}).read(), 'child', 'exec'))\n"
+        f"exec(compile(open({str(child_process._SCRIPT)!r}).read(), 'child', 'exec'))\n"
     )
-    monkeypatch.setattr(child, "_SCRIPT", script)
+    monkeypatch.setattr(child_process, "_SCRIPT", script)
     ops = ["Neg", "Abs", "Tan", "Cos", "Sin"]
     nodes = [
         helper.make_node(op, [f"v{n}" if n else "x"], [f"v{n + 1}"], f"the_{op}") for n, op in enumerate(ops)
@@ -73,8 +73,8 @@ def test_half_precision_recurrent_layers_leave_python_alive(kind: str, tmp_path:
     """In one and in two directions, exported in fp16 and quantised to it: a file that agrees, or an error."""
     code = f"""
 import torch, surgeon
-import surgeon.onnx.child
-surgeon.onnx.child.guilty_node = lambda path, fed: "some (node)"  # it is sought elsewhere, and takes a while
+import surgeon.onnx.child_process
+surgeon.onnx.child_process.guilty_node = lambda path, fed: "some (node)"  # it is sought elsewhere, and takes a while
 from torch import nn
 class Net(nn.Module):
     def __init__(self, both):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.onnx.export import export
-from surgeon.onnx.methods import products_saturate
 from surgeon.onnx.quantize import quantize
+from surgeon.onnx.quantize_methods import products_saturate
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_weights_of_seven_bits(
     largest: int | None,
 ) -> None:
     """Left out, they are for CPUs whose products saturate; the report says so, and where its numbers hold."""
-    monkeypatch.setattr("surgeon.onnx.methods.products_saturate", lambda: saturates)
+    monkeypatch.setattr("surgeon.onnx.quantize_methods.products_saturate", lambda: saturates)
     report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), reduce_range=reduce_range)
     found = max(int(np.abs(values.astype(int)).max()) for values in _weights(report.path).values())
     assert found == (largest or (64 if saturates else 127))

@@ -237,10 +237,10 @@ def _entries(
     found: list[DimIds] = []
     for dim in dims:
         if dim in axes:
-            track = axes[dim]
-            for d in set(range(track.ndim)) - set(dims):  # all entries along it leave together
-                track = np.take(track, [0], axis=d)
-            ids = torch.from_numpy(np.broadcast_to(track, sizes).copy())
+            dim_ids = axes[dim]
+            for d in set(range(dim_ids.ndim)) - set(dims):  # all entries along it leave together
+                dim_ids = np.take(dim_ids, [0], axis=d)
+            ids = torch.from_numpy(np.broadcast_to(dim_ids, sizes).copy())
             found += [part for part in atoms(side.rows(ids)[0, 0].numpy().ravel()) if (part >= 0).any()]
     return (read.shape[2], read.shape[3]), tuple(found)
 

@@ -34,8 +34,8 @@ def _want_identity(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[s
 def _want_slice(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
     x = ctx["self"]
     dim, start, stop, step = normal_slice(ctx, ctx.shape(x))
-    track = ctx.axes(x).get(dim)
-    if track is None or start == stop < ctx.shape(x)[dim]:  # nothing, of whatever width
+    dim_ids = ctx.axes(x).get(dim)
+    if dim_ids is None or start == stop < ctx.shape(x)[dim]:  # nothing, of whatever width
         return {}
     before = (
         _kept_before(shapes, choice, ctx.axes(x), dim, start - start % step) + start % step
@@ -106,9 +106,9 @@ def _want_convolution(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dic
 def _want_group_norm(shapes: ShapeModel, choice: Choice, ctx: OpContext) -> dict[str, Any]:
     x = ctx["input"]
     small, groups = shapes.shape(x, choice), int(ctx["group"])
-    track = ctx.axes(x).get(1)
-    if track is not None:
-        gone = shapes.leaves(track, choice)
+    dim_ids = ctx.axes(x).get(1)
+    if dim_ids is not None:
+        gone = shapes.leaves(dim_ids, choice)
         first = gone.reshape(gone.shape[0], groups, -1, *gone.shape[2:])
         stays = ~first.all(axis=2)
         groups = int(stays.sum(axis=1).max())

@@ -96,7 +96,7 @@ def _placed(operand: Operand, out: Operand, axes: ValueIds, shape: Shape) -> tup
         return axes, shape
     wide = wide_shape(operand, out, shape)
     place = [i for i, dim in enumerate(out.dims) if dim in operand.dims]
-    return {place[d]: track.reshape(wide) for d, track in axes.items()}, wide
+    return {place[d]: dim_ids.reshape(wide) for d, dim_ids in axes.items()}, wide
 
 
 def wide_shape(operand: Operand, out: Operand, shape: Sequence[int]) -> Shape:
@@ -128,23 +128,23 @@ def contract(
     place = {letter: i for i, letter in enumerate(letters)}
     joined: dict[str, np.ndarray] = {}
     for letter in letters:
-        tracks, fixed = [], False
+        operand_ids, fixed = [], False
         for axes, shape, names in operands:
             if letter not in names:
                 continue
             dim = names.index(letter)
             if dim in axes:
-                tracks.append(_spread(axes[dim], names, place))
+                operand_ids.append(_spread(axes[dim], names, place))
             elif shape[dim] != 1:
                 fixed = True
-        if tracks and fixed:
-            for track in tracks:
-                constraints.freeze(track, "is multiplied with a tensor whose size here is fixed")
-        elif tracks:
-            joined[letter] = meet(constraints, tracks)
+        if operand_ids and fixed:
+            for dim_ids in operand_ids:
+                constraints.freeze(dim_ids, "is multiplied with a tensor whose size here is fixed")
+        elif operand_ids:
+            joined[letter] = meet(constraints, operand_ids)
             if letter in out:
                 constraints.carried(joined[letter])
-            if letter in out and len(tracks) > 1:
+            if letter in out and len(operand_ids) > 1:
                 constraints.batched.append(joined[letter].ravel())
                 if scores:
                     constraints.heads.append(joined[letter].ravel())
@@ -161,25 +161,25 @@ def _of_output(
     """Ids over all letters as ids over those of the output; along the others they become constant."""
     place = {letter: i for i, letter in enumerate(letters)}
     result: ValueIds = {}
-    for letter, track in joined.items():
+    for letter, dim_ids in joined.items():
         if letter not in out:
             continue
         for ended in set(letters) - set(out):
-            track = ctx.constraints.collapse(track, place[ended])
+            dim_ids = ctx.constraints.collapse(dim_ids, place[ended])
         kept = [place[name] for name in sorted(out)]
-        flat = track.reshape([track.shape[i] for i in kept])
+        flat = dim_ids.reshape([dim_ids.shape[i] for i in kept])
         order = [sorted(out).index(name) for name in out]
         result[out.index(letter)] = flat.transpose(order)
     return result
 
 
-def _spread(track: np.ndarray, names: Sequence[str], place: dict[str, int]) -> np.ndarray:
+def _spread(dim_ids: np.ndarray, names: Sequence[str], place: dict[str, int]) -> np.ndarray:
     """Ids over an operand's dims as ids over all letters."""
     order = sorted(range(len(names)), key=lambda i: place[names[i]])
     shape = [1] * len(place)
     for dim, name in enumerate(names):
-        shape[place[name]] = track.shape[dim]
-    return track.transpose(order).reshape(shape)
+        shape[place[name]] = dim_ids.shape[dim]
+    return dim_ids.transpose(order).reshape(shape)
 
 
 # -- what is computed when entries are gone -----------------------------------------------------------------

@@ -71,8 +71,8 @@ def group_norm(ctx: OpContext) -> Any:
     operands = [(axes, shape)]
     for vector in (weight, bias):
         if isinstance(vector, fx.Node):
-            wide, track = per_channel(ctx.shape(vector), ctx.axes(vector), len(shape))
-            operands.append((track, wide))
+            wide, dim_ids = per_channel(ctx.shape(vector), ctx.axes(vector), len(shape))
+            operands.append((dim_ids, wide))
     out = broadcast(ctx, operands, shape)
     return tuple(out if i == 0 else {} for i, _ in enumerate(ctx.node.meta["spec"]))
 

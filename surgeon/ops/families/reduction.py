@@ -28,14 +28,14 @@ def reduce_dims(ctx: OpContext, axes: ValueIds, dims: Any, ndim: int, keepdim: b
     for d in gone & set(axes):
         ctx.constraints.reduced(axes[d])
     result: ValueIds = {}
-    for dim, track in axes.items():
+    for dim, dim_ids in axes.items():
         if dim in gone:
             continue
         for ended in gone:
-            track = ctx.constraints.collapse(track, ended)
+            dim_ids = ctx.constraints.collapse(dim_ids, ended)
         if not keepdim:
-            track = track.reshape([n for d, n in enumerate(track.shape) if d not in gone])
-        result[dim if keepdim else dim - sum(g < dim for g in gone)] = track
+            dim_ids = dim_ids.reshape([n for d, n in enumerate(dim_ids.shape) if d not in gone])
+        result[dim if keepdim else dim - sum(g < dim for g in gone)] = dim_ids
     return result
 
 

@@ -63,13 +63,13 @@ def fold_image(ctx: OpContext) -> ValueIds:
     x = ctx["self"]
     places = math.prod(ctx["kernel_size"])
     result: ValueIds = {}
-    for d, track in _without_places(ctx, x).items():
-        if track.shape[1] > 1:
-            cut = track.reshape(track.shape[0], -1, places, 1)
-            track = ctx.constraints.collapse(cut, 2)
+    for d, dim_ids in _without_places(ctx, x).items():
+        if dim_ids.shape[1] > 1:
+            cut = dim_ids.reshape(dim_ids.shape[0], -1, places, 1)
+            dim_ids = ctx.constraints.collapse(cut, 2)
         else:
-            track = track[..., None]
-        result[d] = track
+            dim_ids = dim_ids[..., None]
+        result[d] = dim_ids
     return result
 
 

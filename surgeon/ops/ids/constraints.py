@@ -51,11 +51,11 @@ class Constraints(Facts):
             self._factors[known.tobytes()] = outer, inner
         return known
 
-    def split(self, track: DimIds, dims: Sequence[int]) -> ValueIds:
-        """Ids of the dims that one dim was cut into; `track` varies along several of `dims`, given from
+    def split(self, dim_ids: DimIds, dims: Sequence[int]) -> ValueIds:
+        """Ids of the dims that one dim was cut into; `dim_ids` varies along several of `dims`, given from
         outer to inner.
 
-        One dim: `track` itself. Several: the innermost gets columns, the outer ones rows, recursively.
+        One dim: `dim_ids` itself. Several: the innermost gets columns, the outer ones rows, recursively.
 
         Example: six channels 0 ... 5 are seen as 2 x 3 (`view(2, 3)`). The two rows get ids 6 and 7. Each row has
         columns of its own, 8, 9, 10 and 11, 12, 13: row 0 may lose its first column where row 1 loses its last, but
@@ -71,40 +71,40 @@ class Constraints(Facts):
         >>> part.cell[4], part.row[4], part.column[4]
         (np.int64(4), np.int64(7), np.int64(12))
         """
-        dims = [d for d in dims if track.shape[d] > 1 and varies(track, d)]
+        dims = [d for d in dims if dim_ids.shape[d] > 1 and varies(dim_ids, d)]
         if not dims:
             return {}
         if len(dims) == 1:
             (dim,) = dims
-            if any(track.shape[d] > 1 for d in range(track.ndim) if d != dim):
-                self.balance(track, dim)
-            return {dim: track}
-        key = (track.tobytes(), (*track.shape, *dims))
+            if any(dim_ids.shape[d] > 1 for d in range(dim_ids.ndim) if d != dim):
+                self.balance(dim_ids, dim)
+            return {dim: dim_ids}
+        key = (dim_ids.tobytes(), (*dim_ids.shape, *dims))
         known = self._splits.get(key)
         if known is not None:
             return dict(known)
-        factors = self._unmerged(track, dims)
+        factors = self._unmerged(dim_ids, dims)
         if factors is not None:
             return factors
         last = dims[-1]
-        flat = np.moveaxis(track, last, -1)
-        if ascending(track):  # every id once: every row and every cell is its own
+        flat = np.moveaxis(dim_ids, last, -1)
+        if ascending(dim_ids):  # every id once: every row and every cell is its own
             row = np.moveaxis(self.new((*flat.shape[:-1], 1)), -1, last)
-            column = self.new(track.shape)
+            column = self.new(dim_ids.shape)
         else:
             rows, row_index = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
             row = np.moveaxis(self.new(len(rows))[row_index.ravel()].reshape(*flat.shape[:-1], 1), -1, last)
-            cells, cell_index = np.unique(track, return_inverse=True)
-            column = self.new(len(cells))[cell_index.ravel()].reshape(track.shape)
-        full_row = np.broadcast_to(row, track.shape)
+            cells, cell_index = np.unique(dim_ids, return_inverse=True)
+            column = self.new(len(cells))[cell_index.ravel()].reshape(dim_ids.shape)
+        full_row = np.broadcast_to(row, dim_ids.shape)
         for ids in (full_row, column):
-            self.mark_unowned(ids[self._unowned[track]])
-        self.parts.append(Part(track.ravel(), full_row.ravel(), column.ravel(), True, self.node))
+            self.mark_unowned(ids[self._unowned[dim_ids]])
+        self.parts.append(Part(dim_ids.ravel(), full_row.ravel(), column.ravel(), True, self.node))
         self.balance(column, last)
         axes = self.split(row, dims[:-1])
         axes[last] = column
         self._splits[key] = dict(axes)
-        self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = track.ravel()
+        self._cells[b"".join((full_row.ravel().tobytes(), b"|", column.ravel().tobytes()))] = dim_ids.ravel()
         return axes
 
     def _spread(self, ids: DimIds, shape: tuple[int, ...]) -> DimIds:
@@ -116,13 +116,13 @@ class Constraints(Facts):
             self._factors[wide.tobytes()] = outer, inner
         return wide
 
-    def _unmerged(self, track: DimIds, dims: Sequence[int]) -> ValueIds | None:
+    def _unmerged(self, dim_ids: DimIds, dims: Sequence[int]) -> ValueIds | None:
         """The ids that a merged dim was made of, if those of each dim vary along one of the dims that it is
         cut into.
         """
-        if track.size != np.prod([track.shape[d] for d in dims]):
+        if dim_ids.size != np.prod([dim_ids.shape[d] for d in dims]):
             return None
-        factors = self._factors_along(track, dims)
+        factors = self._factors_along(dim_ids, dims)
         if factors is None:
             return None
         axes: ValueIds = {}
@@ -165,16 +165,16 @@ class Constraints(Facts):
         """
         merged: DimIds | None = None
         for position, dim in enumerate(dims):
-            track = axes.get(dim)
-            if track is None:
+            dim_ids = axes.get(dim)
+            if dim_ids is None:
                 continue
             for inner in dims[position + 1 :]:
-                track = self.collapse(track, inner)
+                dim_ids = self.collapse(dim_ids, inner)
             if merged is None:
-                merged = track
+                merged = dim_ids
             else:
-                full = np.broadcast_shapes(merged.shape, track.shape)
-                merged = self.compose(merged, track).reshape(full)
+                full = np.broadcast_shapes(merged.shape, dim_ids.shape)
+                merged = self.compose(merged, dim_ids).reshape(full)
         if merged is None:
             return None
         full = tuple(shape[d] if d in dims else merged.shape[d] for d in range(len(shape)))

@@ -100,12 +100,12 @@ class Facts:
 
     def value(self, axes: ValueIds) -> None:
         """An op gives a value with these ids."""
-        self.dims |= {id(track): track for track in axes.values() if track.size}
+        self.dims |= {id(dim_ids): dim_ids for dim_ids in axes.values() if dim_ids.size}
 
     def read(self, axes: ValueIds) -> None:
         """An op computes with these entries."""
-        for track in axes.values():
-            self._read[track] = True
+        for dim_ids in axes.values():
+            self._read[dim_ids] = True
 
     @property
     def is_read(self) -> DimIds:
@@ -118,13 +118,15 @@ class Facts:
         if held.size:
             self.freeze(held, "is padding or a repeated entry that is reduced over")
 
-    def met(self, ids: DimIds, tracks: Sequence[DimIds]) -> None:
+    def met(self, ids: DimIds, operand_ids: Sequence[DimIds]) -> None:
         """These entries lie beside others that leave with them: where one of those is a tensor's, they are no
         longer loose.
         """
-        tied = np.zeros(np.broadcast_shapes(ids.shape, *(track.shape for track in tracks)), dtype=bool)
-        for track in tracks:
-            tied |= ~self._unowned[track] | self._met[track]
+        tied = np.zeros(
+            np.broadcast_shapes(ids.shape, *(dim_ids.shape for dim_ids in operand_ids)), dtype=bool
+        )
+        for dim_ids in operand_ids:
+            tied |= ~self._unowned[dim_ids] | self._met[dim_ids]
         self._met[np.broadcast_to(ids, tied.shape)[tied]] = True
 
     def carried(self, ids: DimIds) -> None:
@@ -151,12 +153,12 @@ class Facts:
         self.freezes.append(Freeze(ids.ravel(), reason, self.node))
 
     def freeze_all(self, axes: ValueIds, reason: str) -> None:
-        for track in axes.values():
-            self.freeze(track, reason)
+        for dim_ids in axes.values():
+            self.freeze(dim_ids, reason)
 
-    def balance(self, track: DimIds, dim: int) -> None:
-        """Every row of `track` along `dim` keeps equally many entries."""
-        matrix = np.moveaxis(track, dim, -1).reshape(-1, track.shape[dim])
+    def balance(self, dim_ids: DimIds, dim: int) -> None:
+        """Every row of `dim_ids` along `dim` keeps equally many entries."""
+        matrix = np.moveaxis(dim_ids, dim, -1).reshape(-1, dim_ids.shape[dim])
         if not ascending(matrix):
             matrix = np.unique(matrix, axis=0)
         key = (len(matrix), hashlib.blake2b(np.ascontiguousarray(matrix)).digest())
@@ -164,36 +166,36 @@ class Facts:
             self._balanced.add(key)
             self.balances.append(Balance(matrix, self.node))
 
-    def even(self, track: DimIds, dim: int) -> None:
+    def even(self, dim_ids: DimIds, dim: int) -> None:
         """`balance`, once for the ids of each dim of a value, and only where they vary along other dims."""
-        if track.size == track.shape[dim] or (id(track), dim) in self._even:
+        if dim_ids.size == dim_ids.shape[dim] or (id(dim_ids), dim) in self._even:
             return
-        self._even[id(track), dim] = track  # kept alive, so that its id stays its own
-        self.balance(track, dim)
+        self._even[id(dim_ids), dim] = dim_ids  # kept alive, so that its id stays its own
+        self.balance(dim_ids, dim)
 
     def share(self, own: DimIds, other: DimIds) -> None:
         """How many there are of the one is computed from how many there are of the other."""
         self.shares.append(Share(own.ravel(), other.ravel(), self.node))
 
-    def collapse(self, track: DimIds, dim: int) -> DimIds:
+    def collapse(self, dim_ids: DimIds, dim: int) -> DimIds:
         """Join the entries along `dim`, so that the ids no longer vary along it; an unowned one, if any,
         stands for all.
         """
-        if track.shape[dim] == 1:
-            return track
-        first = np.take(track, [0], axis=dim)
-        self.join(track, first)
-        free = self._unowned[track]
-        return np.take_along_axis(track, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
+        if dim_ids.shape[dim] == 1:
+            return dim_ids
+        first = np.take(dim_ids, [0], axis=dim)
+        self.join(dim_ids, first)
+        free = self._unowned[dim_ids]
+        return np.take_along_axis(dim_ids, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
 
 
-def ascending(track: DimIds) -> bool:
+def ascending(dim_ids: DimIds) -> bool:
     """Whether the ids rise from entry to entry, as fresh ones do: then each occurs once."""
-    flat = track.ravel()
+    flat = dim_ids.ravel()
     return bool((flat[1:] > flat[:-1]).all())
 
 
-def varies(track: DimIds, dim: int) -> bool:
+def varies(dim_ids: DimIds, dim: int) -> bool:
     """Whether the ids differ from entry to entry along a dim."""
-    first = np.take(track, [0], axis=dim)
-    return bool((track != first).any())
+    first = np.take(dim_ids, [0], axis=dim)
+    return bool((dim_ids != first).any())

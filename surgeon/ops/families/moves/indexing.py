@@ -132,9 +132,9 @@ def index_put(ctx: OpContext) -> ValueIds:
                 own.shape
             )
         elif d - offset >= 0 and shape[d - offset] > 1:
-            for track in (axes.pop(d, None), other):
-                if track is not None:
-                    ctx.constraints.freeze(track, "meets a tensor whose size here is fixed")
+            for dim_ids in (axes.pop(d, None), other):
+                if dim_ids is not None:
+                    ctx.constraints.freeze(dim_ids, "meets a tensor whose size here is fixed")
     return axes
 
 

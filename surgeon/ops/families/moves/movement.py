@@ -82,14 +82,14 @@ def as_strided(ctx: OpContext) -> ValueIds:
         place = {}
     axes = ctx.freeze(ctx.axes(x), set(range(len(shape))) - set(place), "is read in windows of memory")
     result: ValueIds = {}
-    for dim, track in axes.items():
+    for dim, dim_ids in axes.items():
         for other in set(range(len(shape))) - set(place):
-            track = ctx.constraints.collapse(track, other)
+            dim_ids = ctx.constraints.collapse(dim_ids, other)
         order = sorted(place, key=place.__getitem__)
-        moved = track.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
+        moved = dim_ids.transpose([*order, *(d for d in range(len(shape)) if d not in place)])
         wide = [1] * len(sizes)
         for d in order:
-            wide[place[d]] = track.shape[d]
+            wide[place[d]] = dim_ids.shape[d]
         result[place[dim]] = moved.reshape(wide)
     return result
 
@@ -110,11 +110,11 @@ def cat(ctx: OpContext) -> ValueIds:
     dim = int(ctx["dim"]) % ndim
     result: ValueIds = {}
     for d in range(ndim):
-        tracks = [ctx.axes(p).get(d) for p in parts]
-        if all(t is None for t in tracks):
+        operand_ids = [ctx.axes(p).get(d) for p in parts]
+        if all(t is None for t in operand_ids):
             continue
         if d != dim:
-            kept = [t for t in tracks if t is not None]
+            kept = [t for t in operand_ids if t is not None]
             if len(kept) < len(parts):
                 for loose in kept:
                     ctx.constraints.freeze(loose, "is concatenated with a tensor whose size here is fixed")
@@ -122,12 +122,12 @@ def cat(ctx: OpContext) -> ValueIds:
                 result[d] = _cat_rows(ctx, kept, parts, d, dim)
             continue
         filled = []
-        for part, found in zip(parts, tracks, strict=True):
-            size, track = ctx.shape(part)[dim], found
-            if track is None:  # entries that may not be removed
-                track = ctx.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
-                ctx.constraints.freeze(track, "is concatenated and its size is fixed")
-            filled.append(track)
+        for part, found in zip(parts, operand_ids, strict=True):
+            size, dim_ids = ctx.shape(part)[dim], found
+            if dim_ids is None:  # entries that may not be removed
+                dim_ids = ctx.constraints.new(size).reshape([-1 if i == dim else 1 for i in range(ndim)])
+                ctx.constraints.freeze(dim_ids, "is concatenated and its size is fixed")
+            filled.append(dim_ids)
         rows = np.broadcast_shapes(
             *[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in filled]
         )
@@ -138,17 +138,19 @@ def cat(ctx: OpContext) -> ValueIds:
     return result
 
 
-def _cat_rows(ctx: OpContext, tracks: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
+def _cat_rows(ctx: OpContext, operand_ids: list[DimIds], parts: list[fx.Node], own: int, dim: int) -> DimIds:
     """Ids of another dim than the concatenated one: joined, or laid side by side where they vary along
     it.
     """
-    if all(t.shape[dim] == 1 for t in tracks):
-        return beside(ctx.constraints, tracks)
+    if all(t.shape[dim] == 1 for t in operand_ids):
+        return beside(ctx.constraints, operand_ids)
     sizes = [ctx.shape(p)[dim] for p in parts]
-    rows = np.broadcast_shapes(*[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in tracks])
+    rows = np.broadcast_shapes(
+        *[tuple(1 if i == dim else n for i, n in enumerate(t.shape)) for t in operand_ids]
+    )
     full = [
         np.broadcast_to(t, [size if i == dim else rows[i] for i in range(t.ndim)])
-        for t, size in zip(tracks, sizes, strict=True)
+        for t, size in zip(operand_ids, sizes, strict=True)
     ]
     joined = np.concatenate(full, axis=dim)
     ctx.constraints.balance(joined, own)  # the rows of one part keep as many entries as those of the others
@@ -160,11 +162,11 @@ def stack(ctx: OpContext) -> ValueIds:
     dim = int(ctx["dim"]) % len(ctx.out)
     result: ValueIds = {}
     for d in {d for p in parts for d in ctx.axes(p)}:
-        tracks = [ctx.axes(p).get(d) for p in parts]
-        kept = [np.expand_dims(t, dim) for t in tracks if t is not None]
+        operand_ids = [ctx.axes(p).get(d) for p in parts]
+        kept = [np.expand_dims(t, dim) for t in operand_ids if t is not None]
         if len(kept) < len(parts):
-            for track in kept:
-                ctx.constraints.freeze(track, "is stacked with a tensor whose size here is fixed")
+            for dim_ids in kept:
+                ctx.constraints.freeze(dim_ids, "is stacked with a tensor whose size here is fixed")
             continue
         rows = np.broadcast_shapes(*[t.shape for t in kept])
         joined = np.concatenate([np.broadcast_to(t, rows) for t in kept], axis=dim)

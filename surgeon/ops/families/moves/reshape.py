@@ -62,11 +62,11 @@ def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new:
         if not here:
             continue
         if len(ins) == 1:
-            track: DimIds | None = axes[ins[0]]
+            dim_ids: DimIds | None = axes[ins[0]]
         else:
-            track = constraints.merge(axes, ins, old)
-        assert track is not None
-        moved = _regroup(track, pairs, old, new)
+            dim_ids = constraints.merge(axes, ins, old)
+        assert dim_ids is not None
+        moved = _regroup(dim_ids, pairs, old, new)
         if len(outs) == 1:
             out[outs[0]] = moved
         else:
@@ -75,19 +75,19 @@ def reshape(constraints: Constraints, axes: ValueIds, old: tuple[int, ...], new:
 
 
 def _regroup(
-    track: DimIds, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]
+    dim_ids: DimIds, pairs: list[tuple[list[int], list[int]]], old: Sequence[int], new: Sequence[int]
 ) -> DimIds:
     """The same reshape on compressed ids: segments along which they vary are made full, the others stay
     1.
     """
-    full, shape = list(track.shape), [1] * len(new)
+    full, shape = list(dim_ids.shape), [1] * len(new)
     for ins, outs in pairs:
-        if any(track.shape[d] != 1 for d in ins):
+        if any(dim_ids.shape[d] != 1 for d in ins):
             for d in ins:
                 full[d] = old[d]
             for d in outs:
                 shape[d] = new[d]
-    moved = np.broadcast_to(track, full).reshape(shape)
+    moved = np.broadcast_to(dim_ids, full).reshape(shape)
     for _, outs in pairs:  # compress dims that only repeat
         if len(outs) > 1:
             for d in outs:

@@ -43,9 +43,9 @@ def _even_parts(ctx: OpContext, axes: ValueIds, dim: int, size: int, parts: int)
     """A dim that is cut into equal parts: each part keeps equally many (the code that cuts it halves what it
     finds).
     """
-    track = axes.get(dim)
-    if track is not None and parts > 1 and size > 1:
-        moved = np.moveaxis(track, dim, -1)
+    dim_ids = axes.get(dim)
+    if dim_ids is not None and parts > 1 and size > 1:
+        moved = np.moveaxis(dim_ids, dim, -1)
         ctx.constraints.balance(moved.reshape(*moved.shape[:-1], parts, size), moved.ndim)
 
 
@@ -196,8 +196,8 @@ def constant_pad(ctx: OpContext) -> ValueIds:
             continue
         low, high = max(0, -before), shape[dim] - max(0, -after)
         axes = sliced(ctx.constraints, axes, dim, low, high)
-        for d, track in list(axes.items()):
-            if track.shape[dim] == 1 and d != dim:
+        for d, dim_ids in list(axes.items()):
+            if dim_ids.shape[dim] == 1 and d != dim:
                 continue
             if d != dim:  # rows of another dim's ids: the new rows are unowned as well
                 ctx.constraints.freeze(axes.pop(d), "is padded along its rows")
@@ -207,8 +207,10 @@ def constant_pad(ctx: OpContext) -> ValueIds:
                 edge = ctx.constraints.new(max(0, width))
                 ctx.constraints.mark_unowned(edge)
                 wide = edge.reshape([-1 if j == dim else 1 for j in range(ndim)])
-                edges.append(np.broadcast_to(wide, (*track.shape[:dim], edge.size, *track.shape[dim + 1 :])))
-            axes[d] = np.concatenate([edges[0], track, edges[1]], axis=dim)
+                edges.append(
+                    np.broadcast_to(wide, (*dim_ids.shape[:dim], edge.size, *dim_ids.shape[dim + 1 :]))
+                )
+            axes[d] = np.concatenate([edges[0], dim_ids, edges[1]], axis=dim)
     return axes
 
 

@@ -18,7 +18,7 @@ from surgeon.errors import FileError
 from surgeon.onnx.compare import Array, feeds
 from surgeon.onnx.file import declared_inputs, head, read
 
-_SCRIPT = Path(__file__).with_name("child_main.py")
+_SCRIPT = Path(__file__).with_name("child_process_main.py")
 
 
 def run_in_child(path: Path, fed: Sequence[dict[str, Array]], exact: bool = False) -> list[list[Array]]:

@@ -1,4 +1,4 @@
-"""Run an ONNX file in this process, which its caller can lose: `python -P child_main.py MODEL INPUTS OUTPUTS EXACT`.
+"""Run an ONNX file in this process, which its caller can lose: `python -P child_process_main.py MODEL INPUTS OUTPUTS EXACT`.
 
 INPUTS is a .npz of `RUN/NAME` arrays, OUTPUTS becomes one of `RUN/NUMBER`. Imports nothing of surgeon (nor torch).
 """

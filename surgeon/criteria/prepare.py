@@ -2,12 +2,12 @@
 
 A criterion is any callable `(group, tensors) -> array of group.units scores`. `criterion(name)` finds a
 built-in one; `prepare` also gathers what it needs from data. `docs/criteria.md` lists them. To add one, write
-a class in the file of its family and name it here.
+a class in the file of its family, and name it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,49 +16,14 @@ from torch import Tensor, nn
 from surgeon.coupling.groups import Group
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution
-from surgeon.criteria.activation import (
-    ActivationMean,
-    ActivationNorm,
-    Entropy,
-    HighRank,
-    TaylorActivation,
-    Variance,
-)
+from surgeon.criteria import activation, gradient, kfac, magnitude, second_order, similarity  # noqa: F401  # named
 from surgeon.criteria.combine import Combined, Criterion
 from surgeon.criteria.data.gather import WIDEST, Loss, gather
-from surgeon.criteria.gradient import Fisher, Gradient, Taylor
-from surgeon.criteria.kfac import KFAC
-from surgeon.criteria.magnitude import BatchNormScale, Lamp, Norm, Random, first
 from surgeon.criteria.measured import Measured
-from surgeon.criteria.second_order import OBS
-from surgeon.criteria.similarity import GeometricMedian
+from surgeon.criteria.names import BUILT_IN
 from surgeon.errors import InputError
 from surgeon.graph.graph import Graph
 from surgeon.ops.ids import DimIds
-
-FROM_WEIGHTS: Mapping[str, Callable[[int], Criterion]] = {
-    "bn_scale": lambda seed: BatchNormScale(),
-    "first": lambda seed: first,
-    "l1": lambda seed: Norm(1),
-    "l2": lambda seed: Norm(2),
-    "random": lambda seed: Random(seed),
-    "fpgm": lambda seed: GeometricMedian(),
-    "lamp": lambda seed: Lamp(),
-}
-FROM_DATA: Mapping[str, Callable[[int], Criterion]] = {
-    "taylor": lambda seed: Taylor(),
-    "taylor_activation": lambda seed: TaylorActivation(),
-    "gradient": lambda seed: Gradient(),
-    "fisher": lambda seed: Fisher(),
-    "obs": lambda seed: OBS(),
-    "kfac": lambda seed: KFAC(),
-    "activation_mean": lambda seed: ActivationMean(),
-    "activation_l2": lambda seed: ActivationNorm(),
-    "variance": lambda seed: Variance(),
-    "hrank": lambda seed: HighRank(),
-    "entropy": lambda seed: Entropy(),
-}
-BUILT_IN: dict[str, Callable[[int], Criterion]] = {**FROM_WEIGHTS, **FROM_DATA}
 
 
 def criterion(which: str | Criterion, seed: int = 0) -> Criterion:
@@ -71,9 +36,11 @@ def criterion(which: str | Criterion, seed: int = 0) -> Criterion:
     if callable(which):
         return which
     if which not in BUILT_IN:
+        plain = sorted(name for name in BUILT_IN if not looks_at_data(name))
+        others = sorted(BUILT_IN.keys() - set(plain))
         raise InputError(
             f"unknown criterion {which!r}",
-            fix=f"use one of {', '.join(FROM_WEIGHTS)}; with data=... also {', '.join(FROM_DATA)}; or a callable",
+            fix=f"use one of {', '.join(plain)}; with data=... also {', '.join(others)}; or a callable",
         )
     return BUILT_IN[which](seed)
 
