@@ -19,8 +19,9 @@ from surgeon.api.pipeline import check, inspect, prove
 from surgeon.api.surgery import Surgery
 from surgeon.cli.files import batches_in
 from surgeon.cli.models import build
+from surgeon.cut.carried import publish
 from surgeon.cut.plan import Plan
-from surgeon.cut.store import WEIGHTS, publish, write
+from surgeon.cut.store import WEIGHTS, write
 from surgeon.errors import ExportError, FileError, InputError
 from surgeon.files import draft_folder, load_weights
 from surgeon.onnx.export import export

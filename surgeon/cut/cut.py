@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from surgeon.cut.plan import Plan, carrying
+from surgeon.cut.pretrained import CONFIG_SAYS
 from surgeon.cut.slice import Slicer, rough_slice, shrink_module
 from surgeon.errors import ConfigWarning, WidthWarning, warn
 from surgeon.graph.graph import Graph
@@ -71,6 +72,7 @@ class Cutter:
         )
         _warn_of(mended.undecided)
         rescaled = {"rescaled": [str(number) for number in mended.rescaled]} if mended.rescaled else {}
+        config_edits, said = self._config_edits(selection, small)
         return Plan(
             kept=selection.kept,
             hash=self.runs[0].hash,
@@ -80,28 +82,31 @@ class Cutter:
             memory=selection.cost.memory,
             macs_before=selection.before.macs,
             params_before=selection.before.params,
-            edits=(*mended.edits, *mended.unread, *self._config_edits(selection, small)),
-            request={**selection.request, **rescaled},
+            edits=(*mended.edits, *mended.unread, *config_edits),
+            request={**selection.request, **rescaled, **({CONFIG_SAYS: True} if said else {})},
         )
 
     def _unread(self, selection: Selection, small: nn.Module) -> tuple[list[Edit], list[str]]:
         """Edits of numbers that say widths and that no run reads, and those that may say one."""
         return follow_widths(small, self.model, self.runs[0]) if selection.kept else ([], [])
 
-    def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[Edit, ...]:
+    def _config_edits(self, selection: Selection, small: nn.Module) -> tuple[tuple[Edit, ...], bool]:
+        """Edits of the config, and whether it says the widths that are left."""
         if self.config is None or not selection.kept:
-            return ()
+            return (), False
         found = configure(self.config, small, self.runs, self.shapes, selection.choice)
         if not isinstance(found, str):
-            return found
+            return found, True
         if selection.request.get("config_expressible"):
             raise unsaid(found)
+        name = type(small).__name__
         warn(
-            f"the config of {type(small).__name__} cannot say the new widths ({found}): keep the small model with "
-            "surgeon.save(small, folder), or plan with config_expressible=True",
+            f"the config of {name} cannot say the new widths ({found}): surgeon.save(small, folder) and "
+            "small.save_pretrained(folder) keep the plan beside the weights, and surgeon.load(folder, factory) reads it "
+            f"({name}.from_pretrained would build the widths of the original); or plan with config_expressible=True",
             ConfigWarning,
         )
-        return ()
+        return (), False
 
 
 def _warn_of(undecided: Sequence[str]) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from surgeon.cut.carried import PLANS, plan_texts
 from surgeon.cut.optimizer_state import carry, check_optimizer
 from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
 from surgeon.cut.plan_text import described
+from surgeon.cut.pretrained import follow_with_plan
 from surgeon.cut.slice import shrink_module
 from surgeon.errors import FileError, InputError, PlanError, ProofWarning
 from surgeon.files import read_file, write_atomically
@@ -147,16 +149,8 @@ class Plan:
 def carrying(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
     """The small model with the plans that led to it from an original, for `surgeon.save`: the model's own, and this one."""
     small.__dict__[PLANS] = (*plan_texts(model), plan.to_json())
+    follow_with_plan(small)
     return small
-
-
-PLANS = "_surgeon_plans"  # of a module: the texts of the plans that cut it; texts, so that it pickles without surgeon
-
-
-def plan_texts(model: nn.Module) -> tuple[str, ...]:
-    """The plans that cut a model, as JSON, the first one first."""
-    found: tuple[str, ...] = model.__dict__.get(PLANS, ())
-    return found
 
 
 def check_fit(plan: Plan, model: nn.Module) -> None:

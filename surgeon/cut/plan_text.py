@@ -80,7 +80,7 @@ def _edit(edit: Edit) -> str:
 
 def _silent(name: str, value: Any) -> bool:
     """Whether a part of the request is said elsewhere, or is a default."""
-    return name == "missed" or (name in OPTIONS and value == OPTIONS[name].default)
+    return name in ("missed", "config_says") or (name in OPTIONS and value == OPTIONS[name].default)
 
 
 def _short(value: Any) -> str:

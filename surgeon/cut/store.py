@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from surgeon.cut.plan import Plan, plan_texts
-from surgeon.errors import InputError, PlanError
-from surgeon.files import draft_folder, fill, locked, put, read_weights, regular_target, sync, unwritable
+from surgeon.cut.carried import MODES, metadata_of, plan_key, publish, text_name, write_texts
+from surgeon.cut.plan import Plan
+from surgeon.errors import InputError, PlanError, SurgeonError
+from surgeon.files import draft_folder, fill, read_weights, unwritable
 
 WEIGHTS = "model.safetensors"
-_PLANS = re.compile(r"plan(-[1-9]\d*)?\.json")
-_MODES = "surgeon.training"
-_LARGEST_HEADER = 90_000_000  # bytes: safetensors reads no header of more than 100 MB
 _ATTEMPTS = 20
 
 
@@ -46,41 +43,31 @@ def save(small: nn.Module, folder: str | os.PathLike[str]) -> Path:
         InputError: the model was not made by surgeon, or its state holds something else than tensors.
         FileError: the folder cannot be written.
     """
-    path = Path(folder)
-    if not plan_texts(small):
-        raise InputError(
-            "this model carries no plan",
-            where=type(small).__name__,
-            why="surgeon.save keeps what surgeon.shrink and Plan.apply gave; fused models and plain models hold no plan",
-            fix="save the small model before fusing it, or use safetensors.torch.save_model for other models",
-        )
-    state = plain_state(small)
+    path, metadata, state = Path(folder), metadata_of(small), plain_state(small)
     with draft_folder(path) as draft:
-        write(small, draft, state)
+        write(small, draft, state, metadata)
         publish(draft, path)
     return path
 
 
-def write(small: nn.Module, draft: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def write(
+    small: nn.Module,
+    draft: Path,
+    state: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the files of a save into a folder of its own.
 
     Raises:
         InputError: the state holds something else than tensors, or the plans are too large.
         FileError: the folder cannot be written.
     """
-    texts = plan_texts(small)
-    metadata = {_key(number): text for number, text in enumerate(texts)} | {_MODES: json.dumps(_modes(small))}
-    if sum(map(len, metadata.values())) > _LARGEST_HEADER:
-        raise InputError(
-            "the plans of this model are too large for one safetensors file", where=type(small).__name__,
-            fix="make one plan of them: surgery.compose([...])",
-        )  # fmt: skip
+    said = dict(metadata_of(small) if metadata is None else metadata)
     tensors = dict(plain_state(small) if state is None else state)
     try:
-        safetensors.torch.save_file(tensors, draft / WEIGHTS, {"format": "pt", **metadata})
+        safetensors.torch.save_file(tensors, draft / WEIGHTS, {"format": "pt", **said})
         _order_header(draft / WEIGHTS)
-        for number, text in enumerate(texts):
-            (draft / _name(number)).write_text(text)
+        write_texts(small, draft)
     except (OSError, safetensors.SafetensorError) as error:
         raise unwritable(draft.parent, error) from error
 
@@ -95,31 +82,6 @@ def _order_header(path: Path) -> None:
         if len(text) <= size:  # else it says its texts in another way, and stays as it is
             file.seek(8)
             file.write(text.ljust(size))
-
-
-def publish(draft: Path, folder: Path, stale: Callable[[str], bool] = lambda name: False) -> None:
-    """Put the files that `write` wrote, and others beside them, in the places of those of an earlier save.
-
-    What belongs to the earlier weights (plans, and files for whose names `stale` says so) goes first; the new
-    weights come next, all else after them. So files of two saves never stand side by side.
-
-    Raises:
-        FileError: the folder cannot be written.
-    """
-    regular_target(folder / WEIGHTS)
-    others = sorted((file for file in draft.iterdir() if not file.name.startswith(".surgeon")), reverse=True)
-    with locked(folder):
-        try:
-            for file in [*folder.iterdir()]:
-                if _PLANS.fullmatch(file.name) or stale(file.name):
-                    file.unlink()
-            sync(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from error
-        put(draft / WEIGHTS, folder / WEIGHTS)
-        for file in others:  # an ONNX file's weights before the file that names them
-            if file.name != WEIGHTS:
-                put(file, folder / file.name)
 
 
 def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
@@ -148,26 +110,26 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn
     for name, tensor in tensors.items():
         if name in own and own[name].dtype != tensor.dtype:
             own[name].data = own[name].data.to(tensor.dtype)
-    fill(model, tensors, path / WEIGHTS)
-    _set_modes(model, modes, path / WEIGHTS)
+    fill(model, tensors, path)
+    _set_modes(model, modes, path)
     return model
 
 
 def _read(folder: Path) -> tuple[list[Plan], Any, dict[str, Tensor]]:
     """(plans, modes, weights) of one save, though others may be writing."""
     for _ in range(_ATTEMPTS):
-        before = _stamp(folder)
-        if before is None:
+        files = _weights_in(folder)
+        if not files:
             break
-        metadata, tensors = read_weights(folder / WEIGHTS)
-        plans = _plans(metadata, folder / WEIGHTS)
         try:
+            metadata, tensors = _together({file: read_weights(file) for file in files}, folder)
+            plans = _plans(metadata, folder)
             _check_texts(folder, plans)
-        except PlanError:
-            if _stamp(folder) != before:  # another save came between the two
+        except SurgeonError:
+            if _weights_in(folder) != files:  # another save came between the two
                 continue
             raise
-        return plans, _modes_in(metadata, folder / WEIGHTS), tensors
+        return plans, _modes_in(metadata, folder), tensors
     raise PlanError(
         "there is no saved model",
         where=str(folder),
@@ -175,19 +137,41 @@ def _read(folder: Path) -> tuple[list[Plan], Any, dict[str, Tensor]]:
     )
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """What tells one save in a folder from another; None without one."""
+def _weights_in(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The files with the weights, and what tells one save of them from another: `model.safetensors`; without it those
+    that a library's `save_pretrained` wrote under other names, or in parts.
+    """
+    found = {}
     try:
-        found = (folder / WEIGHTS).stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+        whole = folder / WEIGHTS
+        for file in [whole] if whole.exists() else sorted(folder.glob("*.safetensors")):
+            stat = file.stat()
+            found[file] = stat.st_ino, stat.st_mtime_ns
+    except OSError:  # it is gone
+        return {}
+    return found
+
+
+def _together(
+    parts: Mapping[Path, tuple[dict[str, str], dict[str, Tensor]]], folder: Path
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, weights) of the files of one save."""
+    (metadata, tensors), *rest = parts.values()
+    for more, others in rest:
+        if more != metadata or others.keys() & tensors.keys():
+            raise PlanError(
+                "the weights in this folder are of several saves", where=f"{folder}: {', '.join(f.name for f in parts)}",
+                why="their plans differ" if more != metadata else "several files hold the same tensors",
+                fix=f"leave the files of one save there, or name the weights {WEIGHTS}",
+            )  # fmt: skip
+        tensors |= others
+    return metadata, tensors
 
 
 def _plans(metadata: Mapping[str, str], where: Path) -> list[Plan]:
     plans: list[Plan] = []
-    while _key(len(plans)) in metadata:
-        plans.append(Plan.from_json(metadata[_key(len(plans))], where=f"{where}: {_key(len(plans))}"))
+    while plan_key(len(plans)) in metadata:
+        plans.append(Plan.from_json(metadata[plan_key(len(plans))], where=f"{where}: {plan_key(len(plans))}"))
     if not plans:
         raise PlanError(
             "these weights hold no plan", where=str(where), why="surgeon.save did not write this file, or an older one did",
@@ -200,25 +184,18 @@ def _plans(metadata: Mapping[str, str], where: Path) -> list[Plan]:
 def _check_texts(folder: Path, plans: Iterable[Plan]) -> None:
     """Refuse a `plan.json` that says something else than the weights do: somebody changed or moved one of them."""
     for number, plan in enumerate(plans):
-        path = folder / _name(number)
+        path = folder / text_name(number)
         if path.exists() and Plan.load(path) != plan:
             raise PlanError(
                 "the plan in this folder is not that of the weights", where=str(path),
-                why=f"{WEIGHTS} was saved with another one",
+                why="they were saved with another one",
                 fix=f"remove {path.name} (the weights hold their own plan), or save the model anew",
             )  # fmt: skip
 
 
-def _modes(model: nn.Module) -> dict[str, Any]:
-    return {
-        "training": model.training,
-        "except": [name for name, module in model.named_modules() if module.training != model.training],
-    }
-
-
 def _modes_in(metadata: Mapping[str, str], where: Path) -> Any:
     try:
-        found = json.loads(metadata.get(_MODES, ""))
+        found = json.loads(metadata.get(MODES, ""))
         if isinstance(found["training"], bool) and all(isinstance(name, str) for name in found["except"]):
             return found
         why = "it holds other things"
@@ -231,7 +208,7 @@ def _set_modes(model: nn.Module, modes: Any, where: Path) -> None:
     modules = dict(model.named_modules())
     for name in modes["except"]:
         if name not in modules:
-            raise PlanError(f"the model has no module {name[:100]!r}", where=f"{where}: {_MODES}")
+            raise PlanError(f"the model has no module {name[:100]!r}", where=f"{where}: {MODES}")
     for name, module in modules.items():
         module.training = modes["training"] != (name in modes["except"])
 
@@ -253,11 +230,3 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
                 fix="keep such state out of get_extra_state, or save it beside the weights",
             )
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
-
-def _name(number: int) -> str:
-    return "plan.json" if number == 0 else f"plan-{number + 1}.json"
-
-
-def _key(number: int) -> str:
-    return f"surgeon.{_name(number).removesuffix('.json')}"

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from surgeon.capture.capture import capture
 from surgeon.capture.model_state import output_of, quiet_run
-from surgeon.cut.plan import PLANS, Plan, plan_texts
+from surgeon.cut.carried import PLANS, plan_texts
+from surgeon.cut.plan import Plan
 from surgeon.errors import CaptureError, FuseError
 from surgeon.fusion import constants, products
 from surgeon.fusion.fold import Fold, Foldable, counted, set_module

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.cut.plan import Plan, plan_texts
+from surgeon.cut.carried import plan_texts
+from surgeon.cut.plan import Plan
 from surgeon.errors import FileError, InputError
 from surgeon.files import read_file, write_atomically
 from surgeon.graph.tensors import architecture
