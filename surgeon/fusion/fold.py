@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from surgeon.fusion.channels import Constants
-from surgeon.fusion.owners import Owners
+from surgeon.fusion.owners import Owners, added_bias
 from surgeon.graph.graph import Graph
 from surgeon.ops.table import Trait, has, op_name, product
 
@@ -69,15 +69,12 @@ def counted(graph: Graph) -> Counter[str]:
     """Ops of each family that read data; a bias that is added by hand is part of its product."""
     found: Counter[str] = Counter()
     constants = Constants(graph)
-    for node in graph.fx.nodes:
-        family = family_of(node)
-        if family is not None and node not in constants and not (family == "shift" and _adds_bias(node)):
+    families = {node: family_of(node) for node in graph.fx.nodes}
+    biases = {added_bias(node) for node, family in families.items() if family == "product"}
+    for node, family in families.items():
+        if family is not None and node not in constants and node not in biases:
             found[family] += 1
     return found
-
-
-def _adds_bias(node: fx.Node) -> bool:
-    return any(n.op == "get_attr" and n.target == f"{node.meta['module']}.bias" for n in node.all_input_nodes)
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -23,7 +23,7 @@ _NORM_OPS = (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _added(product: fx.Node) -> fx.Node | None:
+def added_bias(product: fx.Node) -> fx.Node | None:
     """The sum with a tensor of the model that the same module alone makes of this product: a bias added by
     hand.
     """
@@ -79,7 +79,7 @@ class Owners:
         elif node.target is _aten.addmm.default and linear:
             uses = {"weight": _Use(node.args[2], _aten.t.default), "bias": _Use(node.args[0])}
         elif node.target is _aten.mm.default and linear:
-            added = _added(node) if module.bias is not None else None
+            added = added_bias(node) if module.bias is not None else None
             if not self._own(added or node, module, {"bias": _Use(None if added is None else added.args[1])}):
                 return None
             uses = {"weight": _Use(node.args[1], _aten.t.default)}
@@ -89,7 +89,7 @@ class Owners:
 
     def value(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
         """What the layer whose run `node` is gives, and the labels of its output channels."""
-        added = _added(node) if node.target is _aten.mm.default else None
+        added = added_bias(node) if node.target is _aten.mm.default else None
         return (node, labels_of(node, 1)) if added is None else (added, labels_of(added, -1))
 
     def norm(self, node: Any) -> Any:

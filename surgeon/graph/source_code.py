@@ -23,21 +23,38 @@ def methods(module: nn.Module) -> dict[str, Any]:
     """The methods and properties that the module's own classes define, by name; those of torch's classes are
     left out.
     """
-    return _methods(own_classes(module))
+    found: dict[str, Any] = {}
+    for kind in own_classes(module):
+        found = methods_of_class(kind) | found
+    return found
 
 
 def methods_as_written(module: nn.Module) -> dict[str, Any]:
-    """The same as the user wrote them, where numbers in the module's code were changed."""
-    return _methods(kind for kind in own_classes(module) if "_surgeon_edits" not in vars(kind))
-
-
-def _methods(kinds: Iterable[type]) -> dict[str, Any]:
+    """The same as the user wrote them, where numbers in the module's code were changed; also those that others override
+    and that may be reached by `super()`, as "Class.method".
+    """
     found: dict[str, Any] = {}
-    for kind in kinds:
-        for name, value in vars(kind).items():
-            if not name.startswith("__") and _function(value) is not None:
-                found.setdefault(name, value)
+    calls_super = False
+    for kind in own_classes(module):
+        if "_surgeon_edits" in vars(kind):
+            continue
+        own = methods_of_class(kind)
+        for name, value in own.items():
+            if name not in found:
+                found[name] = value
+            elif calls_super:
+                found.setdefault(f"{kind.__name__}.{name}", value)
+        calls_super = calls_super or any("super" in names_used(value) for value in own.values())
     return found
+
+
+def methods_of_class(kind: type) -> dict[str, Any]:
+    """The methods and properties that one class defines itself."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and _function(value) is not None
+    }
 
 
 def is_traced(method: Any) -> bool:

@@ -19,7 +19,8 @@ class Edit:
             module's forward), "operand" (so it is; the operand at that position takes the place of the call's
             result), "source" (`name` is "method:which" of the whole numbers in the source of one of its
             methods, as the user wrote it) or "use" ("method:which:self.width", of the names that a method
-            reads: the new number takes the place of that one use of the old one).
+            reads: the new number takes the place of that one use of the old one). A method of a base class that
+            is overridden, and called by `super()`, is "Class.method".
         old, new: the number before and after; for "operand" they mean nothing.
     """
 
@@ -38,8 +39,8 @@ _FORMS = {
     "attribute": r"[^.]+(\.[^.]+){0,7}",
     "literal": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
     "operand": r"[^:]+:\d{1,6}:\w+(\.\w+){0,7}",
-    "source": r"[^\W\d]\w*:\d{1,6}",
-    "use": r"[^\W\d]\w*:\d{1,6}:[^\W\d]\w*(\.\w+|\[[^]\n]{1,80}\]){0,7}",
+    "source": r"([^\W\d]\w*\.)?[^\W\d]\w*:\d{1,6}",
+    "use": r"([^\W\d]\w*\.)?[^\W\d]\w*:\d{1,6}:[^\W\d]\w*(\.\w+|\[[^]\n]{1,80}\]){0,7}",
 }  # of an edit's name, by kind
 
 

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "a statement": (edit(kind="source", name="forward:0", new="4))\n    import os\n    ((0"), "whole number"),
     "a signed number in source": (edit(kind="source", name="forward:0", new=-6), "has no sign"),
     "a method by dunder": (edit(kind="source", name="__init__:0"), "leads out"),
-    "no method": (edit(kind="source", name="forward.x:0"), "no name of a number"),
+    "no method": (edit(kind="source", name="forward.x.y:0"), "no name of a number"),
     "a place without number": (edit(kind="source", name="forward:x"), "no name of a number"),
     "globals": (edit(name="forward.__globals__.torch"), "leads out"),
     "the class": (edit(name="__class__.forward"), "leads out"),

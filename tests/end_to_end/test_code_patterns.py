@@ -617,3 +617,46 @@ class Filled(nn.Module):
 def test_a_number_that_a_width_is_taken_from() -> None:
     small = cut(Filled(), torch.randn(4, 5))
     assert (small.total, small.a.out_features, small.b.in_features) == (4, 4, 4)
+
+
+class Plain(nn.Module):
+    """Literals in a method that others override and call by `super()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.a(x).view(len(x), 4, 4, *x.shape[2:]).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.features(x).reshape(len(x), 16, *x.shape[2:]))
+
+
+class Middle(Plain):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+class Last(Middle):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super(Last, self).forward(x).reshape(len(x), 8, -1)  # noqa: UP008  # as older code has it
+
+
+@pytest.mark.parametrize("kind", [Middle, Last])
+def test_literals_of_methods_that_are_called_by_super(kind: type[Plain], tmp_path: Path) -> None:
+    model, x = kind().eval(), torch.randn(2, 3, 5, 5)
+    small = cut(model, x)
+    assert isinstance(small, kind)
+    assert small.a.out_channels == 8
+    surgeon.save(small, tmp_path / "small")
+    torch.testing.assert_close(surgeon.load(tmp_path / "small", kind)(x), small(x))
+    smaller = cut(small, x)  # edited again
+    assert smaller.a.out_channels == 4
+    assert smaller.features(x).shape[1:3].numel() == 4

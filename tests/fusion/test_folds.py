@@ -84,6 +84,18 @@ class _Frozen(nn.Module):
         return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
 
 
+class _HandNorm(nn.Module):
+    """A LayerNorm written by hand, whose summand is called `bias`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight + self.bias
+
+
 class _NormAct(nn.BatchNorm2d):
     """A subclass that does more than to normalise."""
 
@@ -209,6 +221,11 @@ _FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int
         ),
         _IMAGE,
         {"scale-conv": 1},
+    ),
+    "LayerNorm by hand before a linear layer": (
+        lambda: nn.Sequential(_HandNorm(4), nn.Linear(4, 6, bias=False)),
+        (2, 5, 4),
+        {"shift-linear": 1, "scale-linear": 1},
     ),
     "linear, linear": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3, bias=False)),

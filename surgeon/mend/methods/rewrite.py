@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgeon.graph.source_code import is_traced, methods, methods_as_written
+from surgeon.graph.source_code import is_traced, methods_as_written, methods_of_class
 from surgeon.mend.edits import Edit, misfit
 from surgeon.mend.methods.source_edit import changed, with_use
 from surgeon.mend.methods.traced_forward import calls, constants, counterpart, methods_of, versions
@@ -60,9 +60,17 @@ def _rewrite_source(module: nn.Module, edit: Edit) -> None:
                 new = with_use(new, int(which), "".join(text), each.new)
     except ValueError as error:
         raise misfit(edit, str(error)) from error
-    current = methods(module)
-    before = vars(type(module)) if "_surgeon_edits" in vars(type(module)) else {}
-    _become(module, {**{key: current[key] for key in current if key in before}, method: new}, edit)
+    _become(module, {**_changed(module), method: new}, edit)
+
+
+def _changed(module: nn.Module) -> dict[str, Any]:
+    """The methods that were changed already, by the names that `methods_as_written` gives them."""
+    found: dict[str, Any] = {}
+    for kind in type(module).__mro__:
+        if "_surgeon_edits" in vars(kind):
+            prefix = "" if kind is type(module) else f"{kind.__name__}."
+            found |= {f"{prefix}{name}": value for name, value in methods_of_class(kind).items()}
+    return found
 
 
 def _order(edit: Edit) -> tuple[bool, int]:
@@ -127,8 +135,22 @@ def _leave_out(call: fx.Node, operand: fx.Node) -> None:
 
 
 def _become(module: nn.Module, own: Mapping[str, Callable[..., Any]], edit: Edit) -> None:
-    """Give the module other methods, as a subclass of its class."""
-    base = next(kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+    """Give the module other methods, as a subclass of its class.
+
+    A method that another one overrides, "Class.method", is put where `super()` looks: into a class between the one that
+    overrides it and its own.
+    """
+    base, *others = (kind for kind in type(module).__mro__ if "_surgeon_edits" not in vars(kind))
+    between = []
+    for kind in others:
+        prefix = f"{kind.__name__}."
+        overridden = {
+            name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)
+        }
+        if overridden:
+            own = {name: value for name, value in own.items() if not name.startswith(prefix)}
+            named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_surgeon_edits": ()}
+            between.append(type(kind.__name__, (kind,), {**overridden, **named}))
     edits = (*edits_of(module), dataclasses.replace(edit, module=""))
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -143,7 +165,7 @@ def _become(module: nn.Module, own: Mapping[str, Callable[..., Any]], edit: Edit
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    module.__class__ = type(base.__name__, (base,), members)
+    module.__class__ = type(base.__name__, (base, *between), members)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
