@@ -16,7 +16,8 @@ from torch import fx
 
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph, spec
-from surgeon.ops.table import Family, Trait, family, has, op_name, product
+from surgeon.ops.product import Product
+from surgeon.ops.table import Family, Trait, bound, family, has, op_name, product
 
 Sizes = Callable[[fx.Node, int], int]  # (value, dim) -> how many of its entries stay
 
@@ -57,7 +58,10 @@ def fed_by_inputs(graph: Graph) -> set[fx.Node]:
 
 def summed_operands(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """Of a product of two values: each with the dim that is summed over; [] of other ops."""
-    products = product(node)
+    return _summed(node, product(node))
+
+
+def _summed(node: fx.Node, products: Product | None) -> list[tuple[fx.Node, int]]:
     if products is None or not products.steps[0].summed or len(products.steps[0].operands) != 2:
         return []
     step, given = products.steps[0], arguments(node)
@@ -77,6 +81,9 @@ def sum_of(node: fx.Node, fed: set[fx.Node]) -> Sum | None:
         return Sum(value, (dim,), not fed.issuperset((value, other)))
     if not has(name, Trait.SUMS):
         return None
+    distances = _summed(node, bound(node))
+    if distances:
+        return Sum(distances[0][0], (distances[0][1],), False)
     given = arguments(node)
     value, dims = given["self"], given.get("dim")
     rank = len(spec(value).shape)

@@ -188,6 +188,28 @@ def test_the_scale_of_attention_follows_the_size_of_heads(scale: Callable[[Atten
     assert [(before, after) for _, before, after in proof.rescaled] == [(scale(model), scale(small))]
 
 
+@pytest.mark.parametrize(
+    "mean", [lambda d, n: d**2 / n, lambda d, n: d / math.sqrt(n), lambda d, n: d.square().mul(1 / n)]
+)
+def test_a_mean_of_differences_follows_the_width(mean: Callable[[Tensor, int], Tensor]) -> None:
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.points = nn.Linear(6, 8), nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return mean(torch.cdist(x, self.points), x.shape[-1])
+
+    torch.manual_seed(0)
+    model = Prototypes().eval()
+    plan = surgeon.inspect(model, X).plan(0.5, round_to=1)
+    small = plan.apply(model)
+    assert len(surgeon.verify(model, small, plan, X).rescaled) == 1
+    kept = list(plan.kept["a.weight"][0])
+    torch.testing.assert_close(small(X), mean(torch.cdist(model.a(X)[:, kept], model.points[:, kept]), 4))
+
+
 def test_a_mean_by_hand_follows_the_width() -> None:
     class Mean(nn.Module):
         def __init__(self) -> None:

@@ -247,10 +247,10 @@ op("cumsum cumprod cummax cummin logcumsumexp sort topk", Family.REDUCTION, ids=
 op("_fft_r2c _fft_c2c _fft_c2r", Family.REDUCTION, ids=fourier, mixes=along)
 op(
     "_euclidean_dist", Family.REDUCTION, "x1:Bik, x2:Bjk -> Bij", in_float64=euclidean_in_float64,
-    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]},
+    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]}, traits={Trait.SUMS},
 )  # fmt: skip
 op(
     "_cdist_forward", Family.REDUCTION, "x1:Bik, x2:Bjk -> Bij",  # of all rows i from all rows j
-    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]},
+    ids=contraction, absent=product_absent, mixes=lambda c: {"x1": [-1], "x2": [-1]}, traits={Trait.SUMS},
 )  # fmt: skip
 op("_pdist_forward", Family.REDUCTION, ids=pairs, absent=pairs_absent, mixes=lambda c: {"self": [0, 1]})
