@@ -66,7 +66,8 @@ def warn(text: str, kind: type[Warning]) -> None:
     own = os.path.dirname(__file__) + os.sep
     depth, frame = 1, sys._getframe(0)
     while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(own) or frame.f_code.co_filename.endswith("contextlib.py")
+        frame.f_code.co_filename.startswith(own)
+        or frame.f_code.co_filename.endswith(("contextlib.py", "functools.py"))
     ):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, kind, stacklevel=depth)

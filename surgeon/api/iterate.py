@@ -19,6 +19,7 @@ from surgeon.cut.plan import Plan
 from surgeon.errors import BudgetError, InputError, NothingRemovedWarning
 from surgeon.selection.amounts import parse
 from surgeon.selection.options import BUDGETS, PlanOptions, takes_options
+from surgeon.selection.request import refuse_as_ratio
 
 Schedule = Callable[[float], float]
 
@@ -204,6 +205,8 @@ def iterate(
         raise InputError(
             "pass either a ratio or budgets", fix="iterate(model, 0.7, ...) or iterate(model, macs=0.3, ...)"
         )
+    if ratio is not None:
+        refuse_as_ratio(ratio)
     if ratio is not None and not 0 < ratio < 1:
         raise InputError(f"ratio {ratio!r} is outside (0, 1)")
     rule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule

@@ -22,8 +22,9 @@ from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution
 from surgeon.cut.compose import composed
 from surgeon.cut.cut import Cutter
-from surgeon.cut.plan import Plan
+from surgeon.cut.plan import PLAN, Plan
 from surgeon.errors import MendError
+from surgeon.graph.given import check_given
 from surgeon.graph.graph import Graph
 from surgeon.mend.config_model import ConfigModel
 from surgeon.report.text import count, describe
@@ -255,8 +256,11 @@ class Surgery:
             InputError: there is no plan.
             PlanError: a plan does not fit, or they remove what cannot leave this model in one go.
         """
-        choice = composed(self.model, self.shapes, plans)
-        said = {"composed": [dict(plan.request) for plan in plans]}
+        several = list(plans) if isinstance(plans, Iterable) else [plans]
+        for plan in several:
+            check_given("surgery.compose([plan, ...])", plan=(plan, PLAN))
+        choice = composed(self.model, self.shapes, several)
+        said = {"composed": [dict(plan.request) for plan in several]}
         return self._cutter.plan(Selection.of(self.shapes, choice, self.cost, said))
 
     @cached_property

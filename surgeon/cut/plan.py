@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from surgeon.cut.plan_schema import LARGEST_TEXT, fields_of, text_of
 from surgeon.cut.plan_text import described
 from surgeon.cut.pretrained import follow_with_plan
 from surgeon.cut.slice import shrink_module
-from surgeon.errors import FileError, InputError, PlanError, ProofWarning
+from surgeon.errors import FileError, InputError, PlanError, ProofWarning, warn
 from surgeon.files import read_file, write_atomically
+from surgeon.graph.given import MODEL, PATH, Kind, check_given
 from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import architecture, named_tensors
 from surgeon.mend.edits import Edit
@@ -75,13 +75,10 @@ class Plan:
             InputError: the optimizer holds parameters that the model does not, or state that cannot be
                 sliced.
         """
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"a plan is applied to a model, got a {type(model).__name__}",
-                fix="pass the model that the plan was made for: plan.apply(model)",
-            )
+        check_given("plan.apply(model)", model=(model, MODEL))
         check_fit(self, model)
         if optimizer is not None:
+            check_given("plan.apply(model, optimizer=optimizer)", optimizer=(optimizer, _OPTIMIZER))
             check_optimizer(optimizer, model)
         small = shrink_module(model, self.kept, self.edits)
         self.warn()
@@ -93,11 +90,10 @@ class Plan:
     def warn(self) -> None:
         """Say which numbers of the model's code, beside sizes, change with the plan."""
         if self.request.get("rescaled"):
-            warnings.warn(
+            warn(
                 "numbers in the model's code follow the new widths, which changes what it computes: "
                 + "; ".join(map(str, self.request["rescaled"])),
                 ProofWarning,
-                stacklevel=4,
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -106,6 +102,7 @@ class Plan:
         Raises:
             FileError: the path cannot be written.
         """
+        check_given("plan.save(path)", path=(path, PATH))
         write_atomically(Path(path), self.to_json().encode())
 
     def to_json(self) -> str:
@@ -119,6 +116,7 @@ class Plan:
         Raises:
             PlanError: the file is missing, truncated, edited or not a plan.
         """
+        check_given("Plan.load(path)", path=(path, PATH))
         try:
             text = read_file(path, LARGEST_TEXT)
         except FileError as error:
@@ -137,6 +135,7 @@ class Plan:
         Raises:
             PlanError: the text is truncated, edited or not a plan.
         """
+        check_given("Plan.from_json(text)", text=(text, _TEXT))
         return Plan(**fields_of(text, where))
 
     def __repr__(self) -> str:
@@ -151,6 +150,30 @@ def carrying(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
     small.__dict__[PLANS] = (*plan_texts(model), plan.to_json())
     follow_with_plan(small)
     return small
+
+
+PLAN = Kind(
+    "a plan", lambda value: isinstance(value, Plan), "pass what surgery.plan(...) or Plan.load(path) gave"
+)
+_OPTIMIZER = Kind(
+    "an optimizer", lambda value: isinstance(value, Optimizer), "pass the torch optimizer of the model"
+)
+_TEXT = Kind("a text", lambda value: isinstance(value, str | bytes), "pass what plan.to_json() gave")
+
+
+def check_roles(plan: Plan, model: nn.Module, small: nn.Module) -> None:
+    """Refuse original and small model in the places of each other.
+
+    Raises:
+        InputError: the plan was made for what stands as the small model.
+    """
+    if plan.kept and architecture(model) != plan.hash == architecture(small):
+        raise InputError(
+            "the original stands where the small model belongs",
+            where=f"{type(small).__name__} with {sum(p.numel() for p in small.parameters()):,} parameters",
+            why="the plan was made for it",
+            fix="pass the two models in the other order",
+        )
 
 
 def check_fit(plan: Plan, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ same plan for people and for `Plan.load`; it goes before new weights come and co
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from surgeon.cut.carried import MODES, metadata_of, plan_key, publish, text_name
 from surgeon.cut.plan import Plan
 from surgeon.errors import InputError, PlanError, SurgeonError
 from surgeon.files import draft_folder, fill, read_weights, unwritable
+from surgeon.graph.given import FACTORY, MODEL, PATH, check_given, said
 
 WEIGHTS = "model.safetensors"
 _ATTEMPTS = 20
@@ -43,6 +45,7 @@ def save(small: nn.Module, folder: str | os.PathLike[str]) -> Path:
         InputError: the model was not made by surgeon, or its state holds something else than tensors.
         FileError: the folder cannot be written.
     """
+    check_given("surgeon.save(small, folder)", small=(small, MODEL), folder=(folder, PATH))
     path, metadata, state = Path(folder), metadata_of(small), plain_state(small)
     with draft_folder(path) as draft:
         write(small, draft, state, metadata)
@@ -62,10 +65,10 @@ def write(
         InputError: the state holds something else than tensors, or the plans are too large.
         FileError: the folder cannot be written.
     """
-    said = dict(metadata_of(small) if metadata is None else metadata)
+    header = dict(metadata_of(small) if metadata is None else metadata)
     tensors = dict(plain_state(small) if state is None else state)
     try:
-        safetensors.torch.save_file(tensors, draft / WEIGHTS, {"format": "pt", **said})
+        safetensors.torch.save_file(tensors, draft / WEIGHTS, {"format": "pt", **header})
         _order_header(draft / WEIGHTS)
         write_texts(small, draft)
     except (OSError, safetensors.SafetensorError) as error:
@@ -95,8 +98,10 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn
         PlanError: a plan is missing, was changed, or does not fit what the factory makes.
         InputError: the weights do not fit.
     """
+    call = "surgeon.load(folder, factory)"
+    check_given(call, folder=(folder, PATH), factory=(factory, FACTORY))
     path = Path(folder)
-    model = factory()
+    model = _made(factory, call)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError(
             "the factory makes a model without values",
@@ -112,6 +117,30 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn
             own[name].data = own[name].data.to(tensor.dtype)
     fill(model, tensors, path)
     _set_modes(model, modes, path)
+    return model
+
+
+def _made(factory: Callable[[], nn.Module], call: str) -> nn.Module:
+    """What the factory gives.
+
+    Raises:
+        InputError: it needs arguments, or gives no model.
+    """
+    try:
+        arguments = inspect.signature(factory)
+    except ValueError:  # a class of C may say nothing of its arguments
+        arguments = inspect.Signature()
+    try:
+        arguments.bind()
+    except TypeError as error:
+        name = getattr(factory, "__name__", "the factory")
+        raise InputError(
+            f"{name} cannot be called without arguments", where=call, why=str(error),
+            fix=f"pass the arguments in a lambda: surgeon.load(folder, lambda: {name}(...))",
+        ) from error  # fmt: skip
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the factory gave {said(model)}, not a model", where=call, fix=FACTORY.how)
     return model
 
 

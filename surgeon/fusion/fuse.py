@@ -32,6 +32,7 @@ from surgeon.fusion import constants, products
 from surgeon.fusion.fold import Fold, Foldable, counted, set_module
 from surgeon.fusion.forward import DROPOUTS
 from surgeon.graph.copying.model_copy import copied
+from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.graph import Graph
 from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import tensor_leaves
@@ -104,6 +105,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             do what it should.
         CaptureError: the model does not run on the example inputs.
     """
+    check_given("surgeon.fuse(model, example_inputs)", model=(model, MODEL))
     _check_eval(model)
     fused = _copied(model)
     graph = first = capture(fused, example_inputs)

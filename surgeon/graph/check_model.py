@@ -62,6 +62,8 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         exported = _comes_from(type(model), _EXPORTED)
         fix = "pass the nn.Module that was exported" if exported else "pass the model itself"
+        if isinstance(model, type):
+            fix = f"pass a model of this class: {model.__name__}(...)"
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}", fix=fix)
     if isinstance(model, torch.jit.ScriptModule):
         raise _refused("a TorchScript module")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgeon.errors import FileError, InputError
+from surgeon.errors import FileError, InputError, SurgeonWarning, warn
 from surgeon.files import draft_folder, locked, put, read_file, regular_target
 from surgeon.graph.graph import spec
 from surgeon.latency.kernels import Choice, Kernel, Shapes, kernels, time_by_onnxruntime, time_by_torch
@@ -96,13 +95,13 @@ class LatencyTable:
                 raise
             found = None
         if not isinstance(found, dict) or not all(isinstance(times, dict) for times in found.values()):
-            warnings.warn(f"{self.path} is damaged: kernels are measured anew", stacklevel=4)
+            warn(f"{self.path} is damaged: kernels are measured anew", SurgeonWarning)
             return {}
         sound = {
             target: {k: ms for k, ms in times.items() if _is_time(ms)} for target, times in found.items()
         }
         if sound != found:
-            warnings.warn(f"{self.path} holds times that are none: these are measured anew", stacklevel=4)
+            warn(f"{self.path} holds times that are none: these are measured anew", SurgeonWarning)
         return sound
 
     def times(self, wanted: Iterable[Kernel]) -> None:

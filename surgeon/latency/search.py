@@ -5,14 +5,13 @@ prediction, repeat.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from surgeon.errors import BudgetError
+from surgeon.errors import BudgetError, SurgeonWarning, warn
 from surgeon.latency.kernels import Choice
 from surgeon.latency.predict import Predictor
 from surgeon.onnx.export import export
@@ -89,9 +88,9 @@ def search(
             fix="ask for more time, or try again on a quiet machine",
         )
     if best[0] < 1 - CLOSE:
-        warnings.warn(
+        warn(
             f"the latency is {best[0]:.1%} of the limit: no candidate was measured closer below it",
-            stacklevel=3,
+            SurgeonWarning,
         )
     return best[1], best[2]
 

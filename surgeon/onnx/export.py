@@ -29,6 +29,7 @@ from surgeon.files import silence
 from surgeon.fusion.fuse import FoldReport, folds, plans_of
 from surgeon.fusion.fuse import fuse as fold
 from surgeon.graph.copying.model_copy import copied
+from surgeon.graph.given import MODEL, PATH, check_given
 from surgeon.graph.process import plain_torch
 from surgeon.onnx import compare as agree
 from surgeon.onnx.compare import Inputs, batch_size_of, with_batch
@@ -43,8 +44,8 @@ from surgeon.onnx.file import (
     save,
     size_on_disk,
 )
-from surgeon.onnx.interface import clear_stale_shapes, fixed_values, settle_inputs
-from surgeon.onnx.torch_export import without_writes, write
+from surgeon.onnx.interface import clear_stale_shapes, closed_dims, fixed_values, open_dims, settle_inputs
+from surgeon.onnx.torch_export import fixed, without_writes, write
 from surgeon.onnx.validate import compare, larger
 from surgeon.ops.macs import macs_of
 
@@ -126,10 +127,7 @@ def export(
         CaptureError: no inputs were given and none could be found.
         MissingExtraError: onnxslim was asked for and is not installed.
     """
-    if not isinstance(model, nn.Module):
-        raise ExportError(
-            f"expected a torch.nn.Module, got {type(model).__name__}", fix="pass the model itself"
-        )
+    check_given("surgeon.export(model, path, example_inputs)", model=(model, MODEL), path=(path, PATH))
     _check_options(precision, simplify)
     target = Path(path)
     inputs = normalize(find_inputs(model)[0] if example_inputs is None else example_inputs)
@@ -159,6 +157,10 @@ def export(
             if simplify == "onnxslim":
                 _slim(draft)
             proto = _checked(draft, opset)
+            if dynamic_shapes is not None:
+                asked = open_dims(ready, inputs, dynamic_shapes)
+                if closed := closed_dims(proto, asked):
+                    raise fixed(closed, asked)
             settle_inputs(proto, ready, inputs, dynamic_batch)
             draft.write_bytes(proto.SerializeToString())  # weights that lie beside it stay there
             sizes = [with_batch(inputs, size) for size in batches]

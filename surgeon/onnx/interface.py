@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,79 @@ from torch.utils import _pytree as pytree
 from surgeon.onnx.compare import Inputs
 
 BATCH = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenDim:
+    """A dim of an input that is to stay open.
+
+    Attributes:
+        argument: as in an expression: "x", "batch['mask']".
+        dim: which one. name: that was asked for; "" if none was.
+        size: in the example inputs.
+    """
+
+    argument: str
+    dim: int
+    name: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"dim {self.dim}{f' ({self.name})' if self.name else ''} of input '{self.argument}'"
+
+
+def open_dims(model: nn.Module, inputs: Inputs, shapes: Any) -> list[list[OpenDim]]:
+    """For each tensor of the inputs in order, the dims that `dynamic_shapes` asks to leave open."""
+    found = []
+    for number, (argument, value) in enumerate(_arguments(model, inputs)):
+        if isinstance(shapes, Mapping):
+            spec = shapes.get(argument)
+        else:
+            spec = shapes[number] if isinstance(shapes, list | tuple) and number < len(shapes) else None
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                inner = _spec_at(spec, path)
+                asked = dict(enumerate(inner)) if isinstance(inner, list | tuple) else inner or {}
+                name = f"{argument}{pytree.keystr(path)}"
+                found.append([
+                    OpenDim(name, dim, _name_of(what), leaf.shape[dim])
+                    for dim, what in asked.items() if _is_open(what) and dim < leaf.ndim
+                ])  # fmt: skip
+    return found
+
+
+def _spec_at(spec: Any, path: Sequence[Any]) -> Any:
+    """What stands in a nest of dims at the place of a tensor."""
+    for key in path:
+        place = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
+        if isinstance(spec, Mapping):
+            spec = spec.get(place)
+        elif isinstance(spec, list | tuple) and isinstance(place, int) and place < len(spec):
+            spec = spec[place]
+        else:
+            return None
+    return spec if isinstance(spec, Mapping | list | tuple) else None
+
+
+def _is_open(what: Any) -> bool:
+    """Whether a dim must vary: it has a name, is a `Dim`, or `Dim.DYNAMIC`; `Dim.AUTO` leaves that to the exporter."""
+    hint = getattr(getattr(what, "type", None), "name", "DYNAMIC")
+    return what is not None and not isinstance(what, int) and hint == "DYNAMIC"
+
+
+def _name_of(what: Any) -> str:
+    return what if isinstance(what, str) else str(getattr(what, "__name__", ""))
+
+
+def closed_dims(proto: Any, asked: Sequence[Sequence[OpenDim]]) -> list[OpenDim]:
+    """Dims that were to stay open and have one size in the file."""
+    if len(asked) != len(proto.graph.input):
+        return []
+    found = []
+    for item, dims in zip(proto.graph.input, asked, strict=True):
+        declared = item.type.tensor_type.shape.dim
+        found += [one for one in dims if one.dim < len(declared) and declared[one.dim].HasField("dim_value")]
+    return found
 
 
 def fixed_values(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:

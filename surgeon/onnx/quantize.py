@@ -17,6 +17,7 @@ from typing import Any
 from surgeon.capture.inputs import normalize
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.files import silence
+from surgeon.graph.given import PATH, check_given
 from surgeon.onnx import compare as agree
 from surgeon.onnx import quantize_methods
 from surgeon.onnx.child_process import run_in_child
@@ -78,6 +79,11 @@ class QuantizeReport:
         return "\n".join(lines)
 
 
+_FILE = dataclasses.replace(
+    PATH, how="pass the path of an ONNX file: surgeon.export(model, path, x) writes one of a model"
+)
+
+
 def quantize(
     path: Any, out: Any, batches: Iterable[Any], *, method: str = "static", ranges: str = "minmax", per_channel: bool = True,
     reduce_range: bool | None = None, ignore: Sequence[str] = (), test_batches: Iterable[Any] | None = None,
@@ -107,6 +113,7 @@ def quantize(
         QuantizeError: a batch does not fit the file, nothing can be quantised, or ONNX Runtime cannot
             quantise or run it.
     """
+    check_given("surgeon.quantize(path, out, batches)", path=(path, _FILE), out=(out, PATH))
     source, target = Path(path), Path(out)
     proto = read(source)
     if target.exists() and target.samefile(source):

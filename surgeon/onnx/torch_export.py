@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from surgeon.files import silence
 from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx.compare import Inputs
 from surgeon.onnx.file import INLINE_LIMIT, head
+from surgeon.onnx.interface import BATCH, OpenDim, open_dims
 from surgeon.onnx.validate import ANY_BATCH
 
+_DIM = re.compile(r"(?:inputs|L)((?:\[[^]]+\])+)\.(?:shape|size\(\))\[(\d+)\]")
+_SAID = 3  # dims that a message names
 _SPECIALISED = ("specializ", "specialis", "constraintviolation", "constraints violated", "static shape")
 
 
@@ -54,7 +58,34 @@ def _outputs(model: nn.Module, inputs: Inputs) -> Iterator[Tensor]:
 def write(
     model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str
 ) -> None:
-    """Run the exporter; `shapes` is None if every size is fixed."""
+    """Run the exporter; `shapes` is None if every size is fixed.
+
+    Raises:
+        ExportError: it fails, or fixes a dim that was to stay open.
+    """
+    for number, context in enumerate(contexts := _contexts(model), 1):
+        try:
+            with context:
+                _write(model, draft, inputs, opset, shapes, simplify)
+            return
+        except ExportError:
+            if number == len(contexts):
+                raise
+
+
+def _contexts(model: nn.Module) -> list[contextlib.AbstractContextManager[Any]]:
+    """In which the exporter is tried. In inference mode torch keeps a recurrent layer in one piece, so that it becomes
+    one node of the file; elsewhere it may take it apart into every step, which fixes the number of steps (seen from
+    the second export of a process on).
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.LSTM | nn.GRU)]
+    whole = layers and not any(layer.proj_size for layer in layers)  # ONNX Runtime has no projections
+    return [*([torch.inference_mode()] if whole else []), contextlib.nullcontext()]
+
+
+def _write(
+    model: nn.Module, draft: Path, inputs: Inputs, opset: int | None, shapes: Any, simplify: bool | str
+) -> None:
     args, kwargs = inputs
     large = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) > INLINE_LIMIT
     options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
@@ -71,16 +102,51 @@ def write(
         causes = [text for cause in _chain(error) if (text := str(cause).strip())]
         text = "\n".join(causes).lower()
         if shapes is not None and any(word in text for word in _SPECIALISED):
-            why = "its code fixes the batch size: " + head(causes[-1])
-            raise ExportError(
-                "the model cannot be exported with a dynamic batch", why=why, fix=ANY_BATCH
-            ) from error
+            asked = open_dims(model, inputs, shapes)
+            raise fixed(_named_in(causes[-1], asked), asked, head(causes[-1])) from error
         raise ExportError(
             "torch.onnx.export could not export the model",
             where=type(model).__name__,
             why=f"{type(error).__name__}: {head(causes[-1] if causes else '')}",
             fix="change the op that is named, try dynamic_batch=False or another opset, or update torch and onnxscript",
         ) from error
+
+
+def _named_in(text: str, asked: Sequence[Sequence[OpenDim]]) -> list[OpenDim]:
+    """The open dims that the exporter's message says have one size."""
+    named = {(_expression(path), int(dim)) for path, dim in _DIM.findall(text)}
+    return [one for dims in asked for one in dims if (one.argument, one.dim) in named]
+
+
+def _expression(path: str) -> str:
+    """`['x']['mask'][0]` as `open_dims` writes it: `x['mask'][0]`."""
+    first, _, rest = path.removeprefix("[").partition("]")
+    return first.strip("'\"") + rest
+
+
+def fixed(closed: Sequence[OpenDim], asked: Sequence[Sequence[OpenDim]], said: str = "") -> ExportError:
+    """What to raise if dims that were to stay open have one size; none is known if the exporter does not say which."""
+    several = [one for dims in asked for one in dims]
+    if all(one.name == BATCH for one in closed or several):
+        why = "its code fixes the batch size" + (f": {said}" if said else "")
+        return ExportError("the model cannot be exported with a dynamic batch", why=why, fix=ANY_BATCH)
+    which = ", ".join(map(str, closed[:_SAID]))
+    sizes = ", ".join(f"{one.name or f'dim {one.dim}'} = {one.size}" for one in closed[:_SAID])
+    left = ", ".join(map(str, (one for one in several if one not in closed)))
+    return ExportError(
+        f"the model cannot be exported with {which or 'these dims'} open",
+        where=which or ", ".join(map(str, several[:_SAID])),
+        why=(
+            f"the model's code, or the exporter, gives it one size ({sizes})"
+            if closed
+            else "one of them has one size"
+        )
+        + (f": {said}" if said else ""),
+        fix="leave it out of dynamic_shapes and export for the size that you will run"
+        + (f" ({left} may stay)" if closed and left else "")
+        + "; or make forward independent of that size: -1 in views, no Python loop or decision over it (nn.RNN loops over "
+        "its steps; nn.LSTM and nn.GRU do not)",
+    )
 
 
 def _output_names(model: nn.Module, inputs: Inputs) -> list[str] | None:

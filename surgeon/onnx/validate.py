@@ -31,6 +31,7 @@ _DEFAULT_TOLERANCE = 1e-4
 _FACTOR = 16  # what rounding may change, as often as what moves with the last bit
 _HIGHEST = 0.05  # where rounding alone may change more, a comparison shows nothing
 _DRAWS = 3
+_SAID = 3  # inputs that a message says the shapes of
 
 
 def larger(model: nn.Module, inputs: Inputs, proto: Any) -> list[Inputs]:
@@ -103,10 +104,11 @@ def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> tuple[floa
     try:
         (found,) = try_inputs(draft, [(args, kwargs)])
     except SurgeonError as error:
-        fix = "pass dynamic_batch=False if the batch is named, another precision if a dtype is, or try another opset"
+        fix = "pass dynamic_batch=False, or leave a dim out of dynamic_shapes, if a size is named; another precision if a dtype "
+        fix += "is; or try another opset"
         raise ExportError(
             "ONNX Runtime cannot run the exported file",
-            where=f"batch {batch}, {error.where}".rstrip(", "),
+            where=f"{_shapes_of((args, kwargs))}, {error.where}".rstrip(", "),
             why=error.why or error.what,
             fix=fix,
         ) from error
@@ -125,12 +127,20 @@ def _gap(model: nn.Module, draft: Path, inputs: Inputs, seed: int) -> tuple[floa
             raise ExportError(
                 f"the exported file computes something else: output differs by {gap:.1e} "
                 f"(at most {limit:.0e}{measured} is allowed)",
-                where=f"output '{path}', batch {batch}",
-                why="the exporter or ONNX Runtime changed the model's arithmetic, or forward is random or fixes the batch size",
-                fix="export with dynamic_batch=False, fuse=False or another opset; compare op by op if it stays",
+                where=f"output '{path}', {_shapes_of((args, kwargs))}",
+                why="the exporter or ONNX Runtime changed the model's arithmetic, or forward is random or fixes a size",
+                fix="export with dynamic_batch=False (or without the dim in dynamic_shapes), fuse=False or another opset; "
+                "compare op by op if it stays",
             )
     shapes = [array.shape for array in found]
     return max(errors, default=0.0), max(limits, default=_DEFAULT_TOLERANCE), shapes
+
+
+def _shapes_of(inputs: Inputs) -> str:
+    """Sizes on which the two were run, in a message."""
+    shapes = [tuple(tensor.shape) for _, tensor in tensor_leaves(inputs)]
+    more = f" and {len(shapes) - _SAID} more" if len(shapes) > _SAID else ""
+    return f"batch {batch_size_of(inputs)}, inputs of shape {', '.join(map(str, shapes[:_SAID]))}{more}"
 
 
 def _outputs(model: nn.Module, inputs: Inputs, batch: int) -> list[tuple[str, Tensor]]:

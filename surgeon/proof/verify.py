@@ -26,8 +26,9 @@ from torch import Tensor, fx, nn
 
 from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.runs import further_runs, record_runs
-from surgeon.cut.plan import Plan, check_fit
+from surgeon.cut.plan import PLAN, Plan, check_fit, check_roles
 from surgeon.errors import ProofError
+from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.nests import map_tensors
@@ -73,9 +74,15 @@ def verify(
             moves if each of the original's numbers is moved in the last bit, up to 1e-3.
 
     Raises:
+        InputError: arguments stand in another order.
         PlanError: the plan does not fit the original.
         ProofError: an output differs by more than `tolerance`, or cannot be compared.
     """
+    check_given(
+        "surgeon.verify(model, small, plan, example_inputs)",
+        model=(model, MODEL), small=(small, MODEL), plan=(plan, PLAN),
+    )  # fmt: skip
+    check_roles(plan, model, small)
     check_fit(plan, model)
     check_has_values(model, small)
     if graph is None:

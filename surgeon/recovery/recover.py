@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from surgeon.capture.batches import normal, samples_of
 from surgeon.capture.capture import capture
-from surgeon.cut.plan import Plan
+from surgeon.cut.plan import PLAN, Plan, check_roles
 from surgeon.errors import InputError
 from surgeon.graph.copying.model_copy import copied
+from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.process import plain_torch
 from surgeon.graph.tensors import named_tensors
 from surgeon.recovery.distill import Distilling
@@ -157,6 +158,13 @@ def recover(
             numbers to compare; "distill" finds no gradients.
         PlanError: the plan does not fit the model.
     """
+    check_given(
+        "surgeon.recover(small, plan, model, batches)",
+        small=(small, MODEL),
+        plan=(plan, PLAN),
+        model=(model, MODEL),
+    )
+    check_roles(plan, model, small)
     options = {"steps": steps, "ridges": ridges, "epochs": epochs, "rate": rate}
     given = [name for name, value in options.items() if value is not None]
     if batches is None and given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 from collections import defaultdict
@@ -27,7 +28,9 @@ def describe(model: nn.Module, analysis: Analysis, shapes: ShapeModel, remarks: 
     all_stay = nothing(analysis.solution)
     lines = [
         f"{type(model).__name__}: {count(shapes.params(all_stay))} params, {count(shapes.macs(all_stay))} MACs on "
-        + ", ".join(f"{path} {node.meta['spec'].shape}" for path, node in analysis.graph.inputs)
+        + ", ".join(
+            f"{_input(model, path)} {node.meta['spec'].shape}" for path, node in analysis.graph.inputs
+        )
     ]
     lines += [f"note: {remark}" for remark in remarks]
     lines.append(f"{len(analysis.groups)} groups of channels that may leave:")
@@ -35,6 +38,16 @@ def describe(model: nn.Module, analysis: Analysis, shapes: ShapeModel, remarks: 
     lines.append("frozen:")
     lines += _frozen_lines(analysis.frozen)
     return "\n".join(lines)
+
+
+def _input(model: nn.Module, path: str) -> str:
+    """An input as the model's forward calls it: its path is "0.i" for the argument at place i, "1.name" for a keyword."""
+    where, _, rest = path.partition(".")
+    place, _, inner = rest.partition(".")
+    names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    if where == "0" and place.isdigit():
+        place = names[int(place)] if int(place) < len(names) else f"input {place}"
+    return f"{place}.{inner}" if inner else place
 
 
 def alike(named: Sequence[tuple[str, str]]) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from surgeon.capture.inputs import normalize
 from surgeon.errors import FileError, InputError, SurgeonError
 from surgeon.files import silence
+from surgeon.graph.given import PATH, check_given
 from surgeon.onnx.compare import feeds
 from surgeon.onnx.file import SCOPES, head, open_session, read
 from surgeon.timing.advice import PRODUCTS, advice_on
@@ -48,6 +49,9 @@ def doctor(
         FileError: a file is missing, damaged, incomplete, or ONNX Runtime cannot run it.
         InputError: a number is bad, the inputs do not fit, or the file leaves sizes open and none were given.
     """
+    check_given("surgeon.doctor(path)", path=(path, PATH))
+    if before is not None:
+        check_given("surgeon.doctor(path, before)", before=(before, PATH))
     for name, value in (("threads", threads), ("runs", runs)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is {value!r}", fix="pass a whole number of at least 1")

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from surgeon.errors import InputError
+from surgeon.graph.given import MODEL, check_given
 from surgeon.training.batches import check_batches, count
 from surgeon.training.evaluate import accuracy
 from surgeon.training.loop import Epoch, Loop
@@ -119,6 +120,9 @@ def finetune(
             run.
         MissingExtraError: accelerate is not installed (extra "train").
     """
+    check_given("surgeon.finetune(model, train)", model=(model, MODEL))
+    if teacher is not None:
+        check_given("surgeon.finetune(model, train, teacher=original)", teacher=(teacher, MODEL))
     check_batches(train, "train")
     for name, number in (("epochs", epochs), ("patience", patience), ("checkpoint_steps", checkpoint_steps)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):

@@ -17,6 +17,7 @@ from surgeon.criteria.magnitude import scales
 from surgeon.cut.inspected import Inspected
 from surgeon.cut.plan import Plan
 from surgeon.errors import InputError
+from surgeon.graph.given import TEXT, Kind, check_given
 from surgeon.training.features import choice_of
 from surgeon.training.gates import Gates
 from surgeon.training.penalty import Regularizer
@@ -118,6 +119,9 @@ class Growing(Regularizer):
         self.steps += 1
 
 
+_SURGERY = Kind(
+    "a surgery", lambda value: hasattr(value, "without_values"), "pass what surgeon.inspect(model, ...) gave"
+)
 KINDS = ("l1", "group_lasso", "bn_scale", "growing", "l0")
 
 
@@ -150,6 +154,9 @@ def regularizer(
         InputError: an unknown kind, a negative strength, a group that is none of the surgery's, or none that
             this kind can hold on to.
     """
+    check_given(
+        "surgeon.regularizer(surgery, kind, strength)", surgery=(surgery, _SURGERY), kind=(kind, TEXT)
+    )
     if kind not in KINDS:
         raise InputError(f"unknown regularizer {kind!r}", fix=f"use one of {', '.join(KINDS)}")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:

@@ -21,6 +21,12 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
+def cut(model: nn.Module) -> tuple[nn.Module, nn.Module, surgeon.Plan]:
+    """Original, small model, plan."""
+    plan = surgeon.inspect(model, X).plan(0.5)
+    return model, plan.apply(model), plan
+
+
 WRONG: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "inputs as the ratio": (lambda m: surgeon.shrink(m, X), "example_inputs="),
     "a tuple of inputs as the ratio": (lambda m: surgeon.shrink(m, (X,)), "example_inputs="),
@@ -42,6 +48,39 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "a slip": (lambda m: surgeon.inspect(m, X).plan(0.5, criteron="l2"), "did you mean criterion?"),
     "a module as the ratio's name": (lambda m: surgeon.inspect(m, X).plan({m[0]: 0.5}), "named_modules()"),
     "no model": (lambda m: surgeon.inspect(m, X).plan(0.5).apply(None), "plan.apply(model)"),
+    "original and small model swapped": (
+        lambda m: surgeon.verify(*cut(m)[1::-1], cut(m)[2], X),
+        "in the other order",
+    ),
+    "plan and small model swapped": (
+        lambda m: surgeon.verify(m, *cut(m)[:0:-1], X),
+        "write it so: surgeon.verify(model, small, plan, example_inputs)",
+    ),
+    "inputs as the plan": (lambda m: surgeon.verify(m, cut(m)[1], X), "pass what surgery.plan(...)"),
+    "recovery in another order": (
+        lambda m: surgeon.recover(*cut(m), [X]),
+        "surgeon.recover(small, plan, model, batches)",
+    ),
+    "recovery swapped": (lambda m: surgeon.recover(m, cut(m)[2], cut(m)[1], [X]), "in the other order"),
+    "a model as the factory": (lambda m: surgeon.load("folder", m), "a function without arguments"),
+    "the factory first": (lambda m: surgeon.load(lambda: m, "folder"), "surgeon.load(folder, factory)"),
+    "a class that needs arguments": (lambda m: surgeon.load("folder", nn.Linear), "lambda: Linear(...)"),
+    "a factory of something else": (lambda m: surgeon.load("folder", dict), "the factory gave a dict"),
+    "the folder first": (lambda m: surgeon.save("folder", cut(m)[1]), "surgeon.save(small, folder)"),
+    "a model to quantise": (lambda m: surgeon.quantize(m, "out.onnx", [X]), "surgeon.export(model, path, x)"),
+    "the path first": (
+        lambda m: surgeon.export("model.onnx", m, X),
+        "surgeon.export(model, path, example_inputs)",
+    ),
+    "inputs as the path": (lambda m: surgeon.export(m, X, "model.onnx"), "path is a Tensor"),
+    "a model to examine": (lambda m: surgeon.doctor(m), "not a path"),
+    "nothing to fuse": (lambda m: surgeon.fuse(None), "pass the nn.Module itself"),
+    "batches first": (lambda m: surgeon.finetune([(X, X)], m), "model is a list"),
+    "a model to regularise": (lambda m: surgeon.regularizer(m, "l1", 0.1), "surgeon.inspect(model, ...)"),
+    "inputs as the ratio of steps": (lambda m: surgeon.iterate(m, X), "example_inputs="),
+    "models to compose": (lambda m: surgeon.inspect(m, X).compose([m]), "surgery.compose([plan, ...])"),
+    "a model as a plan's file": (lambda m: surgeon.Plan.load(m), "path is a Sequential"),
+    "a model as an optimizer": (lambda m: cut(m)[2].apply(m, optimizer=m), "the torch optimizer"),
     "a module of another model": (lambda m: surgeon.inspect(m, X).explain(nn.Linear(2, 2)), "not part of"),
 }
 
@@ -52,6 +91,31 @@ def test_one_error_says_what_was_meant(case: str) -> None:
     with pytest.raises(InputError) as caught:
         call(net())
     assert text in str(caught.value) and len(str(caught.value)) < 900
+
+
+def test_warnings_point_at_the_line_of_the_caller() -> None:
+    class Scaled(nn.Module):
+        """Its scale counts the terms of a sum, so that it follows the width."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.a, self.b = 16, nn.Linear(5, 16), nn.Linear(5, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x).view(-1, self.width) @ self.b(x).T * self.width**-0.5
+
+    model = Scaled().eval()
+    calls: list[Callable[[], Any]] = [
+        lambda: surgeon.shrink(model, 0.5),
+        lambda: surgeon.shrink(model, 0.5, example_inputs=X),
+        lambda: surgeon.inspect(model, X).plan(0.5).apply(model),
+        lambda: surgeon.inspect(model, X).cut(0.5),
+        lambda: surgeon.inspect(model, X).plan(macs="150%"),
+    ]
+    for number, call in enumerate(calls):
+        with pytest.warns(UserWarning) as said:
+            call()
+        assert {warning.filename for warning in said} == {__file__}, number
 
 
 def test_a_module_can_be_explained() -> None:
@@ -65,6 +129,7 @@ def test_print_outs_are_short_where_they_should_be() -> None:
     plan = surgery.plan(0.5, round_to=1)
     for text in (repr(plan), repr(surgery)):
         assert len(text) < 300 and "\n" not in text
+    assert str(surgery).startswith("Sequential: 130 params, 224 MACs on input (2, 5)\n")
     assert "Sequential" in repr(surgery) and "1 groups" in repr(surgery)
     assert "0.weight[0] keeps 8" in str(plan) and str(plan).startswith("Plan: 130 -> 66 params")
 

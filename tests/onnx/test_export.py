@@ -249,7 +249,7 @@ def test_large_weights_lie_next_to_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"torch\.nn\.Module"):
+    with pytest.raises(InputError, match=r"nn\.Module"):
         export("model", tmp_path / "m.onnx", torch.randn(2, 4))  # type: ignore[arg-type]  # the bad argument
     with pytest.raises(InputError):
         export(nn.Linear(4, 4), tmp_path / "m.onnx", "no tensor")

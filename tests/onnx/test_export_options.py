@@ -52,6 +52,65 @@ def _run(path: Path, *inputs: Tensor) -> list[Any]:
     )
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.r = kind(8, 16, batch_first=True, **options)
+        self.f = nn.LazyLinear(4)
+        self(torch.randn(2, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.r(x)[0])
+
+
+def rows_of(path: Path, *shape: int) -> tuple[int, ...]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return tuple(session.run(None, {session.get_inputs()[0].name: torch.randn(shape).numpy()})[0].shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_time_of_recurrent_layers_may_stay_open(tmp_path: Path, kind: Any, options: Any) -> None:
+    """At each export of a process, not at the first one alone."""
+    model, path = Recurrent(kind, **options).eval(), tmp_path / "a.onnx"
+    for _ in range(2):
+        export(model, path, torch.randn(2, 7, 8), dynamic_shapes=({0: "b", 1: "t"},))
+        assert rows_of(path, 1, 12, 8) == (1, 12, 4)
+    export(model, path, torch.randn(2, 7, 8), dynamic_shapes=({1: "t"},))
+    assert rows_of(path, 2, 5, 8) == (2, 5, 4)
+
+
+class Nested(nn.Module):
+    def forward(self, given: dict[str, Tensor], mask: Tensor) -> Tensor:
+        return given["q"] * mask + torch.ones(2, 7, 1)
+
+
+RNN, Q = Recurrent(nn.RNN), torch.randn(2, 7, 8)
+NESTED: Any = {"given": {"q": Q}, "mask": torch.ones(2, 1, 1)}
+FIXED: dict[str, tuple[nn.Module, Any, Any, str, str]] = {
+    "loop over the time": (RNN, Q, ({0: "b", 1: "t"},), "dim 1 (t) of input 'x'", "dim 0 (b) of input 'x' may stay"),
+    "time alone": (RNN, Q, ({1: "t"},), "dim 1 (t) of input 'x'", "leave it out"),
+    "by name": (RNN, Q, {"x": {1: "steps"}}, "dim 1 (steps) of input 'x'", "leave it out"),
+    "Dim": (RNN, Q, ({1: torch.export.Dim("t", min=2, max=99)},), "dim 1 (t) of input 'x'", "leave it out"),
+    "in a tuple": (RNN, Q, ((None, torch.export.Dim.DYNAMIC, None),), "dim 1 of input 'x'", "leave it out"),
+    "in a nest": (
+        Nested(), NESTED, {"given": {"q": {1: "t"}}, "mask": {}}, "dim 1 (t) of input 'given['q']'", "leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_a_dim_that_the_code_fixes_is_named(tmp_path: Path, case: str) -> None:
+    model, inputs, shapes, named, advice = FIXED[case]
+    with pytest.raises(ExportError) as caught:
+        export(model.eval(), tmp_path / "a.onnx", inputs, dynamic_shapes=shapes)
+    said = str(caught.value)
+    assert named in said and "7" in said and advice in said and "batch" not in said
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_it_is_fused_unless_told_otherwise(tmp_path: Path) -> None:
     model, x = _cnn(), torch.randn(1, 3, 9, 9)
     report = export(model, tmp_path / "a.onnx", x)
@@ -194,14 +253,14 @@ def test_a_batch_of_one_is_not_baked_in(tmp_path: Path) -> None:
 
 
 def test_a_specialised_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exporter that takes the batch for a constant: other batches do not run."""
+    """An exporter that takes the batch for a constant: the file says one size where the batch was to vary."""
     right = torch.onnx.export
 
     def specialised(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
         right(model, args, path, **{**options, "dynamic_shapes": None})
 
     monkeypatch.setattr(torch.onnx, "export", specialised)
-    with pytest.raises(ExportError, match="cannot run the exported file"):
+    with pytest.raises(ExportError, match="its code fixes the batch size"):
         export(_Pooled().eval(), tmp_path / "a.onnx", torch.randn(2, 6, 4))
     assert list(tmp_path.iterdir()) == []
 
