@@ -111,7 +111,7 @@ BAD: list[tuple[str, type[SurgeonError], Callable[[], nn.Module], dict[str, Any]
         InputError,
         Small,
         {"ratio": 0.5, "criterion": "magic"},
-        "bn_scale, first, l1, l2, random",
+        "bn_scale, first, fpgm, l1, l2, lamp, random",
     ),
     ("unknown scope", InputError, Small, {"ratio": 0.5, "scope": "local"}, "uniform, global, isomorphic"),
     ("bad round_to", InputError, Small, {"ratio": 0.5, "round_to": 0}, "round_to"),

@@ -186,7 +186,7 @@ def test_the_weakest_head_leaves_whole() -> None:
 
 
 def test_known_criteria_are_listed() -> None:
-    with pytest.raises(InputError, match="bn_scale, first, l1, l2, random"):
+    with pytest.raises(InputError, match="bn_scale, first, fpgm, l1, l2, lamp, random"):
         criteria.criterion("nope")
 
 
