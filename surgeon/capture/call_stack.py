@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon.graph.module_tree import named_modules
 from surgeon.graph.source_code import CHANGED
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -24,7 +25,7 @@ class CallStack(contextlib.ExitStack):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._paths = {id(module): path for path, module in named_modules(model)}
         self._stack: list[str] = [""]
         self._thread = threading.get_ident()  # the hooks are called in all threads
 

@@ -23,6 +23,7 @@ from surgeon.capture.meta_run import Meta, MetaAttention, PlainMode
 from surgeon.capture.paths.global_modes import answering
 from surgeon.capture.paths.no_dropout import NoDropout
 from surgeon.graph.graph import Decision
+from surgeon.graph.module_tree import modules_of, parameters_of, registered_tensors
 from surgeon.graph.nests import map_tensors
 from surgeon.graph.process import LOCK, callers_device, deep_enough, plain_torch
 
@@ -97,7 +98,7 @@ def quiet_run(
     """
     mode = Isolation(seed) if isolated else None
     with LOCK, deep_enough(model), contextlib.ExitStack() as stack:
-        modules = list(model.modules())
+        modules = modules_of(model)
         stack.enter_context(_kept(model, values=training and not isolated))
         stack.enter_context(_other_draws(seed))
         if mode is None:
@@ -111,7 +112,7 @@ def quiet_run(
             above.beneath = mode
         elif mode is not None:
             stack.enter_context(mode)
-        on_meta = any(p.is_meta for p in model.parameters())
+        on_meta = any(p.is_meta for p in parameters_of(model))
         stack.enter_context(callers_device(on_meta))
         if on_meta:
             stack.enter_context(Meta())
@@ -188,7 +189,7 @@ def _uncompiled(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _kept(model: nn.Module, values: bool) -> Iterator[None]:
     """What a model holds and what its parameters and buffers are, put back afterwards; their values if asked."""
     held = snapshots(model)
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout is torch.strided]
+    tensors = [t for t in registered_tensors(model) if t.layout is torch.strided]
     data = [(tensor, tensor.data) for tensor in tensors]
     numbers = [(tensor, tensor.detach().clone()) for tensor in tensors] if values else []
     try:

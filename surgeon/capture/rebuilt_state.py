@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.graph.graph import Graph
+from surgeon.graph.module_tree import named_modules, named_registered
 from surgeon.graph.tensors import named_tensors
 
 Line = tuple[str, int]
@@ -43,10 +44,11 @@ def rebuilt(model: nn.Module, runs: Sequence[Graph]) -> dict[str, Line]:
     well) those count that are stored where the code decides by a value or a size, such as a longer input.
     """
     first, found = runs[0], dict[str, Line]()
-    if not (first.owned - {name for name, _ in model.named_parameters()}):
+    trained = {name for name, _ in named_registered(model, "_parameters")}
+    if not (first.owned - trained):
         return found
     decided = {d.source for run in runs for d in run.decisions if d.source is not None and d.kind != "mode"}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         functions = _reachable(module, ["forward"])
         hanging = [f for f in functions if _decides(f, decided)]
         hanging = [*hanging, *itertools.chain.from_iterable(_named_by(f, module) for f in hanging)]
@@ -64,7 +66,6 @@ def rebuilt(model: nn.Module, runs: Sequence[Graph]) -> dict[str, Line]:
                     path = f"{prefix}.{held}" if prefix else held
                     if everything or path not in first.stored:
                         found.setdefault(path, (function.__code__.co_filename, line))
-    trained = {name for name, _ in model.named_parameters()}
     names = {id(tensor): name for name, tensor in named_tensors(model)}
     return {name: line for name, line in found.items() if name not in trained and name in names.values()}
 

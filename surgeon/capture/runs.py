@@ -23,6 +23,7 @@ from surgeon.errors import CaptureError, InputError
 from surgeon.graph.check_model import check_model
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import source_line
+from surgeon.graph.module_tree import named_registered
 from surgeon.graph.nests import map_tensors
 from surgeon.graph.queries import read_tensors
 
@@ -159,6 +160,6 @@ def _told(graphs: Sequence[Graph]) -> Iterator[str]:
 
 def _unused(model: nn.Module, graphs: Sequence[Graph]) -> Iterator[str]:
     seen = set().union(*map(read_tensors, graphs))
-    unused = [name for name, _ in model.named_parameters() if name not in seen]
+    unused = [name for name, _ in named_registered(model, "_parameters") if name not in seen]
     if unused:
         yield f"{len(unused)} parameters are not used by any run and keep their size, {unused[0]} for one"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from surgeon.cut.weight_hooks import recompute
 from surgeon.errors import PlanError
 from surgeon.graph.copying.model_copy import copied_with
+from surgeon.graph.module_tree import named_modules
 from surgeon.graph.tensors import copied_tensor, like, named_tensors
 from surgeon.mend.apply_edits import apply_edit
 from surgeon.mend.edits import Edit
@@ -45,7 +46,7 @@ def shrink_module(
     slicer = slicer or Slicer()
     memo: dict[int, Any] = {key: slicer(tensor, cut) for key, (tensor, cut) in find_cuts(model, kept).items()}
     small = copied_with(model, memo)
-    for path, module in small.named_modules():
+    for path, module in named_modules(small):
         recompute(module)
         refresh(module, path)
     for edit in edits:

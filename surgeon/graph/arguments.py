@@ -33,7 +33,14 @@ class Arguments(Mapping[str, Any]):
         self._values: dict[str, Any] = {name: given[name] for name in self.places if name in given}
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[self.name(name)]
+        values = self._values
+        return values[name] if name in values else values[self.name(name)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        values = self._values
+        if name in values:
+            return values[name]
+        return values[self.name(name)] if name in self else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -42,7 +49,7 @@ class Arguments(Mapping[str, Any]):
         return len(self._values)
 
     def __contains__(self, name: object) -> bool:
-        return any(own in self._values for own in str(name).split("|"))
+        return name in self._values or not self._values.keys().isdisjoint(str(name).split("|"))
 
     def replaced(self, name: str, value: Any) -> Arguments:
         """The same with another value of one argument, passed as it was."""

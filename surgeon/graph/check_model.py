@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.errors import CaptureError, InputError
+from surgeon.graph.module_tree import named_modules, named_registered
 
 _QUANTISED = (
     "torch.ao.nn", "torch.ao.quantization", "torch.nn.quantized", "torch.quantization", "torchao", "bitsandbytes",
@@ -67,11 +68,11 @@ def check_model(model: Any) -> None:
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}", fix=fix)
     if isinstance(model, torch.jit.ScriptModule):
         raise _refused("a TorchScript module")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         kind = _kind_of(module)
         if kind:
             raise _refused(kind, f"{path or 'the model'} ({type(module).__name__})")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*named_registered(model, "_parameters"), *named_registered(model, "_buffers")):
         _check_tensor(name, tensor)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import InputError
+from surgeon.graph.module_tree import modules_of, named_modules, named_registered
 from surgeon.graph.nests import attributes
 
 
@@ -22,42 +23,48 @@ def architecture(model: nn.Module) -> str:
     """A digest of the names, shapes and sharing of a model's parameters, and of the names of its buffers
     (whose shapes a run may change); not of their values."""
     first: dict[int, str] = {}
-    lines = [type(model).__qualname__, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    lines = [
+        type(model).__qualname__,
+        *(name for name, _ in named_registered(model, "_buffers", every_name=True)),
+    ]
+    for name, tensor in named_registered(model, "_parameters", every_name=True):
         owner = first.setdefault(id(tensor), name)
         lines.append(f"{name}:{tuple(tensor.shape)}" if owner == name else f"{name}={owner}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter, buffer and plain tensor attribute under every name that it has."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
+    found = []
+    for prefix, module in named_modules(model, every_name=True):
         for store in (module._parameters, module._buffers, module.__dict__):
             for name, value in store.items():
                 if isinstance(value, Tensor):
-                    yield dot + name, value
+                    found.append((f"{prefix}.{name}" if prefix else name, value))
+    return found
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors that modules keep in lists, dicts and objects of their own, such as caches. They have no names."""
-    known: set[int] = {id(module) for module in model.modules()}
-    todo: list[Any] = [
-        value for module in model.modules() for name, value in vars(module).items() if name not in _OF_MODULES
-    ]
-    todo = [value for value in todo if not isinstance(value, Tensor)]
+    modules = modules_of(model)
+    known: set[int] = set(map(id, modules))
+    todo: list[Any] = []
+    for module in modules:
+        own = [value for name, value in module.__dict__.items() if name not in _OF_MODULES]
+        todo += [value for value in own if type(value) not in _PLAIN and not isinstance(value, Tensor)]
     found: list[Tensor] = []
     while todo:
         value = todo.pop()
         if isinstance(value, Tensor):
             found.append(value)
-        elif id(value) not in known and not isinstance(value, type):
+        elif type(value) not in _PLAIN and id(value) not in known and not isinstance(value, type):
             known.add(id(value))
             todo += _items(value)
     return found
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = frozenset((int, float, bool, str, bytes, type(None)))  # they hold nothing
 
 
 def _items(value: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from surgeon.capture.hollow.kernels import OTHERS, PRODUCTS, SHAPES_ALONE, SOUND_INDICES
 from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.meta_run import PlainMode
+from surgeon.graph.module_tree import parameters_of, registered_tensors
 from surgeon.graph.opaque_ops import HigherOrder
 
 _FED, _HOLLOW = 1, 2
@@ -144,9 +145,10 @@ def hollow(mode: PlainMode, model: nn.Module, inputs: Iterable[Tensor]) -> Hollo
     """Make the run of a model under a mode, within `quiet_run`, a hollow one; None if it has no numbers, or lies on
     another device.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    if not isinstance(mode.beneath, Isolation) or any(t.device.type != "cpu" for t in tensors):
+    if not isinstance(mode.beneath, Isolation) or any(
+        t.device.type != "cpu" for t in registered_tensors(model)
+    ):
         return None
-    made = HollowRun(mode.beneath, inputs, model.parameters())
+    made = HollowRun(mode.beneath, inputs, parameters_of(model))
     mode.beneath = made
     return made

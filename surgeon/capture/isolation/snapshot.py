@@ -6,7 +6,7 @@ import functools
 import operator
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,23 @@ def snapshots(model: nn.Module) -> list[Callable[[], None]]:
     return found
 
 
-def _looked_at(value: Any, found: list[Callable[[], None]]) -> Iterator[Any]:
+def _looked_at(value: Any, found: list[Callable[[], None]]) -> Iterable[Any]:
     """Note how to put a value back; what it holds comes next."""
     kind = type(value)
+    inside: Iterable[Any] = ()
     if isinstance(value, nn.Module):
+        inside = value.__dict__.values()
         found.append(functools.partial(_put_back_dict, value.__dict__, value.__dict__.copy()))
-        yield from value.__dict__.values()
     elif kind in _DICTS:
+        inside = value.values()
         found.append(functools.partial(_put_back_dict, value, value.copy()))
-        yield from value.values()
     elif kind in (list, deque):
+        inside = value
         found.append(functools.partial(_put_back_list, value, list(value)))
-        yield from value
     elif kind is set:
         found.append(functools.partial(_put_back_set, value, value.copy()))
     elif kind is tuple:
-        yield from value
+        inside = value
     elif isinstance(value, np.ndarray):
         found.append(functools.partial(np.copyto, value, value.copy()))
     elif isinstance(value, torch.Generator):
@@ -68,8 +69,9 @@ def _looked_at(value: Any, found: list[Callable[[], None]]) -> Iterator[Any]:
     elif not callable(value):
         held = getattr(value, "__dict__", None)
         if type(held) is dict and not any(isinstance(item, _LOCKS) for item in held.values()):
+            inside = held.values()
             found.append(functools.partial(_put_back_dict, held, held.copy()))
-            yield from held.values()
+    return inside
 
 
 def _put_back_state(generator: torch.Generator, before: Tensor) -> None:

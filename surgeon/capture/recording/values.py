@@ -150,7 +150,10 @@ class Values:
     def emit(self, op: Any, args: Any, kwargs: Any, spec: Any) -> fx.Node:
         """A new node, at the place in the user's code that runs."""
         name = f"op_{self._ops}"  # given, so that none is derived
-        node = self.graph.create_node("call_function", op, args, kwargs, name=name)
+        node = self.graph.create_node("call_function", op, name=name)
+        node.args = args  # set here: arguments are not looked through for symbols, of which there are none
+        if kwargs:
+            node.kwargs = kwargs
         node.meta.update(spec=spec, module=self.stack.current, source=user_line())
         self.last, self._ops = node, self._ops + 1
         return node

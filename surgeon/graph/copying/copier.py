@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from surgeon.graph.copying.rebuild import CannotCopyError, Globals, bound, rebuilt
+from surgeon.graph.copying.reach import Reach, reachable
+from surgeon.graph.copying.rebuild import CannotCopyError, Globals, bound, rebuilt, scripted
 from surgeon.graph.copying.references import (
-    Reach,
+    ATOMIC,
     globals_read,
     is_atomic,
     is_weak,
-    reachable,
     referent,
     sets_globals,
     slots_held,
@@ -30,6 +30,7 @@ from surgeon.graph.tensors import copied_tensor, named_tensors
 Memo = dict[int, Any]
 T = TypeVar("T")
 _MISSING = object()
+_EMPTY = (dict, OrderedDict)
 _NOT_COPIED = ("_compiled_call_impl",)  # what `module.compile()` made: it runs the module that it was made of
 
 
@@ -56,11 +57,13 @@ class Copier:
             return self._weak(value)
         if self.foreign and not self.leads_back(value):
             return value
+        exact = _EXACT.get(type(value))
+        if exact is not None:
+            return exact(self, value)
         for kinds, make in _MAKERS:
             if isinstance(value, kinds):
                 return make(self, value)
-        exact = _EXACT.get(type(value))
-        return self._object(value) if exact is None else exact(self, value)
+        return self._object(value)
 
     def attributes(self, tensor: Tensor, new: Tensor) -> None:
         """What the user's code hung on a tensor, hung on the one that took its place."""
@@ -100,6 +103,11 @@ class Copier:
             self.memo.pop(key, None)
 
     def _at(self, label: str, value: Any) -> Any:
+        if type(value) in ATOMIC:
+            return value
+        found = self.memo.get(id(value), _MISSING)
+        if found is not _MISSING:
+            return found
         self.way.append(label)
         new = self(value)
         self.way.pop()
@@ -109,7 +117,7 @@ class Copier:
 
     def _module(self, module: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
-            return self._scripted(module)
+            return self._know(module, scripted(module, self.memo))
         if isinstance(module, fx.GraphModule):
             for name, value in module.__dict__.items():
                 self._at(name, value)
@@ -117,18 +125,12 @@ class Copier:
             return made
         new = self._know(module, nn.Module.__new__(type(module)))
         for name, value in module.__dict__.items():
-            if name not in _NOT_COPIED:
-                new.__dict__[name] = value if is_atomic(value) else self._at(name, value)
+            if type(value) in _EMPTY and not value and id(value) not in self.memo:  # most of what it holds
+                new.__dict__[name] = self._know(value, type(value)())
+            elif name not in _NOT_COPIED:
+                new.__dict__[name] = value if type(value) in ATOMIC else self._at(name, value)
         for name, value in slots_held(module):
             object.__setattr__(new, name, self._at(name, value))
-        return new
-
-    def _scripted(self, module: nn.Module) -> nn.Module:
-        """TorchScript's copies know of no memo: the tensors are set afterwards."""
-        new: nn.Module = self._know(module, copy.deepcopy(module))
-        for name, tensor in named_tensors(module):
-            *path, attribute = name.split(".")
-            setattr(functools.reduce(getattr, path, new), attribute, self.memo[id(tensor)])
         return new
 
     def _dict(self, value: Any) -> Any:
@@ -136,7 +138,7 @@ class Copier:
         counts = isinstance(value, collections.defaultdict)
         new = self._know(value, type(value)(self(value.default_factory)) if counts else type(value)())
         for key, item in value.items():
-            new[self(key)] = item if is_atomic(item) else self._at(str(key), item)
+            new[key if type(key) in ATOMIC else self(key)] = self._at(str(key), item)
         return new
 
     def _list(self, value: Any) -> Any:
@@ -227,9 +229,7 @@ class Copier:
         return self._know(value, weakref.ref(new) if isinstance(value, weakref.ref) else weakref.proxy(new))
 
     def _held(self, target: Any) -> Any:
-        """The copy of what a weak reference leads to: something of the model, else the copy would be gone at
-        once.
-        """
+        """The copy of what a weak reference leads to: something of the model, else it would be gone at once."""
         owner = target.__self__ if isinstance(target, types.MethodType) else target
         if id(owner) not in self.leads_back.targets:
             raise bound(f"{'.'.join(self.way)} (weak reference to a {type(owner).__name__})", "")
@@ -248,8 +248,7 @@ class Copier:
     def _object(self, value: Any) -> Any:
         """By the object's own protocol.
 
-        Where it, or what it holds, has none (a lock, say), the object is shared, unless it holds the model: then
-        only those parts are.
+        Where it, or what it holds, has none (a lock, say), the object is shared; if it holds the model, only those parts.
         """
         mark, way, outer = len(self.known), len(self.way), self.inside_object
         self.inside_object = True

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.graph.copying.copier import Copier, Memo
+from surgeon.graph.copying.reach import first_path
 from surgeon.graph.copying.rebuild import bound
-from surgeon.graph.copying.references import first_path
+from surgeon.graph.module_tree import named_modules
 from surgeon.graph.process import LOCK, deep_enough
 from surgeon.graph.tensors import copied_tensor, named_tensors
 
@@ -57,9 +58,10 @@ def check_apart(model: nn.Module, small: nn.Module) -> None:
     Raises:
         CopyError: one can; it says how.
     """
-    modules = {id(module): path for path, module in model.named_modules()}
-    tensors = {id(tensor): name for name, tensor in named_tensors(model)}
-    memory = {place: name for name, tensor in named_tensors(model) if (place := _memory(tensor))}
+    modules = {id(module): path for path, module in named_modules(model)}
+    every = named_tensors(model)
+    tensors = {id(tensor): name for name, tensor in every}
+    memory = {place: name for name, tensor in every if (place := _memory(tensor))}
 
     def of_the_original(value: Any) -> bool:
         return (

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import copyreg
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from surgeon.errors import CopyError
+from surgeon.graph.tensors import named_tensors
 
 
 class Globals(dict[str, Any]):
@@ -83,3 +88,12 @@ def _set_state(new: Any, state: Any, setter: Callable[[Any, Any], None] | None) 
             new.__dict__.update(attributes)
         for name, item in (slots or {}).items():
             setattr(new, name, item)
+
+
+def scripted(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """A copy of a TorchScript module. TorchScript's own copies know of no memo: the tensors are set afterwards."""
+    new = copy.deepcopy(module)
+    for name, tensor in named_tensors(module):
+        *path, attribute = name.split(".")
+        setattr(functools.reduce(getattr, path, new), attribute, memo[id(tensor)])
+    return new

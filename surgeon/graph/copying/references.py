@@ -1,6 +1,6 @@
-"""children(value): what a Python object holds; first_path(root, wanted): how an object is reached from another.
+"""children(value): what a Python object holds.
 
-The walk goes through attributes, containers, closures, hooks, partials, bound methods, weak references, running
+A walk over them goes through attributes, containers, closures, hooks, partials, bound methods, weak references, running
 generators and iterators. It does not go into classes and Python modules: they belong to the process.
 """
 
@@ -10,12 +10,11 @@ import dis
 import enum
 import functools
 import gc
-import itertools
 import re
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,11 +47,11 @@ def is_atomic(value: Any) -> bool:
     return kind in ATOMIC or (kind not in _PROXIES and isinstance(value, _OF_THE_PROCESS))
 
 
-def children(value: Any) -> Iterator[Child]:
+def children(value: Any) -> list[Child]:
     """What an object holds, each with a label for messages; atoms are left out."""
-    for label, child in _held(value):
-        if not is_atomic(child):
-            yield label, child
+    return [
+        (label, child) for label, child in _held(value) if type(child) not in ATOMIC and not is_atomic(child)
+    ]
 
 
 def globals_read(value: Any) -> Iterator[Child]:
@@ -72,27 +71,35 @@ def sets_globals(function: types.FunctionType) -> bool:
     return any(i.opname == "STORE_GLOBAL" for i in dis.get_instructions(function.__code__))
 
 
-def attributes_held(value: Any) -> Iterator[Child]:
+def attributes_held(value: Any) -> list[Child]:
     """The entries of an object's `__dict__` and of its slots."""
     held = getattr(value, "__dict__", None)
-    if isinstance(held, dict):
-        yield from held.items()
-    yield from slots_held(value)
+    own = list(held.items()) if isinstance(held, dict) else []
+    return own + slots_held(value)
 
 
-def slots_held(value: Any) -> Iterator[Child]:
+def slots_held(value: Any) -> list[Child]:
     """The entries of an object's slots, by the names under which they can be set."""
-    for kind in type(value).__mro__:
+    found = []
+    for name in _slots_of(type(value)):  # type: ignore[arg-type]
+        try:
+            found.append((name, getattr(value, name)))
+        except AttributeError:  # it was never set
+            continue
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots_of(cls: Any) -> tuple[str, ...]:
+    """The names under which the slots of a class and of those that it builds on can be set."""
+    found = []
+    for kind in cls.__mro__:
         slots = vars(kind).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            if name in ("__dict__", "__weakref__"):
-                continue
-            if name.startswith("__") and not name.endswith("__"):
-                name = f"_{kind.__name__.lstrip('_')}{name}"
-            try:
-                yield name, getattr(value, name)
-            except AttributeError:  # it was never set
-                continue
+            private = name.startswith("__") and not name.endswith("__")
+            if name not in ("__dict__", "__weakref__"):
+                found.append(f"_{kind.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(found)
 
 
 def referent(value: Any) -> Any:
@@ -110,100 +117,31 @@ def is_weak(value: Any) -> bool:
     return type(value) in _PROXIES or isinstance(value, weakref.ReferenceType)
 
 
-def first_path(root: Any, wanted: Callable[[Any], bool]) -> tuple[str, Any] | None:
-    """The shortest way from an object to one that is wanted, as text, and that object; None if there is none.
-
-    It may lead through the global names that functions read.
-    """
-    came: dict[int, tuple[int, str]] = {id(root): (0, "")}
-    alive = [root]  # an id is only good while its object lives
-    queue = deque(alive)
-    while queue:
-        value = queue.popleft()
-        read = ((f" (which reads the global '{name}')", item) for name, item in globals_read(value))
-        for label, child in itertools.chain(children(value), read):
-            if id(child) in came:
-                continue
-            came[id(child)] = id(value), label
-            if wanted(child):
-                return _spelled(came, id(child)), child
-            alive.append(child)
-            queue.append(child)
-    return None
-
-
-def reachable(root: Any, into: Callable[[Any], bool]) -> dict[int, Any]:
-    """All objects below one, by id; those that `into` refuses are in it, but not what they hold."""
-    found = {id(root): root}
-    stack = [root]
-    while stack:
-        value = stack.pop()
-        if not into(value):
-            continue
-        for _, child in children(value):
-            if id(child) not in found:
-                found[id(child)] = child
-                stack.append(child)
-    return found
-
-
-class Reach:
-    """Whether one of some objects can be reached from another; what was found out is remembered."""
-
-    def __init__(self, targets: set[int]) -> None:
-        self.targets = targets  # ids
-        self._apart: dict[int, Any] = {}  # objects from which none can be reached
-
-    def __call__(self, value: Any) -> bool:
-        if id(value) in self.targets:
-            return True
-        seen = {id(value): value}
-        stack = [value]
-        while stack:
-            for _, child in children(stack.pop()):
-                if id(child) in self.targets:
-                    return True
-                if id(child) not in seen and id(child) not in self._apart:
-                    seen[id(child)] = child
-                    stack.append(child)
-        self._apart |= seen
-        return False
-
-
-def _spelled(came: dict[int, tuple[int, str]], key: int) -> str:
-    labels = []
-    while came[key][1]:
-        key, label = came[key]
-        labels.append(label)
-    return "".join(reversed(labels)).removeprefix(".")
-
-
 # -- kinds of objects ----------------------------------------------------------------------------------------
 
 
-def _held(value: Any) -> Iterator[Child]:
+def _held(value: Any) -> Iterable[Child]:
     if is_weak(value):
-        yield " (weak reference)", referent(value)
-        return
+        return [(" (weak reference)", referent(value))]
     for kinds, held in _KINDS:
         if isinstance(value, kinds):
-            yield from held(value)
-            return
-    yield from _of_object(value)
+            return held(value)
+    return _of_object(value)
 
 
-def _of_module(module: nn.Module) -> Iterator[Child]:
+def _of_module(module: nn.Module) -> list[Child]:
+    found: list[Child] = []
     for name, value in attributes_held(module):
         if name in ("_parameters", "_buffers", "_modules") and type(value) is dict:
-            yield from ((f".{key}", item) for key, item in value.items())
+            found += [(f".{key}", item) for key, item in value.items()]
         elif name not in _OF_TORCH or value:  # most of its own dicts of hooks are empty
-            yield f".{name}", value
+            found.append((f".{name}", value))
+    return found
 
 
-def _of_tensor(tensor: Tensor) -> Iterator[Child]:
-    yield from ((f".{name}", value) for name, value in vars(tensor).items())
-    if tensor.is_leaf:
-        yield ".grad", tensor.grad
+def _of_tensor(tensor: Tensor) -> list[Child]:
+    own = [(f".{name}", value) for name, value in vars(tensor).items()]
+    return [*own, (".grad", tensor.grad)] if tensor.is_leaf else own
 
 
 def _of_dict(value: dict[Any, Any]) -> Iterator[Child]:
@@ -277,7 +215,7 @@ def _of_object(value: Any) -> Iterator[Child]:
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _OF_TORCH = frozenset(vars(nn.Module()))
-_KINDS: tuple[tuple[Any, Callable[[Any], Iterator[Child]]], ...] = (
+_KINDS: tuple[tuple[Any, Callable[[Any], Iterable[Child]]], ...] = (
     (nn.Module, _of_module),
     (Tensor, _of_tensor),
     (dict, _of_dict),

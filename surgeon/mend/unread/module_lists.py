@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgeon.graph.graph import Graph
+from surgeon.graph.module_tree import named_modules
 from surgeon.mend.attribute_path import get_path
 from surgeon.mend.edits import Edit
 
@@ -18,7 +19,7 @@ def numbers_beside_paths(small: nn.Module, graph: Graph) -> Iterator[Edit]:
     """Numbers in a list of dicts that also name modules (`{"module": "layer1", "num_chs": 64}`): how many channels
     those give, if it is so in each of the dicts.
     """
-    for path, module in small.named_modules():
+    for path, module in named_modules(small):
         for name, value in vars(module).items():
             if isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
                 for key in set.intersection(*map(set, value)):

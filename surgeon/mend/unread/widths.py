@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from surgeon.graph.graph import Graph
+from surgeon.graph.module_tree import named_modules
 from surgeon.graph.source_code import methods, names_used, own_classes
 from surgeon.graph.tensors import named_tensors
 from surgeon.mend.attribute_path import integers
@@ -38,7 +39,7 @@ def follow_widths(small: nn.Module, model: nn.Module, graph: Graph) -> tuple[lis
     sizes = _sizes(small, graph)
     edits: list[Edit] = []
     undecided: list[str] = []
-    for path, module in small.named_modules():
+    for path, module in named_modules(small):
         if not own_classes(module):  # torch's own layers are kept in step
             continue
         below = _below(sizes, path)
