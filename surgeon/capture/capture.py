@@ -19,11 +19,13 @@ from surgeon.capture.hollow.mode import NeedsValuesError, hollow
 from surgeon.capture.inputs import find_inputs, normalize
 from surgeon.capture.meta_run import real_indices
 from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
+from surgeon.capture.paths.training_reads import TrainingReads
 from surgeon.capture.recording.recorder import Recorder
 from surgeon.capture.sizes.dependencies import SizeMode
 from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph.graph import Decision, Graph
+from surgeon.graph.module_tree import modules_of
 from surgeon.graph.tensors import tensor_leaves
 
 
@@ -85,8 +87,10 @@ def _recorded(
                 for path, tensor in leaves:
                     recorder.values.placeholder(path, tensor)
                 empty = None if real else hollow(recorder, model, [tensor for _, tensor in leaves])
+                mode = TrainingReads(modules_of(model))
                 sizes = SizeMode(recorder.values.node_of, recorder.values.assign, recorder.product, empty)
                 with (
+                    mode,
                     looking_inside_functional(),
                     recorder,
                     sizes,
@@ -108,6 +112,7 @@ def _recorded(
                 answers=told,
                 decisions=decisions,
                 rates=tuple(sizes.rates),
+                by_mode=mode.any,
                 results=graph.results if empty is None else None,
             )
         except SurgeonError:

@@ -81,11 +81,11 @@ def _further(model: nn.Module, run: Graph, graphs: list[Graph]) -> Iterator[str]
     """Add the other runs of a call that show something new; what could not be seen."""
     seen = [run]
     try:
-        training = _in_training(model, run)
+        training = _in_training(model, run) if run.by_mode else None
     except CaptureError as error:
         yield f"in training mode the model does not run on these inputs, so that only eval mode was seen ({error.what})"
     else:
-        if not adds_nothing(training, graphs):
+        if training is not None and not adds_nothing(training, graphs):
             graphs.append(training)
             seen.append(training)
     for base in seen:

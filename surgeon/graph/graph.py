@@ -105,6 +105,8 @@ class Graph:
         named: the names of the outputs that count, () if all do.
         decisions: what the model's Python code decided by.
         rates: the rates that dropouts were called with, in order.
+        by_mode: whether the model's code asked if it is in training mode; what torch's own batch norms and dropouts
+            ask does not count.
         rebuilt: tensors that the model's code makes anew while it runs (see `rebuilt_state`), with the line.
     """
 
@@ -128,6 +130,7 @@ class Graph:
     named: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     rates: tuple[Any, ...] = ()
+    by_mode: bool = True
     rebuilt: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
