@@ -4,9 +4,10 @@ are the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch.utils._pytree
+import torch
 from torch import Tensor, fx, nn
 
 from surgeon.capture.call_stack import CallStack
@@ -38,27 +39,33 @@ class AlignedRun(PlainMode):
         return f"module '{self.stack.current}', op {self.at}: {op_name(call.node)} {source_line(call.source)}".rstrip()
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if has(name, Trait.COPIES) or name == "as_strided_":
+        if _only_copies(func):
             return self.run(func, args, kwargs)
-        given = [
-            a
-            for a in (args if _is_flat(args) else torch.utils._pytree.tree_leaves(args))
-            if isinstance(a, Tensor)
-        ]
+        given = _tensors(args)
         out = None
-        if not any(_counts(t.dtype) for t in given):
+        if not _any_counts(given):
             out = self.run(func, args, kwargs)
             if given or not isinstance(out, Tensor) or not _counts(out.dtype):
                 return out
         return self.op(func, args, kwargs, out)
 
 
-def _is_flat(args: Any) -> bool:
-    """Whether arguments hold no lists of tensors."""
-    return not any(
-        type(a) in (list, tuple) and any(isinstance(i, Tensor | list | tuple) for i in a) for a in args
-    )
+@functools.cache
+def _only_copies(func: Any) -> bool:
+    """Whether an op computes nothing and may be missing from a run that is like another one."""
+    name = func._schema.name.removeprefix("aten::")
+    return has(name, Trait.COPIES) or name == "as_strided_"
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    """The tensors among an op's arguments, those in lists as well."""
+    found: list[Tensor] = []
+    for item in args:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif type(item) in (list, tuple):
+            found += _tensors(item)
+    return found
 
 
 def repeated(graph: Graph) -> list[Call]:
@@ -80,8 +87,18 @@ def of_whole_numbers(node: fx.Node) -> bool:
     """Whether an op works on whole numbers: it has no size to mend, and code may remember its result and not
     run it again.
     """
-    inputs = [spec(n) for n in node.all_input_nodes] or [spec(node)]
-    return not any(s is not None and _counts(s.dtype) for s in inputs)
+    for source in node.all_input_nodes or (node,):
+        held = spec(source)
+        if held is not None and _counts(held.dtype):
+            return False
+    return True
+
+
+def _any_counts(tensors: list[Tensor]) -> bool:
+    for tensor in tensors:  # noqa: SIM110  # one call for all
+        if tensor.is_floating_point() or tensor.is_complex():
+            return True
+    return False
 
 
 def _counts(dtype: torch.dtype) -> bool:

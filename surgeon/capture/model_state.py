@@ -151,12 +151,14 @@ def _in_mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
     """All modules in training or eval mode."""
     flags = [(module, module.training) for module in modules]
     try:
-        for module, _ in flags:
-            module.training = training
+        for module, flag in flags:
+            if flag is not training:
+                module.training = training
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ made.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -126,8 +125,9 @@ class Slicer:
     def _index(self, index: list[int]) -> tuple[Tensor, int]:
         """The indices as a tensor, and the size that a dim must have at least; 0 if they are no indices."""
         if id(index) not in self._known:
-            sound = bool(index) and min(index) >= 0 and all(a < b for a, b in itertools.pairwise(index))
-            self._known[id(index)] = index, torch.tensor(index, device="cpu"), index[-1] + 1 if sound else 0
+            rows = torch.tensor(index, device="cpu")
+            sound = bool(index) and index[0] >= 0 and bool((rows[1:] > rows[:-1]).all())
+            self._known[id(index)] = index, rows, index[-1] + 1 if sound else 0
         _, rows, needed = self._known[id(index)]
         return rows, needed
 

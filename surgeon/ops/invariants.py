@@ -71,7 +71,10 @@ def _fits(dim: int, ids: DimIds, shape: tuple[int, ...]) -> bool:
         0 <= dim < len(shape)
         and ids.ndim == len(shape)
         and ids.shape[dim] == shape[dim]
-        and all(own in (1, size) for own, size in zip(ids.shape, shape, strict=True))
+        and (
+            0 < ids.size == shape[dim]  # of size 1 along all others
+            or all(own in (1, size) for own, size in zip(ids.shape, shape, strict=True))
+        )
     )
 
 

@@ -109,7 +109,10 @@ def defaults(family: Family, ids: Rule | None = None, absent: Absent | None = No
 
 def op_name(node: fx.Node) -> str:
     """`add` for aten.add.Tensor; other namespaces keep theirs: `torchvision::nms`."""
-    return target_name(node.target)
+    known: str | None = node.meta.get(_NAME)  # derived once: recorded nodes do not change
+    if known is None:
+        known = node.meta[_NAME] = target_name(node.target)
+    return known
 
 
 def target_name(target: Any) -> str:
@@ -121,7 +124,7 @@ def target_name(target: Any) -> str:
 
 def info(node: fx.Node) -> OpInfo:
     """What is known of a node's op; one that is not declared is opaque."""
-    return named(op_name(node))
+    return _OPS.get(op_name(node), _OPAQUE)
 
 
 def named(name: str) -> OpInfo:
@@ -151,7 +154,7 @@ def is_view(node: fx.Node) -> bool:
 
 def has(name: str, trait: Trait) -> bool:
     """Whether an op, by name, has a trait; one in place has it if its functional form does."""
-    return trait in named(name.rstrip("_")).traits
+    return trait in _OPS.get(name.rstrip("_"), _OPAQUE).traits
 
 
 def alike(name: str) -> str:
@@ -191,4 +194,4 @@ def product(node: fx.Node) -> Product | None:
 
 
 _OPAQUE = OpInfo(Family.OPAQUE)
-_PRODUCT = "product"
+_PRODUCT, _NAME = "product", "op name"

@@ -42,6 +42,7 @@ class ShapeModel:
     def __init__(self, graph: Graph, propagation: Propagation, solution: Solution) -> None:
         self.graph, self.propagation, self.solution = graph, propagation, solution
         self._widths: dict[int, dict[int, int]] = defaultdict(dict)  # of ids, by dim
+        self._shapes: dict[tuple[fx.Node, int], tuple[int, ...]] = {}  # for the last choice
         self._parts: dict[_Part, int] = {}  # of sums over nodes or tensors
         self._sums: dict[str, int] = {}  # of the parts of a kind that are known
         self._missing: dict[str, dict[Hashable, None]] = {}  # the others
@@ -63,8 +64,11 @@ class ShapeModel:
 
     def width(self, dim_ids: DimIds, dim: int, choice: Choice) -> int:
         """How many entries stay along `dim` (in the rows that stay)."""
-        self._follow(choice)
-        number = self._number(dim_ids)
+        if choice is not self._choice:
+            self._follow(choice)
+        number = self._numbers.get(id(dim_ids))
+        if number is None:
+            number = self._number(dim_ids)
         if self._asking is not None:
             self._readers[number].add(self._asking)
         widths = self._widths[number]
@@ -76,6 +80,7 @@ class ShapeModel:
         """Forget what hangs on atoms that differ from the last choice's."""
         if choice is self._choice:
             return
+        self._shapes = {}
         changed = np.flatnonzero(choice != self._former)
         self._choice, self._former = choice, choice.copy()
         if not changed.size or not self._widths:
@@ -140,14 +145,22 @@ class ShapeModel:
 
     def shape(self, node: fx.Node, choice: Choice, output: int = 0) -> tuple[int, ...]:
         """Shape of (one output of) a node in the small model."""
+        if choice is not self._choice:
+            self._follow(choice)
+        known = self._shapes.get((node, output)) if self._asking is None else None
+        if known is not None:
+            return known
         spec, axes = node.meta["spec"], self.propagation.axes.get(node, {})
         if isinstance(spec, tuple):
             spec = spec[output]
             axes = axes[output] if isinstance(axes, tuple) else axes
-        return self._small(spec.shape, axes, choice)
+        found = self._shapes[node, output] = self._small(spec.shape, axes, choice)
+        return found
 
     def _small(self, shape: tuple[int, ...], axes: ValueIds, choice: Choice) -> tuple[int, ...]:
-        return tuple(self.width(axes[d], d, choice) if d in axes else n for d, n in enumerate(shape))
+        if not axes:
+            return shape
+        return tuple([self.width(axes[d], d, choice) if d in axes else n for d, n in enumerate(shape)])
 
     def kept(self, choice: Choice) -> dict[str, dict[int, list[int]]]:
         """Kept indices of every slot that loses some: {tensor name: {dim: indices}}."""

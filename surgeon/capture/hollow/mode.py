@@ -8,6 +8,7 @@ what code makes of one of them alone, a table of positions say, it may keep for 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,41 +48,45 @@ class HollowRun(PlainMode):
             self._mark(tensor, _FED)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        kind = self._kind((args, kwargs) if kwargs else args)
+        kind = self._kind((*args, *kwargs.values()) if kwargs else args)
         if not kind:
             return self.beneath.call(func, args, kwargs)
-        if (kind == _HOLLOW and not _takes_any_numbers(func)) or isinstance(func, HigherOrder):
+        if isinstance(func, HigherOrder):
             self.ask()
-        kernel = self._kernel(func, kind, args)
+        known = _facts(func)
+        if kind == _HOLLOW and not known.takes_any_numbers:
+            self.ask()
+        kernel = self._kernel(known, kind, args)
         out = None if kernel is None else kernel(*args, **kwargs)
         if out is None:
             out = self.beneath.call(func, args, kwargs)
         else:
             kind = _HOLLOW
-            if not func._schema.is_mutable:
+            if not known.writes:
                 self.beneath.made(out)
-        kind = _FED if func in SHAPES_ALONE else kind
+        kind = _FED if known.shapes_alone else kind
         for item in out if isinstance(out, tuple | list) else (out,):
             if isinstance(item, Tensor) and (item.is_floating_point() or item.is_complex()):
                 self._mark(item, kind)
-            elif isinstance(item, Tensor) and (kind == _FED or func in SOUND_INDICES):
+            elif isinstance(item, Tensor) and (kind == _FED or known.sound_indices):
                 self._mark(item, _FED)
             elif item is not None and kind == _HOLLOW:
                 self.ask()
-        if func._schema.is_mutable:
+        if known.writes:
             for item in (*args, *kwargs.values()):
                 if isinstance(item, Tensor):
                     self._mark(item, kind)
         return out
 
-    def _kernel(self, func: Any, kind: int, args: Any) -> Callable[..., Any] | None:
+    def _kernel(self, known: _Facts, kind: int, args: Any) -> Callable[..., Any] | None:
         """What may take an op's place: of what follows from hollow tensors, and of products with weights."""
         if kind == _HOLLOW:
-            return PRODUCTS.get(func) or OTHERS.get(func)
-        weighed = func in PRODUCTS and any(
-            isinstance(a, Tensor) and a.untyped_storage()._cdata in self._weights for a in args
-        )
-        return PRODUCTS[func] if weighed else None
+            return known.product or known.other
+        if known.product is None:
+            return None
+        strided = [a for a in args if isinstance(a, Tensor) and a.layout is torch.strided]
+        places = [a.untyped_storage()._cdata for a in strided]
+        return None if self._weights.isdisjoint(places) else known.product
 
     def ask(self) -> None:
         """A number is needed.
@@ -134,11 +139,37 @@ _SOLVERS = (
 )  # they may fail, or not come to an end
 
 
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a hollow run asks of an op.
+
+    Attributes:
+        product, other: what may take its place (see `PRODUCTS`, `OTHERS`), None if nothing may.
+        takes_any_numbers: whether it may be run on numbers that mean nothing: none from outside of torch, which may
+            trust them.
+        writes: it writes to some of its arguments.
+        shapes_alone, sound_indices: see `SHAPES_ALONE`, `SOUND_INDICES`.
+    """
+
+    product: Callable[..., Any] | None
+    other: Callable[..., Any] | None
+    takes_any_numbers: bool
+    writes: bool
+    shapes_alone: bool
+    sound_indices: bool
+
+
 @functools.cache
-def _takes_any_numbers(func: Any) -> bool:
-    """Whether an op may be run on numbers that mean nothing: none from outside of torch, which may trust them."""
+def _facts(func: Any) -> _Facts:
     name = str(func._schema.name).partition("::")[2].lstrip("_")
-    return func.namespace in ("aten", "prims") and not name.startswith(_SOLVERS)
+    return _Facts(
+        PRODUCTS.get(func),
+        OTHERS.get(func),
+        func.namespace in ("aten", "prims") and not name.startswith(_SOLVERS),
+        func._schema.is_mutable,
+        func in SHAPES_ALONE,
+        func in SOUND_INDICES,
+    )
 
 
 def hollow(mode: PlainMode, model: nn.Module, inputs: Iterable[Tensor]) -> HollowRun | None:

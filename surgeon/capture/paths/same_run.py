@@ -85,7 +85,7 @@ def _said(item: Any, found: dict[fx.Node, int]) -> Any:
     if isinstance(item, fx.Node):
         return "value", found[item]
     if isinstance(item, list | tuple):
-        return tuple(_said(part, found) for part in item)
+        return tuple([_said(part, found) for part in item])
     if isinstance(item, dict):
-        return tuple((key, _said(value, found)) for key, value in sorted(item.items()))
+        return tuple([(key, _said(value, found)) for key, value in sorted(item.items())])
     return repr(item)

@@ -19,6 +19,7 @@ from surgeon.errors import CaptureError
 from surgeon.graph.graph import HELD, Spec
 from surgeon.graph.tensors import held_tensors, named_tensors
 
+_NESTED = (Tensor, list, tuple)  # what arguments hold tensors in, and tensors
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
 
 
@@ -163,11 +164,8 @@ class Values:
         if isinstance(item, Tensor):
             return self.node(self.of(item))
         if isinstance(item, list | tuple):
-            return (
-                type(item)(self.nodes(x) for x in item)
-                if type(item) in (list, tuple)
-                else tuple(map(self.nodes, item))
-            )
+            made = [self.nodes(x) if isinstance(x, _NESTED) else x for x in item]
+            return made if type(item) is list else tuple(made)
         return item
 
     def assign(self, target: Tensor, source: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from surgeon.graph.graph import Call, Graph, Spec, spec
 from surgeon.graph.messages import source_line
 from surgeon.graph.queries import made_of_numbers
 from surgeon.graph.tensors import named_tensors
-from surgeon.mend.checking.constants import Constant, changed_constants
+from surgeon.mend.checking.constants import Constant, changed_constants, same_numbers
 from surgeon.mend.checking.expected_sizes import wanted
 from surgeon.mend.checking.notes import Note, Notes, of_ones
 from surgeon.ops.table import Trait, has, is_view, op_name
@@ -43,6 +44,11 @@ def _slices(call: Call) -> bool:
     return has(op_name(call.node), Trait.SLICES)
 
 
+@functools.cache
+def _takes_a_part(func: Any) -> bool:
+    return has(alike(func), Trait.SLICES)
+
+
 class Comparer(AlignedRun):
     with_functions = True
 
@@ -53,6 +59,7 @@ class Comparer(AlignedRun):
         self.constants: list[Constant] = []
         self.rates = iter(graph.rates)
         self.made = made_of_numbers(graph)
+        self.wants: dict[fx.Node, dict[int, Any]] = {}  # sizes that were asked for
         self.ran: list[tuple[Any, Any, Any]] = []  # ops inside of a product, with their arguments
         self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
         self.inside = False  # a product, whose ops are torch's matter
@@ -118,7 +125,9 @@ class Comparer(AlignedRun):
         if self.inside:
             self.ran.append((func, args, kwargs))
             return self.run(func, args, kwargs) if out is None else out
-        call = self._match(func, args)
+        call = self.calls[self.at] if self.at < len(self.calls) else None
+        if call is None or call.op is not func or _takes_a_part(func):
+            call = self._match(func, args)
         self._hold_constants(call, func, args, kwargs)
         args = self._corrected(call, list(args))
         out = None
@@ -138,9 +147,19 @@ class Comparer(AlignedRun):
         return out
 
     def _hold_constants(self, call: Call, op: Any, args: Any, kwargs: Any) -> None:
-        sizes = wanted(call.node, self.shapes, self.choice)
+        if call.node in self.made or same_numbers(call.node, args, kwargs, self.made):
+            return
         with _disable_current_modes():  # the values are looked at outside of the run
-            self.constants += changed_constants(call, Arguments(op, args, kwargs), self.made, sizes)
+            self.constants += changed_constants(
+                call, Arguments(op, args, kwargs), self.made, self._want(call)
+            )
+
+    def _want(self, call: Call) -> dict[int, Any]:
+        """The sizes among a recorded op's arguments as the small model must pass them."""
+        known = self.wants.get(call.node)
+        if known is None:
+            known = self.wants[call.node] = wanted(call.node, self.shapes, self.choice)
+        return known
 
     def _match(self, func: Any, args: Any) -> Call:
         name = alike(func)
@@ -152,7 +171,7 @@ class Comparer(AlignedRun):
             if not _slices(call):
                 break
             # torch leaves out a slice that takes everything: the old end is beyond the smaller tensor
-            want = wanted(call.node, self.shapes, self.choice)
+            want = self._want(call)
             for position, value in want.items():
                 old = call.node.args[position]
                 self.notes.add(self.at, call.module, call, old, value, old)
@@ -193,13 +212,13 @@ class Comparer(AlignedRun):
 
     def _fits(self, call: Call, args: Any) -> bool:
         """Whether all numbers of an op are those that were recorded, or those that the cut asks for."""
-        old, want = call.node.args, wanted(call.node, self.shapes, self.choice)
+        old, want = call.node.args, self._want(call)
         return len(args) == len(old) and all(
             args[i] in (old[i], want.get(i, old[i])) for i in range(1, len(old))
         )
 
     def _corrected(self, call: Call, args: list[Any]) -> list[Any]:
-        want = wanted(call.node, self.shapes, self.choice)
+        want = self._want(call)
         for position, value in want.items():
             if position >= len(args):
                 continue

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgeon.errors import MendError
@@ -25,6 +26,7 @@ from surgeon.ops.sums import counts_terms, fed_by_inputs, follows, scales
 from surgeon.ops.table import Family, Trait, family, has, op_name
 from surgeon.selection.cost import Choice, ShapeModel
 
+_NUMBERS = frozenset((int, float, bool, type(None), str, torch.dtype))
 _OF_MEMORY = ("size", "stride", "storage_offset")  # of values whose shapes are predicted
 
 
@@ -41,6 +43,27 @@ class Constant:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.before:.6g} became {self.after:.6g}"
+
+
+def same_numbers(
+    node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], made: Mapping[fx.Node, Tensor]
+) -> bool:
+    """Whether all numbers that an op is called with are the recorded ones, seen without a look at its schema: then
+    no constant has changed.
+    """
+    was = node.args
+    if kwargs or node.kwargs or len(was) != len(args):
+        return False
+    for old, new in zip(was, args, strict=True):
+        if isinstance(new, Tensor):
+            if not isinstance(old, fx.Node) or old in made:
+                return False
+        elif type(new) is list:
+            if not _NUMBERS.issuperset(map(type, new)) or old != new:
+                return False
+        elif type(new) not in _NUMBERS or isinstance(old, fx.Node) or old != new:
+            return False
+    return True
 
 
 def changed_constants(

@@ -20,7 +20,7 @@ def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     """
     left = [d for d, n in enumerate(old) if n != 1]
     right = [d for d, n in enumerate(new) if n != 1]
-    if any(n == 0 for n in (*old, *new)):
+    if 0 in old or 0 in new:
         return None
     pairs, i, j = [], 0, 0
     while i < len(left) and j < len(right):
@@ -82,7 +82,7 @@ def _regroup(
     """
     full, shape = list(dim_ids.shape), [1] * len(new)
     for ins, outs in pairs:
-        if any(dim_ids.shape[d] != 1 for d in ins):
+        if {dim_ids.shape[d] for d in ins} != {1}:
             for d in ins:
                 full[d] = old[d]
             for d in outs:
