@@ -14,13 +14,14 @@ def cells_of(propagation: Propagation, solution: Solution) -> DimIds:
     reshape merges dims.
     """
     found = np.zeros(len(solution.root), dtype=bool)
-    here = np.unique(
-        solution.root[np.concatenate([*propagation.slots.values(), np.zeros(0, dtype=np.int64)])]
-    )
-    while here.size:
-        here = here[(solution.row[here] >= 0) & ~found[here]]
+    met = np.zeros(len(solution.root), dtype=bool)
+    for ids in propagation.slots.values():
+        met[solution.root[ids]] = True
+    while met.any():
+        here = np.flatnonzero(met & (solution.row >= 0) & ~found)
         found[here] = True
-        here = np.unique(np.concatenate([solution.row[here], solution.column[here]]))
+        met = np.zeros(len(solution.root), dtype=bool)
+        met[solution.row[here]] = met[solution.column[here]] = True
     return np.flatnonzero(found & ~solution.outer)
 
 
@@ -46,7 +47,8 @@ def kinds_of(
             valid = (rows >= 0) & (columns >= 0)
             r, c = groups_of[rows[valid]], groups_of[columns[valid]]
             both = (r >= 0) & (c >= 0) & (r != c)
-            pairs |= set(zip(r[both].tolist(), c[both].tolist(), strict=True))
+            r, c = np.divmod(np.unique(r[both] * count + c[both]), max(count, 1))
+            pairs |= set(zip(r.tolist(), c.tolist(), strict=True))
 
     def leading(r: int, c: int) -> bool:
         return (not batched[r], steps[r], r) < (not batched[c], steps[c], c)

@@ -40,25 +40,24 @@ def orient(root: DimIds, frozen: DimIds, constraints: Constraints) -> tuple[DimI
     if not constraints.parts:
         return empty, empty
     rows, columns = [p.row for p in constraints.parts], [p.column for p in constraints.parts]
-    owner: dict[int, tuple[int, int]] = {}
+    owner, owners_place = np.full(len(root), -1, dtype=np.int64), np.zeros(len(root), dtype=np.int64)
     is_row, is_column = np.zeros(len(root), dtype=bool), np.zeros(len(root), dtype=bool)
     for part in constraints.parts:
         if part.split:
             is_row[root[part.row]] = is_column[root[part.column]] = True
     order = sorted(range(len(constraints.parts)), key=lambda i: not constraints.parts[i].split)
+    if all(part.split for part in constraints.parts):
+        return np.concatenate(rows), np.concatenate(columns)
     for number in order:
         part = constraints.parts[number]
-        classes = root[part.cell].tolist()
+        classes = root[part.cell]
         if not part.split and is_row[root[part.column]].all() and is_column[root[part.row]].all():
             rows[number], columns[number] = part.column, part.row
         elif not part.split:
-            meets: dict[int, list[tuple[int, int]]] = {}
-            for place, found in enumerate(classes):
-                known = owner.get(found)
-                if known is not None:
-                    meets.setdefault(known[0], []).append((place, known[1]))
-            for other, places in meets.items():
-                here, there = np.array(places).T
+            known = owner[classes]
+            for other in dict.fromkeys(known[known >= 0].tolist()):
+                here = np.flatnonzero(known == other)
+                there = owners_place[classes[here]]
                 r, c = root[part.row[here]], root[part.column[here]]
                 r2, c2 = root[rows[other][there]], root[columns[other][there]]
                 if frozen[r2].all() or frozen[c2].all():
@@ -66,8 +65,9 @@ def orient(root: DimIds, frozen: DimIds, constraints: Constraints) -> tuple[DimI
                 if _classes_left(r, r2) + _classes_left(c, c2) <= _classes_left(r, c2) + _classes_left(c, r2):
                     rows[number], columns[number] = part.column, part.row
                 break
-        for place, found in enumerate(classes):
-            owner.setdefault(found, (number, place))
+        new, first = np.unique(classes, return_index=True)
+        first = first[owner[new] < 0]
+        owner[classes[first]], owners_place[classes[first]] = number, first
     return np.concatenate(rows), np.concatenate(columns)
 
 

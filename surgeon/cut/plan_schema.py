@@ -30,19 +30,35 @@ _ANEW = "make the plan anew with surgery.plan(...), or pass a file written by pl
 
 def text_of(fields: Mapping[str, Any]) -> str:
     """A plan's fields (`kept`, `edits` as `Edit`s, ...) as JSON, one tensor a line."""
+    texts: dict[int, str] = {}  # of indices: many slots share one list
+    kept: dict[str, dict[str, str]] = {}
+    for name, dims in fields["kept"].items():
+        kept[name] = {}
+        for dim, index in dims.items():
+            if id(index) not in texts:
+                texts[id(index)] = json.dumps(list(map(int, index)))
+            kept[name][str(int(dim))] = texts[id(index)]
     body: dict[str, Any] = {
         **fields,
-        "kept": {
-            name: {str(int(dim)): [int(i) for i in index] for dim, index in dims.items()}
-            for name, dims in fields["kept"].items()
-        },
         "edits": [{**vars(edit), "old": int(edit.old), "new": int(edit.new)} for edit in fields["edits"]],
         "request": plain(fields["request"]),
     }
     body |= {name: int(body[name]) for name in _COUNTS}
-    head = {"format": _FORMAT, "version": _VERSION, "checksum": _checksum(body)}
-    kept = _lines({name: json.dumps(dims) for name, dims in body["kept"].items()}, "  ")
-    return _lines({**{k: json.dumps(v) for k, v in (head | body).items()}, "kept": kept}, " ") + "\n"
+    sums = {key: json.dumps(value, sort_keys=True) for key, value in body.items() if key != "kept"}
+    sums["kept"] = _sorted({name: _sorted(dims) for name, dims in kept.items()})
+    head = {"format": _FORMAT, "version": _VERSION, "checksum": _digest(_sorted(sums))}
+    lines = {key: json.dumps(value) for key, value in (head | body | {"kept": None}).items()}
+    lines["kept"] = _lines({name: _object(dims) for name, dims in kept.items()}, "  ")
+    return _lines(lines, " ") + "\n"
+
+
+def _object(members: Mapping[str, str]) -> str:
+    """A JSON object of members that are JSON already, as `json.dumps` writes it."""
+    return f"{{{', '.join(f'{json.dumps(name)}: {value}' for name, value in members.items())}}}"
+
+
+def _sorted(members: Mapping[str, str]) -> str:
+    return _object(dict(sorted(members.items())))
 
 
 def _lines(members: Mapping[str, str], margin: str) -> str:
@@ -88,7 +104,11 @@ def fields_of(text: str | bytes, where: str = "") -> dict[str, Any]:
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return _digest(json.dumps(body, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Reader:
