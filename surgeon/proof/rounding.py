@@ -31,24 +31,43 @@ Make = Callable[[Mapping[fx.Node, Tensor], Mapping[str, Tensor]], Reference]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The relative errors that are allowed: of products by node, of outputs by path; `usual` for others."""
+    """The relative errors that are allowed: of products by node, of outputs by path; `usual` for others.
+
+    Attributes:
+        silent: nodes and paths of values that rounding alone changes by more than any limit: sums that cancel, such as the
+            mean of what a batch norm gives for one sample. A run shows nothing of them.
+    """
 
     usual: float
     products: Mapping[fx.Node, float] = dataclasses.field(default_factory=dict)
     outputs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    silent: frozenset[fx.Node | str] = frozenset()
 
     def first_above(self, errors: Mapping[fx.Node, float]) -> fx.Node | None:
-        """The first product, in the order of the run, whose error is too large."""
-        return next((n for n, error in errors.items() if not error <= self.products.get(n, self.usual)), None)
+        """The first product, in the order of the run, whose error is too large; of those that are shown."""
+        return next((n for n in self._above(self.products, errors) if n not in self.silent), None)
 
     def worst_above(self, errors: Mapping[str, float]) -> str | None:
-        """The output that is furthest off, if one is too far."""
-        above = [path for path, error in errors.items() if not error <= self.outputs.get(path, self.usual)]
+        """The output that is furthest off, if one is too far; of those that are shown."""
+        above = [path for path in self._above(self.outputs, errors) if path not in self.silent]
         return max(above, key=lambda path: (errors[path] != errors[path], errors[path]), default=None)
+
+    def unshown(
+        self, products: Mapping[fx.Node, float], outputs: Mapping[str, float]
+    ) -> frozenset[fx.Node | str]:
+        """The values whose error is too large and says nothing."""
+        return self.silent.intersection(
+            (*self._above(self.products, products), *self._above(self.outputs, outputs))
+        )
+
+    def _above(self, limits: Mapping[K, float], errors: Mapping[K, float]) -> list[K]:
+        return [key for key, error in errors.items() if not error <= limits.get(key, self.usual)]
 
     @property
     def highest(self) -> float:
-        return max((self.usual, *self.products.values(), *self.outputs.values()))
+        """The largest limit of a value that is shown."""
+        known = [*self.products.items(), *self.outputs.items()]
+        return max((self.usual, *(limit for key, limit in known if key not in self.silent)))
 
 
 def limits(
@@ -81,7 +100,10 @@ def limits(
             found_outputs[path] = max(found_outputs.get(path, 0.0), error)
         for node, error in second.errors.items():
             found_products[node] = max(found_products.get(node, 0.0), error)
-    return Limits(usual, _raised(found_products, usual), _raised(found_outputs, usual))
+    silent = {
+        key for found in (found_products, found_outputs) for key, error in found.items() if error > HIGHEST
+    }
+    return Limits(usual, _raised(found_products, usual), _raised(found_outputs, usual), frozenset(silent))
 
 
 def _raised(found: Mapping[K, float], usual: float) -> dict[K, float]:

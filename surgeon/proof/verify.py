@@ -71,7 +71,8 @@ def verify(
             unless the model's control flow reads values.
         graph: the recorded run of `model`, if there is one already; or several, that in eval mode first.
         tolerance: the largest relative error that is allowed. None: 1e-9, or, value by value, 16 times what
-            moves if each of the original's numbers is moved in the last bit, up to 1e-3.
+            moves if each of the original's numbers is moved in the last bit, up to 1e-3. What moves by more than that
+            shows nothing, and has to be shown with other numbers in place of zeros.
 
     Raises:
         InputError: arguments stand in another order.
@@ -116,33 +117,59 @@ class _Look:
     shown: set[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """Both models compared in one run.
+
+    Attributes:
+        silent: nodes and paths of values that rounding alone changes so much that nothing is shown of them.
+        differs: what to say of them if no other run shows them; None if there are none.
+    """
+
+    proof: Proof
+    run: Reference
+    silent: frozenset[fx.Node | str]
+    differs: ProofError | None
+
+
 def _looked(model: nn.Module, small: nn.Module, plan: Plan, graph: Graph, tolerance: float | None) -> _Look:
-    """One recorded run compared, and compared again if it has activations or weights that give zeros."""
-    proof, run = _compared(model, small, plan, graph, tolerance)
-    hidden = run.hidden
+    """One recorded run compared, and compared again if it has activations or weights that give zeros, or values of which
+    nothing is left but rounding.
+    """
+    first = _compared(model, small, plan, graph, tolerance)
+    proof, hidden, silent = first.proof, first.run.hidden, first.silent
     fill = filled(model, plan.kept)
     leaking = any(
         has(op_name(node), Trait.SATURATES) for node in graph.fx.nodes if node.op == "call_function"
     )
-    if leaking or hides(graph, fill):
+    if leaking or silent or hides(graph, fill):
         with contextlib.suppress(
             OverflowsError, DoesNotRunError
         ):  # then the first run is all there is to see
-            again, second = _compared(model, small, plan, graph, tolerance, leaking, fill)
-            hidden = {place: found & second.hidden[place] for place, found in hidden.items()}
-            worse = {path: max(error, again.errors[path]) for path, error in proof.errors.items()}
-            proof = dataclasses.replace(
-                proof,
-                errors=worse,
-                inner=max(proof.inner, again.inner),
-                tolerance=max(proof.tolerance, again.tolerance),
-            )
+            second = _compared(model, small, plan, graph, tolerance, leaking, fill)
+            hidden = {place: found & second.run.hidden[place] for place, found in hidden.items()}
+            proof = _both(first, second)
+            silent = silent & second.silent
+    if silent and first.differs is not None:
+        raise first.differs
     counts = Counter[str]()
     for (node, _), found in hidden.items():
         counts[where(node)] += int(found.sum())
     counts = +counts
     proof = dataclasses.replace(proof, hidden=counts.total(), hidden_at=dict(counts))
-    return _Look(proof, shown(graph, run.results.keys()))
+    return _Look(proof, shown(graph, first.run.results.keys()))
+
+
+def _both(first: _Comparison, second: _Comparison) -> Proof:
+    """One proof of two runs; of a value that one of them does not show the other one counts."""
+    one, other = first.proof, second.proof
+    worse = {}
+    for path in one.errors:
+        shown_in = [each for each in (first, second) if path not in each.silent]
+        worse[path] = max((each.proof.errors[path] for each in shown_in), default=math.inf)
+    return dataclasses.replace(
+        one, errors=worse, inner=max(one.inner, other.inner), tolerance=max(one.tolerance, other.tolerance)
+    )
 
 
 def _compared(
@@ -153,7 +180,7 @@ def _compared(
     tolerance: float | None,
     leaking: bool = False,
     fill: Mapping[str, Tensor] | None = None,
-) -> tuple[Proof, Reference]:
+) -> _Comparison:
     """One run of both, on random inputs if the model's control flow reads no values.
 
     Args:
@@ -201,9 +228,14 @@ def _compared(
             allowed = limits(again, TOLERANCE, [*results], own, args, kwargs)
     if not _within(allowed, run.errors, errors):
         raise _differs(allowed, run.errors, errors)
-    inner = max(run.errors.values(), default=0.0)
+    silent = allowed.unshown(run.errors, errors)
+    inner = max((error for node, error in run.errors.items() if node not in silent), default=0.0)
     named_errors = {path + graph.label: error for path, error in errors.items()}
-    return Proof(named_errors, allowed.highest, inner, len(run.errors), said), run
+    found = Proof(named_errors, allowed.highest, inner, len(run.errors), said)
+    named_silent = frozenset(key + graph.label if isinstance(key, str) else key for key in silent)
+    strict = dataclasses.replace(allowed, silent=frozenset())
+    differs = _differs(strict, run.errors, errors) if silent else None
+    return _Comparison(found, run, named_silent, differs)
 
 
 def _within(allowed: Limits, products: Mapping[fx.Node, float], outputs: Mapping[str, float]) -> bool:
