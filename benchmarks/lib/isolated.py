@@ -61,7 +61,7 @@ def options(description: str | None, models: str = "only names that match") -> a
 
 def asked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The same, with a time limit, of a script whose rows have one name."""
-    parser.add_argument("--limit", type=int, default=600, help="seconds for a model")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of CPU time for a model")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -107,7 +107,7 @@ def sweep(
     Args:
         module: what is run for each row, as `python -m` takes it.
         wanted: key of a row -> what follows `--one`.
-        limit: seconds for a row.
+        limit: seconds of CPU time for a row.
         jobs: processes at a time.
         again: whether a row that is kept is measured again.
         show: called with each new row.

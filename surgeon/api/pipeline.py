@@ -28,7 +28,7 @@ from surgeon.selection.request import Request
 
 @at_work()
 def inspect(model: nn.Module, example_inputs: Any = None, *, outputs: Sequence[str] | None = None) -> Surgery:
-    """Run the model, in eval mode and in training mode, and find out what can leave.
+    """Run the model, in eval mode and, if its code asks for the mode, in training mode, and find out what can leave.
 
     Args:
         model: any module; it comes back as it was, its training mode included.

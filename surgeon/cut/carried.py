@@ -21,6 +21,7 @@ from surgeon.files import locked, put, regular_target, sync, unwritable
 
 PLANS = "_surgeon_plans"  # of a module: the texts of the plans that cut it
 MODES = "surgeon.training"
+SAVE = "surgeon.save"  # of weights in several files: one name for all files of a save
 _TEXTS = re.compile(r"plan(-[1-9]\d*)?\.json")
 _LARGEST_HEADER = 90_000_000  # bytes: safetensors reads no header of more than 100 MB
 

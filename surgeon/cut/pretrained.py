@@ -15,13 +15,14 @@ import functools
 import inspect
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from surgeon.cut.carried import add_metadata, metadata_of, plan_texts, publish, write_texts
+from surgeon.cut.carried import SAVE, add_metadata, metadata_of, plan_texts, publish, write_texts
 from surgeon.cut.plan_schema import fields_of
 from surgeon.errors import ConfigWarning, InputError, warn
 from surgeon.files import draft_folder, unwritable
@@ -97,6 +98,8 @@ def _add_plans(small: nn.Module, draft: Path, metadata: dict[str, str]) -> None:
             why="no config says the widths that are left; the plan must stand beside the weights",
             fix="leave safe_serialization=False and the like out, or use surgeon.save(small, folder)",
         )  # fmt: skip
+    if len(written) > 1:  # a save of the same plan that was killed in between must not pass for one of both
+        metadata = {**metadata, SAVE: uuid.uuid4().hex}
     try:
         for file in written:
             add_metadata(file, metadata)

@@ -190,7 +190,7 @@ def _together(
         if more != metadata or others.keys() & tensors.keys():
             raise PlanError(
                 "the weights in this folder are of several saves", where=f"{folder}: {', '.join(f.name for f in parts)}",
-                why="their plans differ" if more != metadata else "several files hold the same tensors",
+                why="their plans, or the times of saving, differ" if more != metadata else "several files hold the same tensors",
                 fix=f"leave the files of one save there, or name the weights {WEIGHTS}",
             )  # fmt: skip
         tensors |= others

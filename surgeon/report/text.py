@@ -44,7 +44,8 @@ def _input(model: nn.Module, path: str) -> str:
     """An input as the model's forward calls it: its path is "0.i" for the argument at place i, "1.name" for a keyword."""
     where, _, rest = path.partition(".")
     place, _, inner = rest.partition(".")
-    names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in places]
     if where == "0" and place.isdigit():
         place = names[int(place)] if int(place) < len(names) else f"input {place}"
     return f"{place}.{inner}" if inner else place

@@ -162,6 +162,21 @@ def test_parts_of_an_earlier_save_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::surgeon.errors.ConfigWarning")
+def test_parts_of_two_saves_of_one_plan_are_refused(tmp_path: Path) -> None:
+    small = cut()
+    small.save_pretrained(tmp_path / "a", parts=2)
+    with torch.no_grad():
+        small.stem.weight += 1  # trained on
+    small.save_pretrained(tmp_path / "b", parts=2)
+    part = "model-00002-of-00002.safetensors"
+    (tmp_path / "a" / part).write_bytes(
+        (tmp_path / "b" / part).read_bytes()
+    )  # as after a kill between two renames
+    with pytest.raises(PlanError, match="of several saves"):
+        back(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore::surgeon.errors.ConfigWarning")
 def test_parts_of_two_saves_are_refused(tmp_path: Path) -> None:
     cut().save_pretrained(tmp_path / "a", parts=2)
     cut(None, {"up.0": 0.25}).save_pretrained(tmp_path / "b", parts=2)

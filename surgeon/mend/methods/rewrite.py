@@ -67,8 +67,8 @@ def _changed(module: nn.Module) -> dict[str, Any]:
     """The methods that were changed already, by the names that `methods_as_written` gives them."""
     found: dict[str, Any] = {}
     for kind in type(module).__mro__:
-        if "_surgeon_edits" in vars(kind):
-            prefix = "" if kind is type(module) else f"{kind.__name__}."
+        if "_surgeon_edits" in vars(kind):  # () of a class that `_become` put in between
+            prefix = "" if vars(kind)["_surgeon_edits"] else f"{kind.__name__}."
             found |= {f"{prefix}{name}": value for name, value in methods_of_class(kind).items()}
     return found
 
