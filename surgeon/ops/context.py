@@ -155,7 +155,6 @@ def beside(constraints: Constraints, operand_ids: list[np.ndarray]) -> np.ndarra
         found: np.ndarray = constraints.collapse(np.stack(np.broadcast_arrays(*operand_ids)), 0)[0]
         for dim in range(found.ndim):
             found = constraints.collapse(found, dim) if best.shape[dim] == 1 else found
-        constraints.met(found, operand_ids)
         return found
     return best
 

@@ -74,6 +74,40 @@ def test_what_a_product_makes_of_constants_stays(how: str) -> None:
     assert small.last.in_features == {"padding": 12, "ones": 16}[how]
 
 
+class Written(nn.Module):
+    """Rows of 4 heads of 6 channels written by index into zeros; a product follows, by heads or over all channels."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.how == "flat":
+            state = y.new_zeros(2, 5, 24)
+        else:
+            y, state = y.view(2, 5, 4, 6), y.new_zeros(2, 5, 4, 6)
+        rows = torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2])
+        state[rows] = y[rows]
+        if self.how == "flat":
+            state = state.view(2, 5, 4, 6)
+        if self.how == "merged":
+            state = (y.flatten(2).sin() @ state.flatten(2).transpose(1, 2)) @ state.flatten(2)
+        else:
+            heads = y.view(2, 5, 4, 6).transpose(1, 2)
+            states = state.transpose(1, 2)
+            state = ((heads.sin() @ states.transpose(2, 3)) @ states).transpose(1, 2).flatten(2)
+        return self.last(state)
+
+
+@pytest.mark.parametrize("how", ["heads", "merged", "flat"])
+def test_zeros_written_by_index_leave_with_what_was_written(how: str) -> None:
+    model = Written(how).eval()
+    x = torch.randn(2, 5, 8)
+    assert surgeon.inspect(model, example_inputs=x).frozen_share.frozen == {}
+    assert cut(model, x).first.out_features == 12
+
+
 class State(nn.Module):
     """A gated state that starts with zeros, as many as `size` says; it is an output as well."""
 

@@ -46,7 +46,8 @@ class Constraints(Facts):
                 known = cells[index.ravel()]
                 self.parts.append(Part(cells, pairs[0], pairs[1], False, self.node))
             self.mark_unowned(known[self._unowned[outer] | self._unowned[inner]])
-            self._met[known[~(self._unowned[outer] & self._unowned[inner])]] = True
+            loose = self._unowned[outer] & self._unowned[inner] & ~self._met[outer] & ~self._met[inner]
+            self._met[known[~loose]] = True
             self._cells[key] = known
             self._factors[known.tobytes()] = outer, inner
         return known
@@ -99,6 +100,7 @@ class Constraints(Facts):
         full_row = np.broadcast_to(row, dim_ids.shape)
         for ids in (full_row, column):
             self.mark_unowned(ids[self._unowned[dim_ids]])
+            self._met[ids[self._met[dim_ids]]] = True
         self.parts.append(Part(dim_ids.ravel(), full_row.ravel(), column.ravel(), True, self.node))
         self.balance(column, last)
         axes = self.split(row, dims[:-1])

@@ -186,7 +186,11 @@ class Facts:
         first = np.take(dim_ids, [0], axis=dim)
         self.join(dim_ids, first)
         free = self._unowned[dim_ids]
-        return np.take_along_axis(dim_ids, free.argmax(axis=dim, keepdims=True), dim) if free.any() else first
+        if not free.any():
+            return first
+        found = np.take_along_axis(dim_ids, free.argmax(axis=dim, keepdims=True), dim)
+        self.met(found, [dim_ids])
+        return found
 
 
 def ascending(dim_ids: DimIds) -> bool:
