@@ -229,7 +229,8 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 def summary(names: list[str], rows: Mapping[str, Mapping[str, Any]], tool: str) -> list[str]:
     """Counts and medians of one tool, by library."""
-    said = []
+    measured = [rows[f"{tool} {name}"] for name in names if f"{tool} {name}" in rows]
+    said = [f"{tool}: {sum('failed' not in row for row in measured)} of {len(measured)} architectures work."]
     for library in dict.fromkeys(name.partition("/")[0] for name in names):
         own = [
             rows[f"{tool} {name}"]
