@@ -110,6 +110,16 @@ class Plan:
         return text_of({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     @staticmethod
+    def of(model: nn.Module) -> list[Plan]:
+        """The plans that cut a model, the first one first; none of a model that surgeon did not make.
+
+        A checkpoint that holds them (`plan.to_json()`) can be restored: apply them in turn to the original, and load
+        the weights.
+        """
+        check_given("Plan.of(model)", model=(model, MODEL))
+        return [Plan.from_json(text) for text in plan_texts(model)]
+
+    @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
         """Read a plan.
 

@@ -16,10 +16,11 @@ import inspect
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from torch import nn
 
 from surgeon.cut.carried import SAVE, add_metadata, metadata_of, plan_texts, publish, write_texts
@@ -55,8 +56,8 @@ def save_with_plan(
     """The class's own `save_pretrained`, and the plans: `surgeon.load(save_directory, factory)` reads what it wrote.
 
     Raises:
-        InputError: what it writes would not load: it pushes to a hub at once, writes no safetensors files, or the
-            model carries no plan (it was fused).
+        InputError: what it writes would not load: it pushes to a hub at once, writes no safetensors files or a part
+            of the weights (adapters alone), or the model carries no plan (it was fused).
         FileError: the folder cannot be written.
     """
     own: Callable[..., Any] = getattr(type(small), _NAME)
@@ -98,6 +99,7 @@ def _add_plans(small: nn.Module, draft: Path, metadata: dict[str, str]) -> None:
             why="no config says the widths that are left; the plan must stand beside the weights",
             fix="leave safe_serialization=False and the like out, or use surgeon.save(small, folder)",
         )  # fmt: skip
+    _check_complete(small, written)
     if len(written) > 1:  # a save of the same plan that was killed in between must not pass for one of both
         metadata = {**metadata, SAVE: uuid.uuid4().hex}
     try:
@@ -106,6 +108,32 @@ def _add_plans(small: nn.Module, draft: Path, metadata: dict[str, str]) -> None:
         write_texts(small, draft)
     except OSError as error:
         raise unwritable(draft.parent, error) from error
+
+
+def _check_complete(small: nn.Module, files: Iterable[Path]) -> None:
+    """What was written is the model's whole state, under its names, as `surgeon.load` reads it.
+
+    Raises:
+        InputError: it is a part of it (adapters without the base model, say), or has other names.
+    """
+    state = small.state_dict(keep_vars=True)
+    names: set[str] = set()
+    for file in files:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    held = {state[name].data_ptr() for name in names if name in state}
+    wrong = [
+        f"{name} is missing"
+        for name, tensor in state.items()
+        if name not in names and tensor.data_ptr() not in held
+    ]
+    wrong += [f"{name} is no name of the model's" for name in sorted(names - state.keys())]
+    if wrong:
+        raise InputError(
+            "save_pretrained wrote weights that would not load again", where=type(small).__name__,
+            why="; ".join(wrong[:2]) + (f"; and {len(wrong) - 2} more" if len(wrong) > 2 else ""),
+            fix="use surgeon.save(small, folder), which keeps all; of adapters, merge them into the model first",
+        )  # fmt: skip
 
 
 def _shards_of(written: set[str]) -> Callable[[str], bool]:

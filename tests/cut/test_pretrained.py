@@ -64,13 +64,14 @@ class Net(nn.Module):
         parts: int = 1,
         safe: bool = True,
         push_to_hub: bool = False,
+        only: str = "",
     ) -> str:
         """Saves."""
         if not is_main_process:
             return "nothing"
         Path(folder).mkdir(exist_ok=True)
         Path(folder, "config.json").write_text(json.dumps(self.config.to_dict()))
-        state = self.state_dict()
+        state = {name: tensor for name, tensor in self.state_dict().items() if only in name}
         for part in range(parts):
             name = "model" if parts == 1 else f"model-{part + 1:05}-of-{parts:05}"
             tensors = dict([*state.items()][part::parts])
@@ -191,6 +192,7 @@ def test_what_would_not_load_is_refused(tmp_path: Path) -> None:
     for options, said in (
         ({"push_to_hub": True}, "without the plan"),
         ({"safe": False}, "no safetensors file"),
+        ({"only": "up"}, r"would not load again(.|\n)*stem.weight is missing"),
     ):
         with pytest.raises(InputError, match=said):
             small.save_pretrained(tmp_path / "out", **options)

@@ -21,6 +21,11 @@ import surgeon
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = (
+    "timm.create_model",
+    "lightning.LightningModule",
+    "Trainer(model",
+    "YOLO(",
+    "peft_model",
     "lightning.Callback",
     "TrainerCallback",
     "AutoModel",
