@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,12 @@ from surgeon.files import draft_folder, fill, read_weights, unwritable
 from surgeon.graph.given import FACTORY, MODEL, PATH, check_given, said
 
 WEIGHTS = "model.safetensors"
+Change = Callable[[nn.Module], object]
 _ATTEMPTS = 20
+_NOT_THESE = (
+    "make the original in the factory; what changed shapes or names between the cut and the save (a new head, say) goes "
+    "into after_cut: surgeon.load(folder, factory, after_cut=lambda small: ...)"
+)
 
 
 def save(small: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -87,12 +92,20 @@ def _order_header(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
+def load(
+    folder: str | os.PathLike[str],
+    factory: Callable[[], nn.Module],
+    *,
+    after_cut: Change | Sequence[Change | None] | None = None,
+) -> nn.Module:
     """The model that `save` wrote, in the mode (training or eval) of each module and the dtypes that it had.
 
     Args:
         folder: where.
         factory: makes the original model, with any weights.
+        after_cut: does to the small model what was done to it between the cut and the save and changed its shapes or
+            names, in place (a new head: `lambda small: small.reset_classifier(7)`). Of a model that was cut several
+            times: a list with one for each cut, None where nothing was done.
 
     Raises:
         PlanError: a plan is missing, was changed, or does not fit what the factory makes.
@@ -109,15 +122,35 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn
             fix="make the model on the CPU",
         )
     plans, modes, tensors = _read(path)
-    for plan in plans:
+    for plan, change in zip(plans, _changes(after_cut, len(plans)), strict=True):
         model = plan.apply(model)
+        if change is not None:
+            change(model)
     own = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if name in own and own[name].dtype != tensor.dtype:
             own[name].data = own[name].data.to(tensor.dtype)
-    fill(model, tensors, path)
+    fill(model, tensors, path, _NOT_THESE)
     _set_modes(model, modes, path)
     return model
+
+
+def _changes(after_cut: Change | Sequence[Change | None] | None, cuts: int) -> list[Change | None]:
+    """What to do after each cut.
+
+    Raises:
+        InputError: it is no function, or they are not as many as the cuts.
+    """
+    if after_cut is None or callable(after_cut):
+        return [None] * (cuts - 1) + [after_cut]
+    found = [*after_cut] if isinstance(after_cut, Sequence) else []
+    if len(found) != cuts or not all(change is None or callable(change) for change in found):
+        raise InputError(
+            f"after_cut is {said(after_cut)}", where="surgeon.load(folder, factory, after_cut=...)",
+            why=f"this model was cut {cuts} time{'s' * (cuts > 1)}",
+            fix="pass a function of the small model, for the last cut, or a list with a function or None for each cut",
+        )  # fmt: skip
+    return found
 
 
 def _made(factory: Callable[[], nn.Module], call: str) -> nn.Module:

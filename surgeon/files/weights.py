@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from surgeon.errors import InputError
 
+_FIX = "pass the weights of this architecture, all of them"
+
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, both of one version of it.
@@ -41,8 +43,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     fill(model, read_weights(path)[1], path)
 
 
-def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path) -> None:
+def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path, fix: str = _FIX) -> None:
     """Copy tensors of a file into a model, as `load_weights` does.
+
+    Args:
+        fix: what to do where they do not fit.
 
     Raises:
         InputError: they do not fit.
@@ -61,5 +66,5 @@ def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path) -> None:
             "the weights do not fit the model",
             where=str(path),
             why="; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""),
-            fix="pass the weights of this architecture, all of them",
+            fix=fix,
         )

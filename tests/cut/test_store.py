@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +205,29 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(body))
     with pytest.raises(PlanError, match="changed after it was written"):
         surgeon.load(tmp_path, Net)
+
+
+def test_a_head_that_was_replaced_after_the_cut(tmp_path: Path) -> None:
+    """The plan is for the original; what was done since is done again between plan and weights."""
+
+    def new_head(model: Any) -> None:
+        model.c = nn.Linear(model.c.in_features, 7)
+
+    def same(left: nn.Module, right: nn.Module) -> None:
+        assert torch.equal(left.eval()(X), right.eval()(X))
+
+    small = surgeon.shrink(Net().eval(), 0.4, example_inputs=X)
+    new_head(small)
+    surgeon.save(small, tmp_path)
+    with pytest.raises(InputError, match=r"size mismatch for c(.|\n)*after_cut=lambda small"):
+        surgeon.load(tmp_path, Net)
+    same(surgeon.load(tmp_path, Net, after_cut=new_head), small)
+    again = surgeon.shrink(small, 0.4, example_inputs=X)
+    assert len(surgeon.Plan.of(again)) == 2
+    surgeon.save(again, tmp_path)
+    same(surgeon.load(tmp_path, Net, after_cut=[new_head, None]), again)
+    with pytest.raises(PlanError, match="another architecture"):
+        surgeon.load(tmp_path, Net, after_cut=new_head)
+    for wrong in ([new_head], 7, [7, None]):
+        with pytest.raises(InputError, match="this model was cut 2 times"):
+            surgeon.load(tmp_path, Net, after_cut=wrong)  # type: ignore[arg-type]  # on purpose
