@@ -85,7 +85,7 @@ def layer_losses(source: Path, draft: Path, feeds: list[dict[str, Array]]) -> tu
     rounded = [f"{name}_DequantizeLinear_Output" for name in names]  # as the next layer reads it
     twins = [twin if twin in kept else name for name, twin in zip(names, rounded, strict=True)]
     gaps = _Gaps(names)
-    with tempfile.TemporaryDirectory(dir=draft.parent.parent, prefix=f".{draft.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=draft.parent) as folder:
         float_file = _watching(source, names, Path(folder) / "float.onnx")
         small_file = _watching(draft, twins, Path(folder) / "small.onnx")
         for fed in feeds if names else ():

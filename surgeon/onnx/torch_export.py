@@ -19,6 +19,7 @@ from surgeon.graph.tensors import tensor_leaves
 from surgeon.onnx.compare import Inputs
 from surgeon.onnx.file import INLINE_LIMIT, head
 from surgeon.onnx.interface import BATCH, OpenDim, open_dims
+from surgeon.onnx.simplify import simplify as simplified
 from surgeon.onnx.validate import ANY_BATCH
 
 _DIM = re.compile(r"(?:inputs|L)((?:\[[^]]+\])+)\.(?:shape|size\(\))\[(\d+)\]")
@@ -92,10 +93,14 @@ def _write(
     names = _output_names(model, inputs)
     try:
         with silence():
-            torch.onnx.export(
-                model, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=bool(simplify), verbose=False,
-                external_data=large, output_names=names, **options,
+            program = torch.onnx.export(
+                model, args, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, optimize=False, verbose=False,
+                output_names=names, **options,
             )  # fmt: skip
+            assert program is not None  # without a path
+            if simplify:
+                simplified(program)
+            program.save(draft, external_data=large)
     except OSError:
         raise
     except Exception as error:  # the exporter and the model's own code: all of it is reported

@@ -75,9 +75,9 @@ def test_fused_cnn_with_a_dynamic_batch(
 def test_a_batch_of_one_is_doubled_for_the_exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, shapes = torch.onnx.export, []
 
-    def spy(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
+    def spy(model: nn.Module, args: Any, **options: Any) -> Any:
         shapes.append((args[0].shape[0], options["dynamic_shapes"]))
-        right(model, args, path, **options)
+        return right(model, args, **options)
 
     monkeypatch.setattr(torch.onnx, "export", spy)
     export(nn.Linear(4, 3), tmp_path / "a.onnx", torch.randn(1, 4))
@@ -135,10 +135,10 @@ def test_tuple_inputs(tmp_path: Path) -> None:
 
 
 def test_a_wrong_bias_is_caught(cnn: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.onnx.export
+    right = torch.onnx.ONNXProgram.save
 
-    def wrong(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
-        right(model, args, path, **options)
+    def wrong(program: Any, path: Path, **options: Any) -> None:
+        right(program, path, **options)
         proto = onnx.load(str(path))
         (bias,) = (t for t in proto.graph.initializer if t.name == "5.bias")
         values = onnx.numpy_helper.to_array(bias).copy()
@@ -148,7 +148,7 @@ def test_a_wrong_bias_is_caught(cnn: nn.Module, tmp_path: Path, monkeypatch: pyt
 
     path = tmp_path / "model.onnx"
     path.write_text("what was there before")
-    monkeypatch.setattr(torch.onnx, "export", wrong)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", wrong)
     with pytest.raises(ExportError, match="computes something else"):
         export(cnn, path, torch.randn(2, 3, 9, 9))
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -156,12 +156,12 @@ def test_a_wrong_bias_is_caught(cnn: nn.Module, tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_illegal_file_is_caught(cnn: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
+    def damaged(program: Any, path: Path, **options: Any) -> None:
         node = onnx.helper.make_node("NoSuchOp", ["x"], ["y"])
         graph = onnx.helper.make_graph([node], "g", [], [])
         path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
 
-    monkeypatch.setattr(torch.onnx, "export", damaged)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", damaged)
     with pytest.raises(ExportError, match="illegal file"):
         export(cnn, tmp_path / "model.onnx", torch.randn(2, 3, 9, 9))
     assert list(tmp_path.iterdir()) == []

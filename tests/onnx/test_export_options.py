@@ -213,17 +213,17 @@ def test_branches_keep_biases_of_their_own(tmp_path: Path, fused: bool) -> None:
 
 
 def test_one_bias_for_two_branches_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.onnx.export
+    right = torch.onnx.ONNXProgram.save
 
-    def colliding(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
-        right(model, args, path, **options)
+    def colliding(program: Any, path: Path, **options: Any) -> None:
+        right(program, path, **options)
         proto = onnx.load(str(path))
         for node in proto.graph.node:
             if node.op_type == "Conv":
                 node.input[2] = "a.bias"
         onnx.save(proto, str(path))
 
-    monkeypatch.setattr(torch.onnx, "export", colliding)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", colliding)
     model = _TwoNorms().eval()
     nn.init.normal_(model.na.bias)
     nn.init.normal_(model.nb.bias)
@@ -256,8 +256,8 @@ def test_a_specialised_file_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     """An exporter that takes the batch for a constant: the file says one size where the batch was to vary."""
     right = torch.onnx.export
 
-    def specialised(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
-        right(model, args, path, **{**options, "dynamic_shapes": None})
+    def specialised(model: nn.Module, args: Any, **options: Any) -> Any:
+        return right(model, args, **{**options, "dynamic_shapes": None})
 
     monkeypatch.setattr(torch.onnx, "export", specialised)
     with pytest.raises(ExportError, match="its code fixes the batch size"):
@@ -285,10 +285,10 @@ def test_low_precision(tmp_path: Path, precision: str, kind: str, limit: float) 
 
 
 def test_a_wrong_bfloat16_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.onnx.export
+    right = torch.onnx.ONNXProgram.save
 
-    def wrong(model: nn.Module, args: Any, path: Path, **options: Any) -> None:
-        right(model, args, path, **options)
+    def wrong(program: Any, path: Path, **options: Any) -> None:
+        right(program, path, **options)
         proto = onnx.load(str(path))
         (bias,) = (t for t in proto.graph.initializer if t.name == "7.bias")
         values = np.asarray(onnx.numpy_helper.to_array(bias)).copy()
@@ -296,7 +296,7 @@ def test_a_wrong_bfloat16_file_is_caught(tmp_path: Path, monkeypatch: pytest.Mon
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(proto, str(path))
 
-    monkeypatch.setattr(torch.onnx, "export", wrong)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", wrong)
     with pytest.raises(ExportError, match="computes something else"):
         export(_cnn(), tmp_path / "low.onnx", torch.randn(2, 3, 9, 9), precision="bf16")
     assert list(tmp_path.iterdir()) == []

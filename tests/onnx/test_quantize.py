@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,20 @@ def test_external_weights_are_found(cnn: tuple[nn.Module, Path], tmp_path: Path)
     report = quantize(path, tmp_path / "out" / "small.onnx", _batches())
     assert report.size_before == path.stat().st_size + (tmp_path / "apart.data").stat().st_size
     assert report.error < 0.1
+
+
+def test_only_a_draft_lies_beside_the_file_meanwhile(
+    cnn: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of killed processes are removed by the next one; nothing else would be."""
+    losses, seen = importlib.import_module("surgeon.onnx.layer_errors"), list[str]()
+    right = losses._watching
+
+    def spy(*args: Any) -> Any:
+        seen.extend(file.name for file in tmp_path.iterdir())
+        return right(*args)
+
+    monkeypatch.setattr(losses, "_watching", spy)
+    quantize(cnn[1], tmp_path / "q.onnx", _batches(), method="dynamic")
+    assert seen and all(name.startswith(".surgeon-") for name in seen)
+    assert [file.name for file in tmp_path.iterdir()] == ["q.onnx"]
