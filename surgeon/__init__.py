@@ -18,7 +18,7 @@ if _TYPE_CHECKING:
     from surgeon.cut.store import load, save
     from surgeon.fusion.fuse import fuse
     from surgeon.onnx.export import export
-    from surgeon.onnx.quantize import quantize
+    from surgeon.onnx.quantization.quantize import quantize
     from surgeon.proof.result import Proof
     from surgeon.proof.verify import verify
     from surgeon.recovery.recover import Recovery, recover
@@ -43,7 +43,7 @@ _MODULES = {
     "cut.store": "load save",
     "fusion.fuse": "fuse",
     "onnx.export": "export",
-    "onnx.quantize": "quantize",
+    "onnx.quantization.quantize": "quantize",
     "proof.verify": "Proof verify",
     "recovery.recover": "Recovery recover",
     "timing.bench": "bench",

@@ -197,7 +197,7 @@ def quantize_command(
     """Write an int8 or fp16 copy of an ONNX file and print what it costs."""
     with reported():
         from surgeon.cli.files import batches_in
-        from surgeon.onnx.quantize import quantize
+        from surgeon.onnx.quantization.quantize import quantize
 
         batches = batches_in(data, batch)
         made = quantize(

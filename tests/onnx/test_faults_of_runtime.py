@@ -20,8 +20,8 @@ from surgeon.errors import FileError, QuantizeError, SurgeonError
 from surgeon.onnx import child_process
 from surgeon.onnx.child_process import guilty_node, run_in_child
 from surgeon.onnx.export import export
-from surgeon.onnx.float_nodes import check_scales, float_nodes
-from surgeon.onnx.quantize import quantize
+from surgeon.onnx.quantization.float_nodes import check_scales, float_nodes
+from surgeon.onnx.quantization.quantize import quantize
 
 
 def _file(path: Path, nodes: list[Any], constants: dict[str, Any], shape: list[int]) -> Path:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.onnx.export import export
-from surgeon.onnx.quantize import quantize
-from surgeon.onnx.quantize_methods import products_saturate
+from surgeon.onnx.quantization.methods import products_saturate
+from surgeon.onnx.quantization.quantize import quantize
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_weights_of_seven_bits(
     largest: int | None,
 ) -> None:
     """Left out, they are for CPUs whose products saturate; the report says so, and where its numbers hold."""
-    monkeypatch.setattr("surgeon.onnx.quantize_methods.products_saturate", lambda: saturates)
+    monkeypatch.setattr("surgeon.onnx.quantization.methods.products_saturate", lambda: saturates)
     report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), reduce_range=reduce_range)
     found = max(int(np.abs(values.astype(int)).max()) for values in _weights(report.path).values())
     assert found == (largest or (64 if saturates else 127))
@@ -262,7 +262,7 @@ def test_only_a_draft_lies_beside_the_file_meanwhile(
     cnn: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts of killed processes are removed by the next one; nothing else would be."""
-    losses, seen = importlib.import_module("surgeon.onnx.layer_errors"), list[str]()
+    losses, seen = importlib.import_module("surgeon.onnx.quantization.layer_errors"), list[str]()
     right = losses._watching
 
     def spy(*args: Any) -> Any:

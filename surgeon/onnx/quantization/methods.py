@@ -16,7 +16,12 @@ import numpy as np
 
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import INLINE_LIMIT, read, save, size_on_disk
-from surgeon.onnx.float_nodes import float_nodes, per_tensor_weights, with_finite_constants, with_names
+from surgeon.onnx.quantization.float_nodes import (
+    float_nodes,
+    per_tensor_weights,
+    with_finite_constants,
+    with_names,
+)
 
 METHODS = ("static", "dynamic", "fp16")
 RANGES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import QuantizeError
-from surgeon.onnx.layer_errors import PRODUCTS
+from surgeon.onnx.quantization.layer_errors import PRODUCTS
 
 _FAR = 1e4  # stands for infinity where only ranges are counted
 _MASKED = 1e3  # constants of this size are there to win over everything else

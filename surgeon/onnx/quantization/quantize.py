@@ -19,13 +19,13 @@ from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.files import silence
 from surgeon.graph.given import PATH, check_given
 from surgeon.onnx import compare as agree
-from surgeon.onnx import quantize_methods
 from surgeon.onnx.child_process import run_in_child
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import draft_of, head, name_by_content, open_session, read, size_on_disk
-from surgeon.onnx.float_nodes import check_scales
-from surgeon.onnx.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
-from surgeon.onnx.quantize_methods import METHODS, RANGES, WRITERS, Request
+from surgeon.onnx.quantization import methods
+from surgeon.onnx.quantization.float_nodes import check_scales
+from surgeon.onnx.quantization.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
+from surgeon.onnx.quantization.methods import METHODS, RANGES, WRITERS, Request
 
 _SHOWN = 5
 _SEVEN_BITS = "weights take 7 bits, which no CPU saturates on; reduce_range=False gives 8, for CPUs with VNNI, ARM and NPUs"
@@ -149,7 +149,7 @@ def quantize(
         name_by_content(draft)
         sizes = size_on_disk(source, proto), size_on_disk(draft)
     bits = 16 if method == "fp16" else 8 - request.reduce_range
-    saturates = bits == 8 and quantize_methods.products_saturate()
+    saturates = bits == 8 and methods.products_saturate()
     return QuantizeReport(
         target, method, sizes[0], sizes[1], gap, scores[0], scores[1], layers, bits, saturates
     )
@@ -162,9 +162,7 @@ def _request(
         raise InputError(
             "fp16 has no weights of 7 bits", fix='leave out reduce_range, or pass method="static"'
         )
-    reduced = method != "fp16" and (
-        quantize_methods.products_saturate() if reduce_range is None else reduce_range
-    )
+    reduced = method != "fp16" and (methods.products_saturate() if reduce_range is None else reduce_range)
     return Request(ranges, per_channel, reduced, tuple(ignore))
 
 
