@@ -1,6 +1,6 @@
 """Random networks, cut at random, many more than the tests draw: how many are cut and proved, and what happens to others.
 
-    python -m benchmarks.coverage.fuzz [--networks 20000] [--each 250] [--retry]
+    python -m benchmarks.coverage.fuzz [--networks 20000] [--each 200] [--retry]
 
 Each run of `tests/end_to_end/test_fuzz.py` has a seed of its own; runs are kept in benchmarks/.cache/fuzz.json, so that a
 sweep that was stopped goes on. A network for which the property does not hold stands in the output as the smallest one
@@ -61,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", type=int, default=20_000)
-    parser.add_argument("--each", type=int, default=250, help="networks of one run")
+    parser.add_argument("--each", type=int, default=200, help="networks of one run")
     parser.add_argument("--retry", action="store_true", help="run those that failed again")
     asked = parser.parse_args()
     known = kept("fuzz")
@@ -79,16 +79,19 @@ def main() -> None:
     ]
     failed = [key for key, row in known.items() if row["failed"]]
     notes = [
-        f"{total.total():,} networks of {len(known)} runs; in {len(failed)} runs a network was found for which the property does not hold"
-        + (f": {', '.join(failed)}." if failed else "."),
-        "Networks are made of the blocks of tests/models, one to twelve of them; ratio 25 to 75 %, all scopes and alignments, one call or two.",
+        f"{total.total():,} networks of {len(known)} runs. "
+        + (
+            f"The property does not hold in runs {', '.join(failed)}."
+            if failed
+            else "The property holds for all."
+        ),
+        (
+            "Networks are made of one to twelve of the blocks in tests/models; ratio 25 to 75 %, all scopes and alignments, one "
+            "call or two."
+        ),
     ]
-    write_result(
-        "fuzz",
-        "Random networks, cut at random",
-        markdown(["outcome", "networks", "share", "what it means"], table),
-        notes,
-    )
+    header = ["outcome", "networks", "share", "what it means"]
+    write_result("fuzz", "Random networks, cut at random", markdown(header, table), notes)
 
 
 if __name__ == "__main__":
