@@ -136,6 +136,8 @@ def test_random_networks(part: int) -> None:
 
     holds()
     print("outcomes", json.dumps(outcomes))
+    if ASKED:
+        return  # near examples are drawn one after the other: in a short run shares of outcomes say little
     total = outcomes.total()
     assert outcomes["cut"] >= 0.6 * total, outcomes
     assert outcomes["MendError"] <= 0.1 * total, outcomes

@@ -32,12 +32,11 @@ def by_mode(pick: Pick, x: Tensor) -> Layer:
 
 @block(SEQUENCE)
 def by_size(pick: Pick, x: Tensor) -> Layer:
-    """Another layer for long sequences, or for large batches."""
-    c, dim = width(x), pick((1, 0))
-    many, out = x.shape[dim] + pick((0, 1)), pick((c, 6))
+    """Another layer for long sequences."""
+    c, many, out = width(x), x.shape[1] + pick((0, 1)), pick((width(x), 6))
     run = pick((
-        lambda s, x: s.long(x) if x.shape[dim] > many else s.short(x), lambda s, x: s.short(x[:, :many]),
-        lambda s, x: s.short(x) + (s.long(x) if x.shape[dim] > many else 0),
+        lambda s, x: s.long(x) if x.shape[1] > many else s.short(x), lambda s, x: s.short(x[:, :many]),
+        lambda s, x: s.short(x) + (s.long(x) if x.shape[1] > many else 0),
     ))  # fmt: skip
     return Net(run, short=nn.Linear(c, out), long=nn.Linear(c, out))
 
