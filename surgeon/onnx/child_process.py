@@ -84,8 +84,11 @@ def guilty_node(path: Path, fed: dict[str, Array]) -> str:
     its beginnings does.
     """
     import onnx
+    import onnx_ir as ir
 
-    proto = read(path, weights=True)
+    model = ir.from_proto(read(path, weights=True))
+    model.graph.sort()  # the tools that write halves put casts at the end
+    proto = ir.to_proto(model)
     nodes = list(proto.graph.node)
     if proto.ByteSize() > (1 << 30) or not nodes:
         return ""
@@ -93,7 +96,7 @@ def guilty_node(path: Path, fed: dict[str, Array]) -> str:
         part = Path(folder) / "part.onnx"
 
         def dies(count: int) -> bool:
-            onnx.save(_beginning(proto, count), str(part))
+            onnx.save(_beginning(proto, nodes[:count]), str(part))
             return _tried(part, [fed], exact=False)[2]
 
         low, high = 0, len(nodes)  # the first `low` run, the first `high` do not
@@ -106,13 +109,12 @@ def guilty_node(path: Path, fed: dict[str, Array]) -> str:
     return f"{guilty.name} ({guilty.op_type})"
 
 
-def _beginning(proto: Any, count: int) -> Any:
-    """The first nodes of a file, with everything that no later one of them reads as outputs."""
+def _beginning(proto: Any, nodes: list[Any]) -> Any:
+    """These nodes of a file, with everything that none of them reads as outputs."""
     import onnx
 
     part = onnx.ModelProto()
     part.CopyFrom(proto)
-    nodes = list(proto.graph.node)[:count]
     read_names = {name for node in nodes for name in node.input}
     ends = [name for node in nodes for name in node.output if name and name not in read_names]
     del part.graph.node[:], part.graph.output[:], part.graph.value_info[:]

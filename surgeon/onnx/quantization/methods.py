@@ -26,6 +26,7 @@ from surgeon.onnx.quantization.float_nodes import (
 METHODS = ("static", "dynamic", "fp16")
 RANGES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _DYNAMIC = ["MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayerNormalization"]  # no Conv: slower
+_RECURRENT = ["LSTM", "GRU", "RNN"]  # stay float32 in an fp16 file: the CPU has no kernels for them, and ends
 _ENTROPY_BINS = {"num_bins": 1024, "num_quantized_bins": 128}
 
 
@@ -145,11 +146,18 @@ def _dynamic(source: Path, draft: Path, feeds: list[dict[str, Array]], request: 
 
 
 def _fp16(source: Path, draft: Path, feeds: list[dict[str, Array]], request: Request) -> None:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     half = convert_float_to_float16(
         read(source, weights=True), keep_io_types=True, node_block_list=list(request.ignore) or None,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_RECURRENT],
     )  # fmt: skip
+    once = {
+        node.SerializeToString(): node for node in half.graph.node
+    }  # a value that a node reads twice is cast twice
+    nodes = [type(node).FromString(text) for text, node in once.items()]
+    del half.graph.node[:]
+    half.graph.node.extend(nodes)
     save(half, draft)
 
 
