@@ -57,7 +57,10 @@ def record_runs(
     """
     check_model(model)
     calls = calls_of(model, example_inputs)
-    graphs = [capture(model, given, outputs=outputs) for given in calls]
+    try:
+        graphs = [capture(model, given, outputs=outputs) for given in calls]
+    except CaptureError as error:
+        raise _of_wrapper(model, error) from None
     if len(calls) > 1:
         graphs = [dataclasses.replace(graph, number=number) for number, graph in enumerate(graphs, 1)]
     runs = further_runs(model, graphs)
@@ -65,6 +68,19 @@ def record_runs(
         said = "a list as example_inputs was taken for the positional arguments of one call; surgeon.Calls holds several"
         runs = dataclasses.replace(runs, remarks=(said, *runs.remarks))
     return runs
+
+
+def _of_wrapper(model: nn.Module, error: CaptureError) -> CaptureError:
+    """The error, with better advice where a module of its own `train` (an interface of a library that trains models)
+    holds all weights in one part.
+    """
+    parts = {name: part for name, part in model._modules.items() if part is not None}
+    if type(model).train is nn.Module.train or len(parts) != 1:
+        return error
+    ((name, part),) = parts.items()
+    fix = f"pass its part {name} ({type(part).__name__}), which is the model itself"
+    why = f"{type(model).__name__} has a train() of its own, as interfaces around a model have"
+    return CaptureError(error.what, where=error.where, why=error.why or why, fix=fix)
 
 
 def further_runs(model: nn.Module, calls: Sequence[Graph]) -> Runs:

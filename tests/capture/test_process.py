@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from untouched import untouched
 
 import surgeon
-from surgeon.errors import ProofError
+from surgeon.errors import CaptureError, ProofError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -179,6 +179,22 @@ def test_train_is_never_called() -> None:
     merges = Merges()
     with untouched(merges):
         cut(merges)
+
+
+class Predicts(StartsTraining):
+    """One that can only be asked for predictions, of images in files."""
+
+    def forward(self, x: Tensor) -> Any:
+        raise TypeError("the name of an image file is expected")
+
+
+def test_the_advice_for_a_wrapper_names_the_model_in_it() -> None:
+    with pytest.raises(CaptureError, match=r"pass its part model \(Net\)") as told:
+        surgeon.inspect(Predicts(), X)
+    assert "image file" in str(told.value)
+    with pytest.raises(CaptureError) as plain:
+        surgeon.inspect(Predicts().model, "a.jpg")  # the model itself
+    assert "its part" not in str(plain.value)
 
 
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
