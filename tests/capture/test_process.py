@@ -193,7 +193,7 @@ def test_the_advice_for_a_wrapper_names_the_model_in_it() -> None:
         surgeon.inspect(Predicts(), X)
     assert "image file" in str(told.value)
     with pytest.raises(CaptureError) as plain:
-        surgeon.inspect(Predicts().model, "a.jpg")  # the model itself
+        surgeon.inspect(Predicts().model, X[:, :2])  # the model itself
     assert "its part" not in str(plain.value)
 
 
