@@ -17,6 +17,7 @@ from torch import nn
 
 from surgeon.capture.capture import capture
 from surgeon.capture.inputs import calls_of
+from surgeon.capture.paths.decisions import without_entries
 from surgeon.capture.paths.same_run import adds_nothing, gives_the_same
 from surgeon.capture.rebuilt_state import rebuilt
 from surgeon.errors import CaptureError, InputError
@@ -87,6 +88,7 @@ def further_runs(model: nn.Module, calls: Sequence[Graph]) -> Runs:
     """What else is to be seen of a model of which these calls were recorded in eval mode."""
     graphs, unseen = list(calls), list[str]()
     for run in calls:
+        unseen += without_entries(run)
         unseen += _further(model, run, graphs)
     state = rebuilt(model, graphs)
     graphs = [dataclasses.replace(graph, rebuilt=state) for graph in graphs]

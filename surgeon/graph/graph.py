@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-HELD = "_held_"  # begins the names of lifted constants that the model keeps in a list, a dict or an object
+HELD = (
+    "_held_"  # begins the names of constants that were there before the run: in a list, an object, a closure
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Decision:
     Attributes:
         kind: "value" of a tensor, "size", or "mode" that holds for the whole process.
         what: what was looked at, such as "4 > 16" or "torch.is_grad_enabled()".
-        went: the answer.
+        went: the answer; "" if only what it was asked of is known.
         source: (file, line) of the user's code.
         node: the value that was looked at, None for a mode.
         dim: the dim of a size.

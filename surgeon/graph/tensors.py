@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import InputError
-from surgeon.graph.module_tree import modules_of, named_modules, named_registered
+from surgeon.graph.module_tree import named_modules, named_registered
 from surgeon.graph.nests import attributes
 
 
@@ -42,39 +42,6 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
                 if isinstance(value, Tensor):
                     found.append((f"{prefix}.{name}" if prefix else name, value))
     return found
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """The tensors that modules keep in lists, dicts and objects of their own, such as caches. They have no names."""
-    modules = modules_of(model)
-    known: set[int] = set(map(id, modules))
-    todo: list[Any] = []
-    for module in modules:
-        own = [value for name, value in module.__dict__.items() if name not in _OF_MODULES]
-        todo += [value for value in own if type(value) not in _PLAIN and not isinstance(value, Tensor)]
-    found: list[Tensor] = []
-    while todo:
-        value = todo.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif type(value) not in _PLAIN and id(value) not in known and not isinstance(value, type):
-            known.add(id(value))
-            todo += _items(value)
-    return found
-
-
-_OF_MODULES = frozenset(vars(nn.Module()))
-_PLAIN = frozenset((int, float, bool, str, bytes, type(None)))  # they hold nothing
-
-
-def _items(value: Any) -> list[Any]:
-    """What a container or an object holds."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    own = type(value).__module__.partition(".")[0] not in ("torch", "builtins")
-    return list(vars(value).values()) if own and hasattr(value, "__dict__") else []
 
 
 def tensor_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -107,7 +107,8 @@ class Reference:
         if made is not None:
             data, mask = self.values[made.value]
             for dim in made.dims:
-                self.terms[made.value, dim] = int(masks.counted(mask, data.shape, [dim]).max())
+                counted = masks.counted(mask, data.shape, [dim])
+                self.terms[made.value, dim] = int(counted.max()) if counted.numel() else 0
 
     def unexplained(self) -> tuple[fx.Node, float, float] | None:
         """A number that differs in the small model's code and scales no sum that lost a like share of its

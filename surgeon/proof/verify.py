@@ -275,8 +275,13 @@ def _check_constants(run: Reference) -> None:
 def _reads_values(graph: Graph) -> bool:
     if graph.reads:
         return True
-    names = {"_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "masked_select"}
-    return any(node.op == "call_function" and op_name(node) in names for node in graph.fx.nodes)
+    for node in graph.fx.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.data_dependent_output in tags:
+            return True
+        if torch.Tag.dynamic_output_shape in tags and op_name(node) != "index":  # most are by whole numbers
+            return True
+    return False
 
 
 def _double(tree: Any, drawn: bool) -> Any:

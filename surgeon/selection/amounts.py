@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,7 +48,7 @@ def parse(kind: str, value: Any) -> tuple[float, bool]:
             return parse(kind, float(match[1]))
         amount = float(match[1])
         amount, shared = (amount / 100, True) if unit == "%" else (amount * units[unit], False)
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise InputError(f"{kind} must be a finite number or a text with a unit, got {value!r}", fix=fix)
     else:
         amount, shared = float(value), value <= 1
@@ -77,9 +78,9 @@ def matches(pattern: str, name: str) -> bool:
 
 def check_share(name: str, value: Any, closed: bool) -> None:
     """Refuse what is no share in [0, 1), or in [0, 1] if the range is closed."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise InputError(f"{name} must be a finite number, got {value!r}")
-    if not 0 <= value < 1 and not (closed and value == 1):
+    if not 0 <= float(value) < 1 and not (closed and value == 1):
         raise InputError(
             f"{name} {value} is outside [0, 1{']' if closed else ')'}",
             why="it is the share of channels to remove: 0 removes nothing, 0.5 every second channel",

@@ -214,3 +214,40 @@ class Queries(nn.Module):
 def test_a_batch_of_repeated_queries_holds_no_heads() -> None:
     small = cut(Queries(), torch.randn(2, 6, 5))
     assert small.last.in_features == 8 and small.attend.q_proj_weight.shape == (8, 8)
+
+
+class Hidden(nn.Module):
+    """Uses tensors that it does not register: in a module in a list, or in a function's closure."""
+
+    def __init__(self, apply: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden = [apply]
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.d(self.hidden[0](y) + self.c(self.b(y).relu()))
+
+
+def _zeros() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _scaled_by(numbers: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda y: y * numbers
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [nn.Linear(8, 8), nn.LayerNorm(8), _zeros(), _scaled_by(torch.ones(8)), _scaled_by(torch.rand(8))],
+    ids=["weights", "ones", "zeros", "ones in a closure", "numbers in a closure"],
+)
+def test_tensors_that_were_there_before_stay_whatever_their_numbers(
+    apply: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    small = surgeon.shrink(Hidden(apply).eval(), 0.5, example_inputs=torch.randn(2, 5), round_to=1)
+    assert (small.a.out_features, small.b.out_features) == (8, 6)

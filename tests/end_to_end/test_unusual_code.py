@@ -301,3 +301,33 @@ def test_what_the_code_stopped_with_is_said() -> None:
     with pytest.raises(MendError, match="strides should be multiple of 16 bytes"):
         surgeon.shrink(model, 0.25, example_inputs=x, round_to=1)
     assert surgeon.shrink(model, 0.5, example_inputs=x, round_to=8).a.out_features == 8
+
+
+class Tries(nn.Module):
+    """Calls ops that fail and goes on without them; puts NaN where a number is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        try:
+            y = y * (x @ torch.ones(7, 1))
+        except RuntimeError:
+            y = y * 2
+        try:
+            y = y + x.reshape(-1, 7).sum()
+        except RuntimeError:
+            y = y + 1
+        missing = torch.full_like(y, torch.nan)
+        return self.b(
+            torch.where(y > 0, y, missing).nan_to_num(0.5) + y.masked_fill(y < 0, torch.nan).nan_to_num()
+        )
+
+
+def test_ops_that_fail_and_numbers_that_are_none() -> None:
+    torch.manual_seed(0)
+    model, x = Tries().eval(), torch.randn(4, 6)
+    small = surgeon.shrink(model, 0.5, example_inputs=x, round_to=1)
+    assert small.a.out_features == 8 and small(x).isfinite().all()

@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from surgeon.capture.paths.source_tests import holds_a_test, only_checks
 from surgeon.capture.value_dependent import draws
-from surgeon.graph.graph import Decision, spec
+from surgeon.graph.graph import Decision, Graph, spec
 from surgeon.graph.messages import source_line
 from surgeon.ops.table import op_name
-
-_READS = frozenset(
-    ("_local_scalar_dense", "is_nonzero", "equal")
-)  # `bool(x)`, `x.item()`, `torch.equal`, and what is made of them
 
 
 def reads_a_value(op: Any) -> bool:
     """Whether an op tells Python, or another op, something about the values of a tensor."""
-    return str(op._schema.name).removeprefix("aten::") in _READS
+    return (
+        torch.Tag.data_dependent_output in op.tags
+    )  # `bool(x)`, `x.item()`, `torch.equal`, and what is made of them
 
 
 def note_value(node: fx.Node, result: Any, source: tuple[str, int] | None) -> None:
@@ -34,10 +33,40 @@ def note_value(node: fx.Node, result: Any, source: tuple[str, int] | None) -> No
         node.meta.setdefault("decisions", []).append(Decision("value", said, str(result)[:20], source, node))
 
 
+def note_parts(node: fx.Node | None, dim: int, result: Any, source: tuple[str, int] | None) -> None:
+    """Write down that Python got parts of a tensor, as many as a dim holds, where it compares."""
+    if node is not None and source is not None and holds_a_test(*source):
+        made = Decision("size", f"{len(result)} parts", "", source, node, dim)
+        node.meta.setdefault("decisions", []).append(made)
+
+
+def note_left(node: fx.Node | None, how: str, source: tuple[str, int] | None) -> None:
+    """Write down that all values of a tensor left torch: whatever the code decides by them is not seen."""
+    if node is not None and source is not None:
+        made = Decision("value", f"values that left torch by {how}", "", source, node)
+        node.meta.setdefault("decisions", []).append(made)
+
+
+def without_entries(graph: Graph) -> Iterator[str]:
+    """Where nothing was left to compute with, as no entry was selected or an input has none."""
+    for _, node in graph.inputs:
+        if 0 in spec(node).shape:
+            yield f"an input has no entries (its shape is {spec(node).shape}): what is computed of it shows nothing"
+    for node in graph.fx.nodes:
+        if (
+            node.op == "call_function"
+            and node.users
+            and torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        ):
+            found = spec(node)
+            if 0 in found.shape and found.dtype.is_floating_point:
+                yield f"no entry was selected at {source_line(node.meta['source'])}: what is computed of it shows nothing"
+
+
 def note_length(node: fx.Node | None, result: Any, source: tuple[str, int] | None) -> None:
     """Write down that Python got the length of a tensor (a plain number, whatever is returned) where it compares."""
     if node is not None and source is not None and holds_a_test(*source):
-        made = Decision("size", f"length {result}", "as it is", source, node, 0)
+        made = Decision("size", f"length {result}", "", source, node, 0)
         node.meta.setdefault("decisions", []).append(made)
 
 
@@ -90,4 +119,8 @@ def said(decisions: Iterable[Decision], varies: Callable[[fx.Node, int], bool]) 
     for decision in lines.values():
         what = decision.what if decision.kind == "value" else f"a size ({decision.what})"
         place = f" at {source_line(decision.source)}" if decision.source else ""
-        yield f"the code decided by {what}{place}: it was {decision.went}"
+        yield (
+            f"the code decided by {what}{place}: it was {decision.went}"
+            if decision.went
+            else f"the code may decide by {what}{place}"
+        )

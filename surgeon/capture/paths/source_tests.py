@@ -31,7 +31,12 @@ def only_checks(path: str, line: int) -> bool:
 
 def holds_a_test(path: str, line: int) -> bool:
     """Whether something is compared or tested at this line."""
-    return any(first <= line <= last for first, last, _ in _tests(path)) or line in _compared(path)
+    return any(first <= line <= last for first, last, _ in _tests(path)) or compares_numbers(path, line)
+
+
+def compares_numbers(path: str, line: int) -> bool:
+    """Whether something is compared at this line, other than by `is`."""
+    return line in _compared(path)
 
 
 @lru_cache(maxsize=256)
@@ -40,7 +45,7 @@ def _compared(path: str) -> frozenset[int]:
     lines = (
         range(n.lineno, (n.end_lineno or n.lineno) + 1)
         for n in ast.walk(_tree(path))
-        if isinstance(n, ast.Compare)
+        if isinstance(n, ast.Compare) and not all(isinstance(o, ast.Is | ast.IsNot) for o in n.ops)
     )
     return frozenset(itertools.chain.from_iterable(lines))
 

@@ -58,6 +58,7 @@ class Recorder(PlainMode):
         if aliasing.keeps_layout(func, args):  # only strides of dims of size 1 change
             return self.run(func, args, kwargs)
         written = aliasing.written(func, args, kwargs)
+        self.values.made = args[0] if func is torch.ops.aten.lift_fresh.default else None
         graph_args, graph_kwargs = (
             self.values.nodes(args),
             {key: self.values.nodes(value) for key, value in kwargs.items()},

@@ -17,7 +17,7 @@ from surgeon.capture.call_stack import CallStack, user_line
 from surgeon.capture.recording import aliasing
 from surgeon.errors import CaptureError
 from surgeon.graph.graph import HELD, Spec
-from surgeon.graph.tensors import held_tensors, named_tensors
+from surgeon.graph.tensors import named_tensors
 
 _NESTED = (Tensor, list, tuple)  # what arguments hold tensors in, and tensors
 _CONST_LIMIT = 1 << 22  # integer values larger than this are not kept for index arithmetic
@@ -54,6 +54,8 @@ class Values:
         stored: those that its state dict holds.
         inputs: (path, node) of the tensors among the run's inputs.
         last: the op that was recorded last.
+        made: a tensor that the code has just made of Python's numbers; any other that the run has not met was there
+            before it, in a list or a closure.
     """
 
     def __init__(self, model: nn.Module, stack: CallStack) -> None:
@@ -68,13 +70,13 @@ class Values:
             else:
                 self.aliases[name] = first
         self.owned = frozenset(self.tensors)
-        self.held = {id(tensor): tensor for tensor in held_tensors(model)}
         kept = (t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor))
         self.stored = frozenset(self.names[id(t)] for t in kept if id(t) in self.names)
         self._known: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
         self.kept: list[Tensor] = []  # inputs and lifted constants, alive as long as the recorder
         self.inputs: list[tuple[str, fx.Node]] = []
         self.last: fx.Node | None = None
+        self.made: Tensor | None = None
         self._ops = 0
 
     def lookup(self, tensor: Tensor) -> Value | None:
@@ -102,7 +104,7 @@ class Values:
             return value
         name = self.names.get(id(tensor))
         if name is None:
-            kind = HELD if id(tensor) in self.held else "_constant_"
+            kind = "_constant_" if tensor is self.made else HELD
             name = f"{kind}{len(self.tensors) - len(self.owned)}"
             self.tensors[name] = tensor.detach().clone()
             self.kept.append(tensor)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.capture.call_stack import user_line
 from surgeon.capture.hollow.mode import HollowRun
-from surgeon.capture.paths.decisions import note_length
+from surgeon.capture.paths.decisions import note_left, note_length, note_parts
 from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
 from surgeon.capture.sizes.tracing import Sizes, inside_transform, rate_of_dropout
 from surgeon.graph.graph import Read
@@ -35,6 +35,13 @@ class Cut:
     first: int
     last: int
     source: Follows
+
+
+_PARTS = {
+    "split": 2,
+    "chunk": 2,
+    "unbind": 1,
+}  # which argument is the dim; how many parts there are depends on its size
 
 
 class SizeMode(Sizes):
@@ -61,7 +68,7 @@ class SizeMode(Sizes):
         self.rates: list[Any] = []  # of dropouts
 
     def one(self, tensor: Tensor, dim: int, size: int) -> int:
-        node = self.node_of(tensor) if size > 1 else None
+        node = self.node_of(tensor) if size != 1 else None
         return size if node is None else TracedInt(size, Follows(node, dim))
 
     def all_entries(self, tensor: Tensor, count: int) -> int:
@@ -76,7 +83,9 @@ class SizeMode(Sizes):
             self.hollow.reads(tensor)
         with _disable_current_modes():
             value = tensor.detach().clone()
-        self.reads.append(Read(how, self.node_of(tensor), value, user_line()))
+        node = self.node_of(tensor)
+        note_left(node, how, user_line())
+        self.reads.append(Read(how, node, value, user_line()))
         return function(tensor)
 
     def product(self, number: int, run: Callable[[], Any]) -> Any:
@@ -98,6 +107,9 @@ class SizeMode(Sizes):
         result = super().__torch_function__(func, types, args, kwargs)
         if name == "__len__":
             note_length(self.node_of(args[0]), result, user_line())
+        elif name in _PARTS and not any(isinstance(arg, list | tuple) for arg in args[1:]):
+            dim = (kwargs or {}).get("dim", args[_PARTS[name]] if len(args) > _PARTS[name] else 0)
+            note_parts(self.node_of(args[0]), dim % args[0].dim(), result, user_line())
         elif name in ("numel", "nelement") and type(result) is int:
             return self.all_entries(args[0], result)
         if name == "flatten" and isinstance(result, Tensor):

@@ -11,13 +11,13 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from surgeon.capture.paths.source_tests import compares
+from surgeon.capture.paths.source_tests import compares, compares_numbers, holds_a_test
 from surgeon.graph.graph import Decision
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torch's own asserts decide nothing
@@ -41,8 +41,7 @@ class Size(int):
     """
 
     def __hash__(self) -> int:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("einops."):
-            raise TypeError("a size that is traced has no hash here")
+        _refuse_hash(sys._getframe(1))
         return hash(int(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,15 +51,23 @@ class Size(int):
         return int(self)
 
 
+def _refuse_hash(frame: types.FrameType) -> None:
+    if frame.f_globals.get("__name__", "").startswith("einops."):
+        raise TypeError("a size that is traced has no hash here")
+
+
 class _OfSizes:
     """What numbers have in common that were computed from sizes: where the code compares one it decides on a size."""
 
     sources: tuple[Follows, ...]
 
-    def decides(self, other: Any, sign: str, went: bool, frame: types.FrameType) -> None:
+    def decides(self, other: Any, sign: str, went: bool | str, frame: types.FrameType) -> None:
         """The code decides on this number: sizes that are other ones may take it elsewhere."""
         path = frame.f_code.co_filename
-        if path.startswith((_TORCH_DIR, _OWN_DIR)) or not compares(frame):
+        if path.startswith((_TORCH_DIR, _OWN_DIR)):
+            return
+        at_a_test = compares_numbers if sign else holds_a_test  # `max(a, b)` compares and gives a number
+        if not compares(frame) and not at_a_test(path, frame.f_lineno):
             return
         said = f"{_plain(self)} {sign} {_plain(other)}" if sign else f"{_plain(self)}"
         for source in self.sources:
@@ -90,9 +97,17 @@ class _OfSizes:
         self.decides(None, "", went, sys._getframe(1))
         return went
 
+    def _with(self, value: Any, other: Any = None) -> Any:
+        """The result of arithmetic with another number, as far as it is a plain one."""
+        kind = {int: SizeNumber, float: SizeQuotient}.get(type(value))
+        if kind is None:
+            return value
+        more = other.sources if isinstance(other, _OfSizes) else ()
+        return kind(value, tuple(dict.fromkeys((*self.sources, *more))))
+
 
 class SizeQuotient(_OfSizes, float):  # type: ignore[misc]  # comparisons take any object, as those of int do
-    """A quotient of sizes."""
+    """A quotient of sizes, or another number between whole ones that was computed of them."""
 
     def __new__(cls, value: float, sources: tuple[Follows, ...]) -> SizeQuotient:
         made = super().__new__(cls, value)
@@ -105,6 +120,27 @@ class SizeQuotient(_OfSizes, float):  # type: ignore[misc]  # comparisons take a
     __hash__ = float.__hash__
 
 
+def _follow_arithmetic(kind: type, operators: Iterable[Callable[..., Any]], single: str) -> None:
+    """Give a kind of number operators whose results know the same sources."""
+    for operate in operators:
+        name = operate.__name__.strip("_")
+
+        def forward(self: Any, other: Any, operate: Any = operate) -> Any:
+            return self._with(operate(_plain(self), _plain(other)), other)
+
+        def backward(self: Any, other: Any, operate: Any = operate) -> Any:
+            return self._with(operate(_plain(other), _plain(self)), other)
+
+        setattr(kind, f"__{name}__", forward)
+        setattr(kind, f"__r{name}__", backward)
+    for name in single.split():
+
+        def alone(self: Any, *digits: int, name: str = f"__{name}__") -> Any:
+            return self._with(getattr(_plain(self), name)(*digits))
+
+        setattr(kind, f"__{name}__", alone)
+
+
 class SizeNumber(_OfSizes, Size):
     """A whole number that was computed from sizes."""
 
@@ -113,55 +149,32 @@ class SizeNumber(_OfSizes, Size):
         made.sources = sources
         return made
 
-    def _with(self, value: Any, other: Any) -> Any:
-        """The result of arithmetic with another number, as far as it is a plain one."""
-        kind = {int: SizeNumber, float: SizeQuotient}.get(type(value))
-        if kind is None:
-            return value
-        more = other.sources if isinstance(other, _OfSizes) else ()
-        return kind(value, tuple(dict.fromkeys((*self.sources, *more))))
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._with(int(self) / _plain(other), other)
-
-    def __pow__(self, other: Any) -> Any:  # type: ignore[override]  # without a modulus
-        return self._with(int(self) ** _plain(other), other)
-
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
-    def __floordiv__(self, other: Any) -> Any:
-        return self._with(int(self) // _plain(other), other)
+    def __float__(self) -> float:  # `math.sqrt(size)` gives a number that is not followed
+        self.decides(None, "", "", sys._getframe(1))
+        return float(int(self))
 
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(other // int(self), other)
+    def __hash__(self) -> int:  # it is looked for in a set or a dict
+        frame = sys._getframe(1)
+        _refuse_hash(frame)
+        self.decides(None, "", "", frame)
+        return hash(int(self))
 
-    def __mul__(self, other: Any) -> Any:
-        return self._with(int(self) * _plain(other), other)
 
-    __rmul__ = __mul__
-
-    def __add__(self, other: Any) -> Any:
-        return self._with(int(self) + _plain(other), other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(int(self) - _plain(other), other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(other - int(self), other)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._with(int(self) % _plain(other), other)
-
-    def __rmod__(self, other: Any) -> Any:
-        return self._with(other % int(self), other)
-
-    def __neg__(self) -> SizeNumber:
-        return SizeNumber(-int(self), self.sources)
-
-    __hash__ = Size.__hash__
+_ARITHMETIC = (
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+    operator.pow,
+)
+_OF_BITS = operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift
+_follow_arithmetic(SizeQuotient, _ARITHMETIC, "neg abs ceil floor trunc round")
+_follow_arithmetic(SizeNumber, (*_ARITHMETIC, *_OF_BITS), "neg abs")
 
 
 def _compare(number: Any, other: Any, compare: Callable[[Any, Any], bool], sign: str) -> bool:

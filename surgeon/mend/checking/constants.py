@@ -8,6 +8,7 @@ edit that is to blame for one is taken back, unless the number counts the terms 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ def changed_constants(
         if name not in was or now.places[name] in sizes or name in _OF_MEMORY:
             continue
         pair = _pair(was[name], number, made)
-        if pair is None or pair[0] == pair[1]:
+        if pair is None or _same(*pair):
             continue
         if has(op_name(call.node), Trait.SLICES) and name in ("start", "end") and _beyond(was, now, name):
             continue
@@ -96,16 +97,20 @@ def _pair(was: Any, now: Any, made: Mapping[fx.Node, Tensor]) -> tuple[float, fl
         old = made.get(was)
         if old is None or old.shape != now.shape or old.is_complex() or old.is_meta or now.is_meta:
             return None
-        odd = (old != now).flatten()
+        odd = ((old != now) & ~(old.isnan() & now.isnan())).flatten()
         if not bool(odd.any()):
             return None
         first = int(odd.nonzero()[0])
         return float(old.flatten()[first]), float(now.flatten()[first])
     if isinstance(was, list | tuple) and isinstance(now, list | tuple) and len(was) == len(now):
         pairs = (_pair(a, b, made) for a, b in zip(was, now, strict=True))
-        return next((pair for pair in pairs if pair is not None and pair[0] != pair[1]), None)
+        return next((pair for pair in pairs if pair is not None and not _same(*pair)), None)
     before, after = number_in(was, made), number_in(now, {})
     return None if before is None or after is None else (before, after)
+
+
+def _same(before: float, after: float) -> bool:
+    return before == after or (math.isnan(before) and math.isnan(after))
 
 
 def _beyond(was: Arguments, now: Arguments, name: str) -> bool:

@@ -143,4 +143,7 @@ class _SmallSizes(Sizes):
             return func(*args, **(kwargs or {}))
         except RuntimeError:
             sizes = list(args[1]) if len(args) == 2 and isinstance(args[1], list | tuple) else list(args[1:])
-            return self.comparer.reshaped(args[0], sizes)
+            made = self.comparer.reshaped(args[0], sizes)
+            if made is None:
+                raise
+            return made
