@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.capture.hollow.mode import NeedsValuesError, hollow
-from surgeon.capture.inputs import find_inputs, normalize
+from surgeon.capture.inputs import find_inputs, input_name, normalize
 from surgeon.capture.meta_run import real_indices
 from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
 from surgeon.capture.paths.training_reads import TrainingReads
@@ -119,7 +119,8 @@ def _recorded(
             raise
         except Exception as error:  # the model's own code: all of it is reported
             shapes = ", ".join(
-                f"{path} {tuple(t.shape)} {t.dtype}" for path, t in tensor_leaves((args, kwargs))
+                f"{input_name(model, path)} {tuple(t.shape)} {t.dtype}"
+                for path, t in tensor_leaves((args, kwargs))
             )
             raise CaptureError(
                 f"the model does not run on the example inputs: {type(error).__name__}: {error}",

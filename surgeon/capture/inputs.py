@@ -66,6 +66,17 @@ def _are_calls(model: nn.Module, items: list[Any]) -> bool:
     return False
 
 
+def input_name(model: nn.Module, path: str) -> str:
+    """An input as the model's forward calls it: its path is "0.i" for the argument at place i, "1.name" for a keyword."""
+    where, _, rest = path.partition(".")
+    place, _, inner = rest.partition(".")
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in places]
+    if where == "0" and place.isdigit():
+        place = names[int(place)] if int(place) < len(names) else f"input {place}"
+    return f"{place}.{inner}" if inner else place
+
+
 def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a tensor, a tuple or list (positional) or a dict (keywords).
 

@@ -49,7 +49,7 @@ def build(name: str) -> nn.Module:
 
 def _from_file(name: str) -> nn.Module:
     path, _, factory = name.rpartition(":")
-    if not path or not factory or not Path(path).is_file():
+    if not path or not factory or not os.path.isfile(path):
         missing = f"there is no file {path!r}" if path and factory else "the name of the factory is missing"
         raise InputError(f"cannot load {name!r}: {missing}", fix="use path/to/file.py:factory")
     file = Path(path).resolve()

@@ -206,7 +206,7 @@ def _weights_in(folder: Path) -> dict[Path, tuple[int, int]]:
     found = {}
     try:
         whole = folder / WEIGHTS
-        for file in [whole] if whole.exists() else sorted(folder.glob("*.safetensors")):
+        for file in [whole] if os.path.exists(whole) else sorted(folder.glob("*.safetensors")):
             stat = file.stat()
             found[file] = stat.st_ino, stat.st_mtime_ns
     except OSError:  # it is gone
@@ -247,7 +247,7 @@ def _check_texts(folder: Path, plans: Iterable[Plan]) -> None:
     """Refuse a `plan.json` that says something else than the weights do: somebody changed or moved one of them."""
     for number, plan in enumerate(plans):
         path = folder / text_name(number)
-        if path.exists() and Plan.load(path) != plan:
+        if os.path.exists(path) and Plan.load(path) != plan:
             raise PlanError(
                 "the plan in this folder is not that of the weights", where=str(path),
                 why="they were saved with another one",
@@ -260,10 +260,13 @@ def _modes_in(metadata: Mapping[str, str], where: Path) -> Any:
         found = json.loads(metadata.get(MODES, ""))
         if isinstance(found["training"], bool) and all(isinstance(name, str) for name in found["except"]):
             return found
-        why = "it holds other things"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {str(error)[:200]}"
-    raise PlanError("the weights do not say in which mode the modules were", where=str(where), why=why)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # it is told below
+    why = f"their metadata {MODES!r} holds something else"
+    raise PlanError(
+        "the weights do not say in which mode the modules were", where=str(where), why=why,
+        fix="load a folder that surgeon.save(small, folder) wrote, as it is",
+    )  # fmt: skip
 
 
 def _set_modes(model: nn.Module, modes: Any, where: Path) -> None:

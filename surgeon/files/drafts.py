@@ -90,16 +90,16 @@ def _remove(draft: Path, lock: int) -> None:
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
     """The folder is there; it and those that hold it are removed again if nothing came into them."""
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    made = [f for f in (folder, *folder.parents) if not os.path.exists(f)]
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
             raise unwritable(folder, error) from error
         yield
     finally:
         for empty in made:
-            with contextlib.suppress(OSError):  # it holds a result
+            with contextlib.suppress(OSError, ValueError):  # it holds a result
                 empty.rmdir()
 
 

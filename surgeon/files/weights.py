@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         InputError: the file is missing, damaged, or none.
     """
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("this is no regular file")
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -86,7 +86,7 @@ class LatencyTable:
         """What the file holds: milliseconds by target and kernel. Of a damaged file what is sound: all else is
         measured anew.
         """
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return {}
         try:
             found = json.loads(read_file(self.path, _LARGEST))

@@ -131,6 +131,10 @@ def export(
     _check_options(precision, simplify)
     target = Path(path)
     inputs = normalize(find_inputs(model)[0] if example_inputs is None else example_inputs)
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise InputError(
+            f"opset must be a whole number, got {opset!r}", fix="pass opset=20, say, or leave it out"
+        )
     dynamic_batch = dynamic_batch and dynamic_shapes is None
     batch = batch_size_of(inputs)
     if dynamic_batch and batch == 0:

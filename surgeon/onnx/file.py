@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str], weights: bool = False) -> Any:
             "this is not an ONNX file", where=str(path), why="it holds no graph with outputs", fix=_WRITE_ANEW
         )
     for file, needed in _external(proto, str(path)).items():
-        found = (path.parent / file).stat().st_size if (path.parent / file).is_file() else -1
+        found = (path.parent / file).stat().st_size if os.path.isfile(path.parent / file) else -1
         if found < needed:
             state = "is missing" if found < 0 else f"has {found:,} of {needed:,} bytes"
             fix = "copy it next to the ONNX file, as surgeon.export wrote it"
@@ -64,9 +64,9 @@ def read(path: str | os.PathLike[str], weights: bool = False) -> Any:
 
 def _check_there(path: Path) -> None:
     problem = None
-    if path.is_dir():
+    if os.path.isdir(path):
         problem = "this is a folder, not an ONNX file"
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         problem = "there is no such file"
     elif not path.stat().st_size:
         problem = "the file is empty"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 from collections import defaultdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from surgeon.capture.inputs import input_name
 from surgeon.coupling.analysis import Analysis
 from surgeon.coupling.frozen import FrozenGroup
 from surgeon.coupling.groups import Group
@@ -29,7 +29,7 @@ def describe(model: nn.Module, analysis: Analysis, shapes: ShapeModel, remarks: 
     lines = [
         f"{type(model).__name__}: {count(shapes.params(all_stay))} params, {count(shapes.macs(all_stay))} MACs on "
         + ", ".join(
-            f"{_input(model, path)} {node.meta['spec'].shape}" for path, node in analysis.graph.inputs
+            f"{input_name(model, path)} {node.meta['spec'].shape}" for path, node in analysis.graph.inputs
         )
     ]
     lines += [f"note: {remark}" for remark in remarks]
@@ -38,17 +38,6 @@ def describe(model: nn.Module, analysis: Analysis, shapes: ShapeModel, remarks: 
     lines.append("frozen:")
     lines += _frozen_lines(analysis.frozen)
     return "\n".join(lines)
-
-
-def _input(model: nn.Module, path: str) -> str:
-    """An input as the model's forward calls it: its path is "0.i" for the argument at place i, "1.name" for a keyword."""
-    where, _, rest = path.partition(".")
-    place, _, inner = rest.partition(".")
-    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in places]
-    if where == "0" and place.isdigit():
-        place = names[int(place)] if int(place) < len(names) else f"input {place}"
-    return f"{place}.{inner}" if inner else place
 
 
 def alike(named: Sequence[tuple[str, str]]) -> list[str]:

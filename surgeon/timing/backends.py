@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -165,7 +166,7 @@ def files_in(name: str, path: Path) -> Iterator[tuple[str, Path]]:
     Raises:
         BenchError: the folder holds none.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         yield name, path
         return
     found = sorted(path.glob("*.onnx"))

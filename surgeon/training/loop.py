@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ class Loop:
             self.model, self.loss, self.teacher, self.distillation, self.precision, self.processes.device
         )
         try:
-            if self.checkpoint is not None and Path(self.checkpoint).exists():
+            if self.checkpoint is not None and os.path.exists(self.checkpoint):
                 state = load_checkpoint(self.checkpoint, self._identity)
                 with restoring(self.checkpoint):
                     self._load(state)

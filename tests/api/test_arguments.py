@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import surgeon
-from surgeon.errors import InputError
+from surgeon.errors import InputError, SurgeonError
 from surgeon.selection.options import OPTIONS, PlanOptions, check_names
 
 X = torch.randn(2, 5)
@@ -153,3 +155,45 @@ def test_selection_is_plain_data() -> None:
     assert plan == surgery.plan(0.5, round_to=1) == surgeon.Plan.from_json(small._surgeon_plans[-1])
     again = plan.apply(surgery.model)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+
+
+NAMES = {"too long": "x" * 300, "a zero byte": "a\0b"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    """Python asks the system about them in several ways, and each raises something else."""
+    path, x = f"{tmp_path}/{NAMES[name]}", torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    small = surgeon.shrink(model, 0.5, example_inputs=x, round_to=1)
+    real = tmp_path / "a.onnx"
+    surgeon.export(small, real, x)
+    plan = surgeon.Plan.of(small)[0]
+    for use in (
+        lambda: surgeon.save(small, path),
+        lambda: surgeon.load(path, lambda: model),
+        lambda: surgeon.export(small, path, x),
+        lambda: surgeon.quantize(real, path, [x]),
+        lambda: surgeon.quantize(path, tmp_path / "b.onnx", [x]),
+        lambda: surgeon.doctor(path),
+        lambda: surgeon.bench({"a": path}, x),
+        lambda: plan.save(path),
+        lambda: surgeon.Plan.load(path),
+        lambda: surgeon.finetune(small, [(x, x)], loss=lambda out, y: out.mean(), epochs=1, checkpoint=path),
+    ):
+        with pytest.raises(SurgeonError):
+            use()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.onnx"]
+
+
+def test_messages_name_what_the_user_wrote(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with pytest.raises(SurgeonError, match=r"inputs were: input \(1, 5\)"):
+        surgeon.inspect(model, torch.randn(1, 5))
+    with pytest.raises(InputError, match="opset must be a whole number, got 'x'"):
+        surgeon.export(model, tmp_path / "a.onnx", torch.randn(1, 4), opset="x")
+    surgeon.export(model, tmp_path / "a.onnx", torch.randn(1, 4))
+    with pytest.raises(SurgeonError, match="why: it holds NaN"):
+        surgeon.quantize(tmp_path / "a.onnx", tmp_path / "b.onnx", [torch.full((1, 4), torch.nan)])
+    plan = surgeon.inspect(model, torch.randn(1, 4)).plan(np.float32(0.5), round_to=1)
+    assert plan.apply(model)[0].out_features == 4 and surgeon.Plan.from_json(plan.to_json()) == plan

@@ -10,6 +10,7 @@ compute exact int8 products, so that the numbers are the same on every CPU.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def quantize(
     check_given("surgeon.quantize(path, out, batches)", path=(path, _FILE), out=(out, PATH))
     source, target = Path(path), Path(out)
     proto = read(source)
-    if target.exists() and target.samefile(source):
+    if os.path.exists(target) and target.samefile(source):
         raise InputError(
             "the quantised file would replace the float one", where=str(target), fix="choose another name"
         )
@@ -210,7 +211,8 @@ class _Runner:
             self.session.run(None, fed)
         except Exception as error:  # the same, and whatever is wrong with the batch
             why = error.what if isinstance(error, SurgeonError) else head(str(error))
-            fix = "pass batches of inputs that the file takes: " + ", ".join(
+            why = why.replace("example_inputs holds", "it holds")
+            fix = "pass batches of inputs that the file takes, as tensors: " + ", ".join(
                 f"{item.name} {item.shape} {item.type}" for item in self.session.get_inputs()
             )
             raise QuantizeError(
@@ -241,7 +243,7 @@ def _check_runs(draft: Path, fed: dict[str, Array], source: Path) -> None:
         run_in_child(draft, [fed], exact=True)
     except FileError as error:
         where = error.where.replace(str(draft), str(source))
-        fix = "name the node in ignore=[...], or use another method"
+        fix = "use another method, or keep the float file; ignore=[...] helps if the node alone is to blame"
         raise QuantizeError(
             "ONNX Runtime cannot run the quantised file", where=where, why=error.why, fix=fix
         ) from error
