@@ -9,6 +9,11 @@ VIEWS = frozenset(("view", "reshape"))
 RESHAPES = frozenset((*VIEWS, "unflatten"))
 REPEATS = frozenset(("expand", "repeat", "expand_as"))
 SPLITS = frozenset(("split", "split_with_sizes"))
+PARTS = {
+    "split": 2,
+    "chunk": 2,
+    "unbind": 1,
+}  # the argument that is the dim; its size says how many parts there are
 
 # Calls whose arguments hold the sizes of an op: its name -> theirs. An op that is not here is called by its own name.
 CALLED = {

@@ -23,7 +23,7 @@ from surgeon.capture.paths.decisions import note_left, note_length, note_parts
 from surgeon.capture.sizes.traced_size import Follows, SizeNumber, TracedInt
 from surgeon.capture.sizes.tracing import Sizes, inside_transform, rate_of_dropout
 from surgeon.graph.graph import Read
-from surgeon.graph.python_calls import REPEATS, RESHAPES, SPLITS
+from surgeon.graph.python_calls import PARTS, REPEATS, RESHAPES, SPLITS
 from surgeon.ops.table import Family, family, op_name
 
 
@@ -35,13 +35,6 @@ class Cut:
     first: int
     last: int
     source: Follows
-
-
-_PARTS = {
-    "split": 2,
-    "chunk": 2,
-    "unbind": 1,
-}  # which argument is the dim; how many parts there are depends on its size
 
 
 class SizeMode(Sizes):
@@ -107,8 +100,8 @@ class SizeMode(Sizes):
         result = super().__torch_function__(func, types, args, kwargs)
         if name == "__len__":
             note_length(self.node_of(args[0]), result, user_line())
-        elif name in _PARTS and not any(isinstance(arg, list | tuple) for arg in args[1:]):
-            dim = (kwargs or {}).get("dim", args[_PARTS[name]] if len(args) > _PARTS[name] else 0)
+        elif name in PARTS and not any(isinstance(arg, list | tuple) for arg in args[1:]):
+            dim = (kwargs or {}).get("dim", args[PARTS[name]] if len(args) > PARTS[name] else 0)
             note_parts(self.node_of(args[0]), dim % args[0].dim(), result, user_line())
         elif name in ("numel", "nelement") and type(result) is int:
             return self.all_entries(args[0], result)
