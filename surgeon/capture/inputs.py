@@ -7,6 +7,7 @@ always says what it assumed.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -71,21 +72,27 @@ def input_name(model: nn.Module, path: str) -> str:
     where, _, rest = path.partition(".")
     place, _, inner = rest.partition(".")
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in places]
+    given: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(TypeError, ValueError):  # it has no signature
+        given = inspect.signature(model.forward).parameters
+    names = [name for name, one in given.items() if one.kind in places]
     if where == "0" and place.isdigit():
         place = names[int(place)] if int(place) < len(names) else f"input {place}"
     return f"{place}.{inner}" if inner else place
 
 
-def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def normalize(example_inputs: Any, called: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a tensor, a tuple or list (positional) or a dict (keywords).
+
+    Args:
+        called: how errors call the inputs.
 
     Raises:
         InputError: there is no tensor in it, or it has NaN or infinite values.
     """
     if isinstance(example_inputs, Calls):
         raise InputError(
-            f"example_inputs holds {len(example_inputs)} calls of the model, and one is needed here",
+            f"{called} holds {len(example_inputs)} calls of the model, and one is needed here",
             fix="pass the inputs of one call",
         )
     if isinstance(example_inputs, Mapping):
@@ -98,13 +105,13 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     leaves = list(tensor_leaves((args, kwargs)))
     if not leaves:
         raise InputError(
-            f"example_inputs holds no tensor (it is a {type(example_inputs).__name__})",
+            f"{called} holds no tensor (it is a {type(example_inputs).__name__})",
             fix="pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
         )
     for path, tensor in leaves:
         if tensor.is_nested:
             raise InputError(
-                "example_inputs holds a nested tensor, of rows of several lengths",
+                f"{called} holds a nested tensor, of rows of several lengths",
                 where=path,
                 fix="pass a padded tensor (torch.nested.to_padded_tensor), with a mask if the model takes one",
             )
@@ -112,7 +119,7 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             tensor = tensor.to_sparse_coo().coalesce().values()  # its numbers
         if tensor.is_floating_point() and not tensor.is_meta and torch.isnan(tensor).any():
             raise InputError(
-                "example_inputs holds NaN", where=path, fix="pass finite inputs: NaN would hide every proof"
+                f"{called} holds NaN", where=path, fix="pass finite inputs: NaN would hide every proof"
             )
     return args, kwargs
 

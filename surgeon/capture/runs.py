@@ -61,7 +61,10 @@ def record_runs(
     try:
         graphs = [capture(model, given, outputs=outputs) for given in calls]
     except CaptureError as error:
-        raise _of_wrapper(model, error) from None
+        better = _of_wrapper(model, error)
+        if better is None:
+            raise
+        raise better from error
     if len(calls) > 1:
         graphs = [dataclasses.replace(graph, number=number) for number, graph in enumerate(graphs, 1)]
     runs = further_runs(model, graphs)
@@ -71,13 +74,11 @@ def record_runs(
     return runs
 
 
-def _of_wrapper(model: nn.Module, error: CaptureError) -> CaptureError:
-    """The error, with better advice where a module of its own `train` (an interface of a library that trains models)
-    holds all weights in one part.
-    """
+def _of_wrapper(model: nn.Module, error: CaptureError) -> CaptureError | None:
+    """The error with better advice, if the model is an interface: it has a `train` of its own and holds one module."""
     parts = {name: part for name, part in model._modules.items() if part is not None}
     if type(model).train is nn.Module.train or len(parts) != 1:
-        return error
+        return None
     ((name, part),) = parts.items()
     fix = f"pass its part {name} ({type(part).__name__}), which is the model itself"
     why = f"{type(model).__name__} has a train() of its own, as interfaces around a model have"

@@ -192,9 +192,11 @@ def test_the_advice_for_a_wrapper_names_the_model_in_it() -> None:
     with pytest.raises(CaptureError, match=r"pass its part model \(Net\)") as told:
         surgeon.inspect(Predicts(), X)
     assert "image file" in str(told.value)
+    assert isinstance(told.value.__cause__, CaptureError)
     with pytest.raises(CaptureError) as plain:
         surgeon.inspect(Predicts().model, X[:, :2])  # the model itself
     assert "its part" not in str(plain.value)
+    assert isinstance(plain.value.__cause__, RuntimeError), "the model's own error is there to be read"
 
 
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

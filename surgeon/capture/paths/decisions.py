@@ -21,9 +21,7 @@ from surgeon.ops.table import op_name
 
 def reads_a_value(op: Any) -> bool:
     """Whether an op tells Python, or another op, something about the values of a tensor."""
-    return (
-        torch.Tag.data_dependent_output in op.tags
-    )  # `bool(x)`, `x.item()`, `torch.equal`, and what is made of them
+    return torch.Tag.data_dependent_output in op.tags  # `x.item()`, `bool(x)`, `torch.equal`
 
 
 def note_value(node: fx.Node, result: Any, source: tuple[str, int] | None) -> None:
@@ -51,7 +49,7 @@ def without_entries(graph: Graph) -> Iterator[str]:
     """Where nothing was left to compute with, as no entry was selected or an input has none."""
     for _, node in graph.inputs:
         if 0 in spec(node).shape:
-            yield f"an input has no entries (its shape is {spec(node).shape}): what is computed of it shows nothing"
+            yield f"an input has no entries (its shape is {spec(node).shape}), so that nothing computed from it was seen"
     for node in graph.fx.nodes:
         if (
             node.op == "call_function"
@@ -60,7 +58,7 @@ def without_entries(graph: Graph) -> Iterator[str]:
         ):
             found = spec(node)
             if 0 in found.shape and found.dtype.is_floating_point:
-                yield f"no entry was selected at {source_line(node.meta['source'])}: what is computed of it shows nothing"
+                yield f"no entry was selected at {source_line(node.meta['source'])}, so that nothing computed from it was seen"
 
 
 def note_length(node: fx.Node | None, result: Any, source: tuple[str, int] | None) -> None:

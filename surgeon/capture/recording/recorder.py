@@ -72,7 +72,7 @@ class Recorder(PlainMode):
             node = self._write(func, args, graph_args, graph_kwargs, written, out)
         else:
             node = self._read(func, args, graph_args, graph_kwargs, out)
-        if reads_a_value(func):
+        if reads_a_value(func) and args and isinstance(args[0], Tensor):
             note_value(self.values.node(self.values.of(args[0])), out, node.meta["source"])
         if decides(func, args, kwargs):
             node.meta["decision"] = decision(out)

@@ -207,11 +207,10 @@ class _Runner:
     def feed(self, batch: Any, number: int) -> dict[str, Array]:
         """The arrays of a batch, after a run that shows that they fit."""
         try:
-            fed = agree.feeds(normalize(batch), self.session.get_inputs())
+            fed = agree.feeds(normalize(batch, "it"), self.session.get_inputs())
             self.session.run(None, fed)
         except Exception as error:  # the same, and whatever is wrong with the batch
             why = error.what if isinstance(error, SurgeonError) else head(str(error))
-            why = why.replace("example_inputs holds", "it holds")
             fix = "pass batches of inputs that the file takes, as tensors: " + ", ".join(
                 f"{item.name} {item.shape} {item.type}" for item in self.session.get_inputs()
             )
