@@ -1,5 +1,5 @@
-"""A new head after the cut, as timm users give one: 12 families, half of all channels gone, `reset_classifier`, a step of
-training, save, load.
+"""A new head after the cut, as timm users give one: models of 14 families, half of all channels gone,
+`reset_classifier`, a step of training, save, load.
 
     pip install --no-deps timm
     python -m benchmarks.coverage.new_heads [--filter PATTERN] [--fresh | --retry] [--jobs 2]
@@ -10,11 +10,10 @@ trained in the original gets a gradient, and the saved folder gives the same out
 
 from __future__ import annotations
 
-import fnmatch
 import tempfile
 from typing import Any
 
-from benchmarks.lib.isolated import Row, answer, asked, options, sweep
+from benchmarks.lib.isolated import Row, sweep_of_models
 from benchmarks.lib.results import markdown, write_result
 
 CLASSES = 7
@@ -88,25 +87,16 @@ def cells(name: str, row: Row) -> list[str]:
 
 def main() -> None:
     """Cut all models and write the table."""
-    chosen = asked(options(__doc__))
-    if chosen.one:
-        answer(measured, chosen.one)
+    rows = sweep_of_models("new_heads", f"{__package__}.new_heads", __doc__, measured, lambda: NAMES, cells)
+    if rows is None:
         return
-    rows = sweep(
-        "new_heads", f"{__package__}.new_heads",
-        {name: [name] for name in NAMES if fnmatch.fnmatch(name, chosen.filter or "*")},
-        limit=chosen.limit, jobs=chosen.jobs,
-        again=lambda row: chosen.fresh or (chosen.retry and "failed" in row),
-        show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
-    )  # fmt: skip
-    if not chosen.filter:
-        works = sum("failed" not in row for row in rows.values())
-        notes = [
-            f"{works} of {len(rows)} work.",
-            "Random weights, ratio 0.5 with the defaults, proof by `shrink`, images 224 x 224, one step of SGD on two of them.",
-        ]
-        table = markdown(HEADER, [cells(name, row) for name, row in rows.items()])
-        write_result("new_heads", "A new head after the cut", table, notes)
+    works = sum("failed" not in row for row in rows.values())
+    notes = [
+        f"{works} of {len(rows)} work.",
+        "Random weights, ratio 0.5 with the defaults, proof by `shrink`, images 224 x 224, one step of SGD on two of them.",
+    ]
+    table = markdown(HEADER, [cells(name, row) for name, row in rows.items()])
+    write_result("new_heads", "A new head after the cut", table, notes)
 
 
 if __name__ == "__main__":

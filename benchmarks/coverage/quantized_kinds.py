@@ -10,7 +10,6 @@ output of the float file.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.isolated import Row, answer, asked, options, sweep
+from benchmarks.lib.isolated import Row, sweep_of_models
 from benchmarks.lib.results import first_line, markdown, write_result
 
 METHODS = ("static", "dynamic", "fp16")
@@ -91,6 +90,14 @@ def _built(name: str) -> tuple[nn.Module, Any]:
     return build(name)
 
 
+def _gap(found: Any, right: Any) -> float:
+    """The largest error as a share of the largest number; NaN where a number became none."""
+    import numpy as np
+
+    counts = np.isfinite(right)
+    return float(np.abs(found[counts] - right[counts]).max() / np.abs(right[counts]).max())
+
+
 def measured(name: str) -> Row:
     """One row, in this process."""
     import numpy as np
@@ -124,11 +131,7 @@ def measured(name: str) -> Row:
                     f", {node}" if node else ""
                 )
                 continue
-            with np.errstate(invalid="ignore"):
-                gaps = [
-                    float(np.nanmax(abs(a - b)) / np.abs(b).max())
-                    for a, b in zip(outputs(target), right, strict=True)
-                ]
+            gaps = [_gap(a, b) for a, b in zip(outputs(target), right, strict=True)]
             row[method] = max(gaps)
     return row
 
@@ -142,31 +145,24 @@ def cells(name: str, row: Row) -> list[str]:
 
 def main() -> None:
     """Quantise all and write the table."""
-    chosen = asked(options(__doc__))
-    if chosen.one:
-        answer(measured, chosen.one)
+    rows = sweep_of_models(
+        "quantized_kinds", f"{__package__}.quantized_kinds", __doc__, measured, lambda: NAMES, cells
+    )
+    if rows is None:
         return
-    rows = sweep(
-        "quantized_kinds", f"{__package__}.quantized_kinds",
-        {name: [name] for name in NAMES if fnmatch.fnmatch(name, chosen.filter or "*")},
-        limit=chosen.limit, jobs=chosen.jobs,
-        again=lambda row: chosen.fresh or (chosen.retry and "failed" in row),
-        show=lambda name, row: print(" | ".join(cells(name, row)), flush=True),
-    )  # fmt: skip
-    if not chosen.filter:
-        found = [cell for row in rows.values() for cell in row.values()]
-        numbers = [cell for cell in found if isinstance(cell, float)]
-        refused = sum(str(cell).startswith("refused") for cell in found)
-        ended = sum("failed" in row for row in rows.values())
-        notes = [
-            (
-                f"{len(numbers)} files, {refused} refused with the reason, {ended} rows ended otherwise; "
-                f"largest error of a file {max(numbers):.1e}."
-            ),
-            "Random weights, ratio 0.5 with the defaults; calibrated and compared on the same batch.",
-        ]
-        table = markdown(HEADER, [cells(name, row) for name, row in rows.items()])
-        write_result("quantized_kinds", "Kinds of models as int8 and fp16 files", table, notes)
+    found = [cell for row in rows.values() for cell in row.values()]
+    numbers = [cell for cell in found if isinstance(cell, float)]
+    refused = sum(str(cell).startswith("refused") for cell in found)
+    ended = sum("failed" in row for row in rows.values())
+    notes = [
+        (
+            f"{len(numbers)} files, {refused} refused with the reason, {ended} rows ended otherwise; "
+            f"largest error of a file {max(numbers):.1e}."
+        ),
+        "Random weights, ratio 0.5 with the defaults; calibrated and compared on the same batch.",
+    ]
+    table = markdown(HEADER, [cells(name, row) for name, row in rows.items()])
+    write_result("quantized_kinds", "Kinds of models as int8 and fp16 files", table, notes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.isolated import cut_cells, cuts_of, sweep_of_cuts
+from benchmarks.lib.isolated import cut_cells, cuts_of, sweep_of_models
 from benchmarks.lib.results import first_line, markdown, write_result
 
 KINDS = (
@@ -98,7 +98,7 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Cut all models and write the table."""
-    found = sweep_of_cuts("wild", f"{__package__}.wild", __doc__, measured, models, cells)
+    found = sweep_of_models("wild", f"{__package__}.wild", __doc__, measured, models, cells)
     if found is None:
         return
     cuts = cuts_of(found.values(), tuple(CUTS))

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.coverage.zoo import alive
-from benchmarks.lib.isolated import cut_cells, cuts_of, failed, sweep_of_cuts
+from benchmarks.lib.isolated import cut_cells, cuts_of, failed, sweep_of_models
 from benchmarks.lib.results import first_line, markdown, write_result
 from benchmarks.lib.zoo.models import names
 
@@ -53,7 +53,7 @@ def _cut(name: str, model: Any, inputs: Any, surgery: Any, ratio: float, heads: 
 def main() -> None:
     """Run all models and write the table."""
     cells = partial(cut_cells, labels=LABELS)
-    found = sweep_of_cuts("zoo_ratios", f"{__package__}.zoo_ratios", __doc__, measured, names, cells)
+    found = sweep_of_models("zoo_ratios", f"{__package__}.zoo_ratios", __doc__, measured, names, cells)
     if found is None:
         return
     notes = []

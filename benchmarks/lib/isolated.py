@@ -123,7 +123,7 @@ def sweep(
     return {key: rows[key] for key in wanted}
 
 
-def sweep_of_cuts(
+def sweep_of_models(
     name: str,
     module: str,
     description: str | None,
@@ -131,7 +131,7 @@ def sweep_of_cuts(
     names: Callable[[], Iterable[str]],
     cells: Callable[[str, Row], list[str]],
 ) -> Rows | None:
-    """Rows of all models, each with several cuts, as the command line asks; None where no table is to be written.
+    """Rows of all models, as the command line asks; None where no table is to be written.
 
     Args:
         measured: one row, in a process of its own.
@@ -151,8 +151,8 @@ def sweep_of_cuts(
 
 
 def failed(row: Row) -> bool:
-    """Whether a row of cuts, or one of them, has no number."""
-    return "failed" in row or any(isinstance(cut, str) for cut in row["cuts"].values())
+    """Whether a row, or one of its cuts, has no number."""
+    return "failed" in row or any(isinstance(cut, str) for cut in row.get("cuts", {}).values())
 
 
 def cuts_of(rows: Iterable[Row], labels: Sequence[str]) -> list[float | str]:
