@@ -19,6 +19,7 @@ from surgeon.capture.hollow.mode import NeedsValuesError, hollow
 from surgeon.capture.inputs import find_inputs, input_name, normalize
 from surgeon.capture.meta_run import real_indices
 from surgeon.capture.model_state import copies, drawn_since, python_draws, quiet_run
+from surgeon.capture.paths.own_state import OwnState
 from surgeon.capture.paths.training_reads import TrainingReads
 from surgeon.capture.recording.recorder import Recorder
 from surgeon.capture.sizes.dependencies import SizeMode
@@ -87,7 +88,8 @@ def _recorded(
                 for path, tensor in leaves:
                     recorder.values.placeholder(path, tensor)
                 empty = None if real else hollow(recorder, model, [tensor for _, tensor in leaves])
-                mode = TrainingReads(modules_of(model))
+                modules = modules_of(model)
+                mode, state = TrainingReads(modules), OwnState(modules)
                 sizes = SizeMode(recorder.values.node_of, recorder.values.assign, recorder.product, empty)
                 with (
                     mode,
@@ -103,6 +105,7 @@ def _recorded(
                     ]
             if empty is not None and empty.asked:
                 raise NeedsValuesError
+            asked += state.note(recorder.values.node_of)
             graph = recorder.finish(output, args, kwargs, assumed, outputs, sizes.reads)
             decisions = (*graph.decisions, *dict.fromkeys(asked))
             told = tuple((answers or {}).items())

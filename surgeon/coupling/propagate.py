@@ -174,7 +174,9 @@ def _slot_axes(
     if name in graph.rebuilt and not _is_repeated(graph.tensors[name]):
         line = source_line(graph.rebuilt[name])
         constraints.freeze_all(
-            axes, f"is state that the model's code makes anew, for a longer input say, at {line}"
+            axes,
+            f"is state that the model's code makes anew, for a longer input say, at {line}"
+            " (if an earlier call left it there, put back what was there at first)",
         )
     dtype = spec(node).dtype
     for dim, dim_ids in axes.items():

@@ -139,6 +139,11 @@ def is_big(x: Tensor) -> bool:
     return x.shape[0] > 16
 
 
+def named_after(x: Tensor) -> str:
+    name = f"{x.shape[0]}x6"
+    return name
+
+
 def off(model: nn.Module, plan: surgeon.Plan, small: nn.Module, x: Tensor) -> float:
     """How far a small model is from the original in which all that was removed is zero."""
     masked = copy.deepcopy(model)
@@ -179,6 +184,11 @@ MORE = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
         (lambda s, x: torch.allclose(x[0], x[1]), X[:1].repeat(4, 1), "by a value"),
         (lambda s, x: max(x.flatten().tolist()) > 50, X + 99, "left torch by tolist"),
         (lambda s, x: x.numpy().max() > 50, X + 99, "left torch by numpy"),
+        (lambda s, x: {7: 1}.get(x.shape[0]) == 1, MORE[:7], r"a size \(4\)"),
+        (lambda s, x: str(x.shape[0]) == "7", MORE[:7], r"a size \(4\)"),
+        (lambda s, x: named_after(x) in ("7x6",), MORE[:7], r"a size \(4\)"),
+        (lambda s, x: {4: 0, 7: 1}[x.shape[0]], MORE[:7], r"a size \(4\)"),
+        (lambda s, x: torch.tensor(x.shape).sum() > 12, MORE[:7], "by a value"),
     ],
 )  # fmt: skip
 def test_a_decision_is_said_and_the_other_way_can_be_given(asks: Any, other: Tensor, named: str) -> None:

@@ -89,8 +89,10 @@ def _moving(graph: fx.Graph, owned: frozenset[str]) -> set[fx.Node]:
     """Values that other inputs, longer ones too, draws or weights would change."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (
-            node.op == "call_function" and (draws(op_name(node)) or op_name(node) in _BY_SIZE)
+        if (
+            node.op == "placeholder"
+            or "of_sizes" in node.meta
+            or (node.op == "call_function" and (draws(op_name(node)) or op_name(node) in _BY_SIZE))
         ):
             found.add(node)
         elif node.op == "get_attr":

@@ -39,6 +39,25 @@ def compares_numbers(path: str, line: int) -> bool:
     return line in _compared(path)
 
 
+_LOOKING_UP = ("get", "setdefault", "pop")
+
+
+def looks_up(path: str, line: int) -> bool:
+    """Whether something is looked up in a container at this line."""
+    return line in _looked_up(path)
+
+
+@lru_cache(maxsize=256)
+def _looked_up(path: str) -> frozenset[int]:
+    lines = (
+        range(n.lineno, (n.end_lineno or n.lineno) + 1)
+        for n in ast.walk(_tree(path))
+        if (isinstance(n, ast.Subscript) and getattr(n.value, "attr", "") != "shape")
+        or (isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in _LOOKING_UP)
+    )
+    return frozenset(itertools.chain.from_iterable(lines))
+
+
 @lru_cache(maxsize=256)
 def _compared(path: str) -> frozenset[int]:
     """The lines of a file that hold comparisons."""
@@ -58,6 +77,34 @@ def _tests(path: str) -> tuple[tuple[int, int, ast.AST], ...]:
         test = _test(node)
         if test is not None and test.end_lineno is not None:
             found.append((test.lineno, test.end_lineno, node))
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def deciding(path: str) -> tuple[tuple[int, frozenset[str], frozenset[str]], ...]:
+    """(line, attributes, texts) of all in a file by which code chooses what to compute: tests that are more than
+    checks, what is matched, indices.
+    """
+    found = []
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.If | ast.While | ast.IfExp):
+            asked: Sequence[ast.expr] = [] if _is_check(node) else [node.test]
+        elif isinstance(node, ast.comprehension):
+            asked = node.ifs
+        elif isinstance(node, ast.BoolOp):
+            asked = node.values[:-1]
+        elif isinstance(node, ast.Match):
+            asked = [node.subject]
+        else:
+            asked = [node.slice] if isinstance(node, ast.Subscript) else []
+        for part in asked:
+            inner = list(ast.walk(part))
+            attributes = frozenset(n.attr for n in inner if isinstance(n, ast.Attribute))
+            texts = frozenset(
+                n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            )
+            if attributes or texts:
+                found.append((part.lineno, attributes | texts, texts))
     return tuple(found)
 
 

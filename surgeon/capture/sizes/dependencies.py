@@ -103,6 +103,10 @@ class SizeMode(Sizes):
         elif name in PARTS and not any(isinstance(arg, list | tuple) for arg in args[1:]):
             dim = (kwargs or {}).get("dim", args[PARTS[name]] if len(args) > PARTS[name] else 0)
             note_parts(self.node_of(args[0]), dim % args[0].dim(), result, user_line())
+        elif name in _MAKING and any(isinstance(n, SizeNumber) for n in _numbers(args)):
+            node = self.node_of(result)
+            if node is not None:
+                node.meta["of_sizes"] = True
         elif name in ("numel", "nelement") and type(result) is int:
             return self.all_entries(args[0], result)
         if name == "flatten" and isinstance(result, Tensor):
@@ -206,6 +210,18 @@ class SizeMode(Sizes):
         node = self.node_of(result) if found else None
         if node is not None:
             node.meta["follows"] = {**node.meta.get("follows", {}), **found}
+
+
+_MAKING = frozenset(("tensor", "as_tensor", "scalar_tensor"))
+
+
+def _numbers(given: Any) -> Iterator[Any]:
+    """The numbers among arguments, those of nested lists as well."""
+    for item in given:
+        if isinstance(item, list | tuple):
+            yield from _numbers(item)
+        else:
+            yield item
 
 
 def _cuts(x: Tensor, dim: int, start: Any, stop: Any) -> Iterator[Cut]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgeon.capture.paths.source_tests import compares, compares_numbers, holds_a_test
+from surgeon.capture.paths.source_tests import compares, compares_numbers, holds_a_test, looks_up
 from surgeon.graph.graph import Decision
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torch's own asserts decide nothing
@@ -67,12 +67,19 @@ class _OfSizes:
         if path.startswith((_TORCH_DIR, _OWN_DIR)):
             return
         at_a_test = compares_numbers if sign else holds_a_test  # `max(a, b)` compares and gives a number
-        if not compares(frame) and not at_a_test(path, frame.f_lineno):
+        if not (
+            compares(frame)
+            or at_a_test(path, frame.f_lineno)
+            or (not sign and looks_up(path, frame.f_lineno))
+        ):
             return
+        self._note(sign, other, went, (path, frame.f_lineno))
+
+    def _note(self, sign: str, other: Any, went: bool | str, line: tuple[str, int]) -> None:
         said = f"{_plain(self)} {sign} {_plain(other)}" if sign else f"{_plain(self)}"
         for source in self.sources:
             ways = source.node.meta.setdefault("decisions", [])
-            ways.append(Decision("size", said, str(went), (path, frame.f_lineno), source.node, source.dim))
+            ways.append(Decision("size", said, str(went), line, source.node, source.dim))
 
     def __eq__(self, other: object) -> bool:
         return _compare(self, other, operator.eq, "==")
@@ -162,6 +169,23 @@ class SizeNumber(_OfSizes, Size):
         self.decides(None, "", "", frame)
         return hash(int(self))
 
+    def _named(self, frame: types.FrameType) -> None:
+        """A text is made of it, by which the code may look for something, somewhere."""
+        if not frame.f_code.co_filename.startswith((_TORCH_DIR, _OWN_DIR)):
+            self._note("", None, "", (frame.f_code.co_filename, frame.f_lineno))
+
+    def __repr__(self) -> str:
+        self._named(sys._getframe(1))
+        return repr(int(self))
+
+    def __str__(self) -> str:
+        self._named(sys._getframe(1))
+        return repr(int(self))
+
+    def __format__(self, how: str) -> str:
+        self._named(sys._getframe(1))
+        return format(int(self), how)
+
 
 _ARITHMETIC = (
     operator.add,
@@ -249,40 +273,6 @@ class TracedInt(SizeNumber):
         """The code holds the size against a number of its own: the number may have to change with it."""
         if not isinstance(other, TracedInt) and not frame.f_code.co_filename.startswith(_TORCH_DIR):
             self.source.node.meta.setdefault("decided", set()).add(self.source.dim)
-
-
-class CheckedInt(Size):
-    """A size of the small model that remembers what it was: where code compares it with that, it is told that
-    it is still so.
-
-    Args:
-        old: the size of the original.
-        stale: told of such a comparison: "eq" or "ne", the old size, the new one.
-    """
-
-    old: int
-    stale: Callable[[str, int, int], None]
-
-    def __new__(cls, value: int, old: int, stale: Callable[[str, int, int], None]) -> CheckedInt:
-        made = super().__new__(cls, value)
-        made.old, made.stale = old, stale
-        return made
-
-    def _is_stale(self, op: str, other: object) -> bool:
-        if type(other) is not int or other != self.old or self.old == int(self):
-            return False
-        if sys._getframe(2).f_code.co_filename.startswith((_TORCH_DIR, _OWN_DIR)):
-            return False
-        self.stale(op, self.old, int(self))
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return self._is_stale("eq", other) or int(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self._is_stale("ne", other) and int(self) != other
-
-    __hash__ = Size.__hash__
 
 
 def _plain(number: Any) -> Any:

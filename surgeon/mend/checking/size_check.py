@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.capture.hollow.mode import HollowRun, NeedsValuesError, hollow
 from surgeon.capture.model_state import copies, quiet_run
-from surgeon.capture.sizes.traced_size import CheckedInt
+from surgeon.capture.sizes.checked_size import CheckedInt
 from surgeon.capture.sizes.tracing import Sizes, inside_transform, looking_inside_functional, rate_of_dropout
 from surgeon.capture.value_dependent import RecordedReads
 from surgeon.errors import MendError
