@@ -26,7 +26,7 @@ from surgeon.capture.sizes.dependencies import SizeMode
 from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph.graph import Decision, Graph
-from surgeon.graph.module_tree import modules_of
+from surgeon.graph.module_tree import modules_of, named_modules
 from surgeon.graph.tensors import tensor_leaves
 
 
@@ -108,6 +108,8 @@ def _recorded(
             asked += state.note(recorder.values.node_of)
             graph = recorder.finish(output, args, kwargs, assumed, outputs, sizes.reads)
             decisions = (*graph.decisions, *dict.fromkeys(asked))
+            paths = {module: path for path, module in named_modules(model)}
+            scaling = frozenset(paths[module] for module in mode.scaling() if module in paths)
             told = tuple((answers or {}).items())
             return dataclasses.replace(
                 graph,
@@ -116,6 +118,7 @@ def _recorded(
                 decisions=decisions,
                 rates=tuple(sizes.rates),
                 by_mode=mode.any,
+                scaling=scaling,
                 results=graph.results if empty is None else None,
             )
         except SurgeonError:

@@ -18,6 +18,7 @@ from torch import nn
 from surgeon.capture.capture import capture
 from surgeon.capture.inputs import calls_of
 from surgeon.capture.paths.decisions import without_entries
+from surgeon.capture.paths.repeated_run import repeats
 from surgeon.capture.paths.same_run import adds_nothing, gives_the_same
 from surgeon.capture.rebuilt_state import rebuilt
 from surgeon.errors import CaptureError, InputError
@@ -100,7 +101,8 @@ def _further(model: nn.Module, run: Graph, graphs: list[Graph]) -> Iterator[str]
     """Add the other runs of a call that show something new; what could not be seen."""
     seen = [run]
     try:
-        training = _in_training(model, run) if run.by_mode else None
+        same = not run.by_mode or repeats(model, run, training=True)
+        training = None if same else _in_training(model, run)
     except CaptureError as error:
         yield f"in training mode the model does not run on these inputs, so that only eval mode was seen ({error.what})"
     else:
@@ -140,6 +142,10 @@ def _again(model: nn.Module, run: Graph, given: Any, **how: Any) -> Graph:
 def _told_otherwise(model: nn.Module, base: Graph, graphs: list[Graph]) -> Iterator[str]:
     """Runs in which the code is told the other answer about global modes that it asks about."""
     asked = {d.what: d for d in base.decisions if d.kind == "mode"}
+    for name in [*asked]:
+        answers = {name: asked[name].went != "True"}
+        if repeats(model, base, training=base.training, answers=answers):
+            del asked[name]
     if asked and base.results is None:
         base = _again(model, base, (base.args, base.kwargs), training=base.training, real=True)
     other = {name: decision.went != "True" for name, decision in asked.items()}

@@ -109,6 +109,7 @@ class Graph:
         rates: the rates that dropouts were called with, in order.
         by_mode: whether the model's code asked if it is in training mode; what torch's own batch norms and dropouts
             ask does not count.
+        scaling: paths of modules that in training mode only scale samples (stochastic depth).
         rebuilt: tensors that the model's code makes anew while it runs (see `rebuilt_state`), with the line.
     """
 
@@ -133,6 +134,7 @@ class Graph:
     decisions: tuple[Decision, ...] = ()
     rates: tuple[Any, ...] = ()
     by_mode: bool = True
+    scaling: frozenset[str] = frozenset()
     rebuilt: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     @property

@@ -18,6 +18,8 @@ from surgeon.errors import InputError
 from surgeon.graph.module_tree import named_modules, named_registered
 from surgeon.graph.nests import attributes
 
+OF_TORCH = frozenset(nn.Module().__dict__)  # what every module holds
+
 
 def architecture(model: nn.Module) -> str:
     """A digest of the names, shapes and sharing of a model's parameters, and of the names of its buffers
@@ -37,9 +39,10 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter, buffer and plain tensor attribute under every name that it has."""
     found = []
     for prefix, module in named_modules(model, every_name=True):
-        for store in (module._parameters, module._buffers, module.__dict__):
+        own = module.__dict__
+        for store in (module._parameters, module._buffers, own):
             for name, value in store.items():
-                if isinstance(value, Tensor):
+                if (store is not own or name not in OF_TORCH) and isinstance(value, Tensor):
                     found.append((f"{prefix}.{name}" if prefix else name, value))
     return found
 

@@ -140,8 +140,7 @@ def is_big(x: Tensor) -> bool:
 
 
 def named_after(x: Tensor) -> str:
-    name = f"{x.shape[0]}x6"
-    return name
+    return f"{x.shape[0]}x6"
 
 
 def off(model: nn.Module, plan: surgeon.Plan, small: nn.Module, x: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 
@@ -108,3 +109,52 @@ def test_the_flag_is_as_before() -> None:
         assert reads.any and model.training and model.__dict__["training"] is True
     assert "training" not in vars(nn.Module)
     assert model.training and not other.training
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as libraries write it; `does` is what it does with a sample that stays."""
+
+    def __init__(self, does: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.does = does
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return self.does(x, x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(0.8).div_(0.8))
+
+
+class Path(nn.Module):
+    def __init__(self, does: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.path, self.end = plain(), DropPath(does), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return self.end(y + self.path(y))
+
+
+def test_stochastic_depth_needs_no_run_in_training_mode() -> None:
+    model = Path(lambda x, r: x * r)
+    before = torch.get_rng_state()
+    surgery = surgeon.inspect(model, X)
+    assert not surgery.graph.by_mode and len(surgery.runs) == 1 and model.path.training
+    assert torch.equal(before, torch.get_rng_state())
+    small = surgeon.shrink(model, 0.5, example_inputs=X).train()
+    assert small(X).shape == (2, 4, 4, 4) and small.net[0].out_channels == 4
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        lambda x, r: (x * r).flip(1),
+        lambda x, r: x * r + 1,
+        lambda x, r: x * r * torch.rand(x.shape[1])[:, None, None],
+        lambda x, r: x.flip(1) if r[0] > 2 else x * r,  # seldom
+        lambda x, r: x.flip(1) if random.random() > 2 else x * r,
+        lambda x, r: x.flip(0) * r,
+        lambda x, r: (x * r).to(torch.float64),
+    ],
+)
+def test_what_does_more_than_to_scale_samples_is_recorded(does: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert surgeon.inspect(Path(does).eval(), X).graph.by_mode

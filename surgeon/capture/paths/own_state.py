@@ -5,6 +5,7 @@ A counter of steps, a flag that is set at the first call, a state that is kept f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, fx, nn
 from surgeon.capture.paths.methods import reachable
 from surgeon.capture.paths.source_tests import deciding
 from surgeon.graph.graph import Decision
+from surgeon.graph.tensors import OF_TORCH
 
 _PLAIN = (bool, int, float, str, type(None))
 _SIZED = (list, dict, set)
-_OF_TORCH = frozenset(nn.Module().__dict__)  # what every module holds; none of it is the code's own state
 _ABSENT = object()
 
 
@@ -28,7 +29,7 @@ class OwnState:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._before = [
-            (module, _own(module)) for module in modules if len(module.__dict__) > len(_OF_TORCH) - 1
+            (module, _own(module)) for module in modules if len(module.__dict__) > len(OF_TORCH) - 1
         ]
 
     def note(self, node_of: Callable[[Tensor], fx.Node | None]) -> list[Decision]:
@@ -57,6 +58,12 @@ class OwnState:
                     yield Decision("value", f"`{name}`, which forward changes,", "", line, node)
 
 
+@functools.cache
+def _has_own_code(kind: type[nn.Module]) -> bool:
+    """Whether the class is none of torch's, of which none decides by what it has changed."""
+    return not kind.__module__.startswith("torch.")
+
+
 def _from_inputs(node: fx.Node) -> bool:
     seen, todo = {node}, [node]
     while todo:
@@ -73,7 +80,7 @@ def _own(module: nn.Module) -> dict[str, Any]:
     """name -> what can be compared: plain values, lengths of containers, `Tensor` for any tensor."""
     found: dict[str, Any] = {}
     for name, value in module.__dict__.items():
-        if name in _OF_TORCH:
+        if name in OF_TORCH:
             continue
         if isinstance(value, Tensor):
             found[name] = Tensor

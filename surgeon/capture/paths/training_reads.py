@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from surgeon.capture.paths.sample_scaling import is_bare, scales_samples
 
 _KNOWN = frozenset(
     kind.forward.__code__
@@ -43,6 +46,18 @@ class TrainingReads:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.any = any(map(_has_its_own, {type(module) for module in modules}))
         self._thread = threading.get_ident()
+        self._others: set[nn.Module] = set()  # of which code that is not their own asked
+        self._bare: dict[tuple[nn.Module, tuple[int, ...], torch.dtype], None] = {}
+
+    def scaling(self) -> list[nn.Module]:
+        """The modules that ask for themselves and only scale samples (stochastic depth): they tie nothing.
+
+        Called when the run is over; if there are others of which no one knows that, `any` is true then.
+        """
+        known = {item: scales_samples(*item) for item in self._bare}
+        wrong = {module for (module, *_), scales in known.items() if not scales}
+        self.any = self.any or bool(wrong)
+        return [*dict.fromkeys(module for module, *_ in self._bare if module not in wrong | self._others)]
 
     def __enter__(self) -> TrainingReads:
         self._before = nn.Module.__dict__.get(
@@ -60,12 +75,27 @@ class TrainingReads:
     def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
         if module is None:
             raise AttributeError(_FLAG)
-        if sys._getframe(1).f_code not in _KNOWN and threading.get_ident() == self._thread:
-            self.any = True
+        frame = sys._getframe(1)
+        if (
+            frame.f_code not in _KNOWN
+            and threading.get_ident() == self._thread
+            and module not in self._others
+        ):
+            self._asked(module, frame)
         try:
             return module.__dict__[_FLAG]
         except KeyError:
             raise AttributeError(_FLAG) from None
+
+    def _asked(self, module: nn.Module, frame: types.FrameType) -> None:
+        given = [value for value in frame.f_locals.values() if isinstance(value, Tensor)]
+        itself = frame.f_code is getattr(type(module).forward, "__code__", None)
+        if itself and len(given) == 1 and is_bare(module) and frame.f_locals.get("self") is module:
+            shape = tuple(int(n) for n in given[0].shape)  # sizes are traced here
+            self._bare[module, shape, given[0].dtype] = None
+        else:
+            self.any = True
+            self._others.add(module)
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         if threading.get_ident() == self._thread:

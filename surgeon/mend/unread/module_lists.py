@@ -21,7 +21,7 @@ def numbers_beside_paths(small: nn.Module, graph: Graph) -> Iterator[Edit]:
     """
     for path, module in named_modules(small):
         for name, value in vars(module).items():
-            if isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
+            if type(value) in (list, tuple) and value and all(isinstance(item, dict) for item in value):
                 for key in set.intersection(*map(set, value)):
                     yield from _told_by_modules(
                         small, graph, path, f"{name}.{{}}.{key}", [d[key] for d in value], value

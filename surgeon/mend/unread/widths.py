@@ -36,13 +36,13 @@ def follow_widths(small: nn.Module, model: nn.Module, graph: Graph) -> tuple[lis
             which holds numbers instead of names, in its place.
         graph: a recorded run of the original.
     """
-    sizes = _sizes(small, graph)
+    every = _below(_sizes(small, graph))
     edits: list[Edit] = []
     undecided: list[str] = []
     for path, module in named_modules(small):
         if not own_classes(module):  # torch's own layers are kept in step
             continue
-        below = _below(sizes, path)
+        below = every.get(path, [])
         if not any(old != new for level in below for old, new in level):
             continue
         before = model.get_submodule(path)
@@ -90,16 +90,18 @@ def _sizes(small: nn.Module, graph: Graph) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def _below(sizes: Sizes, path: str) -> list[set[tuple[int, int]]]:
-    """The sizes of a module's tensors, level by level: its own, those of its parts, of their parts."""
-    levels: list[set[tuple[int, int]]] = [set() for _ in range(_DEEPEST + 1)]
-    prefix = f"{path}." if path else ""
+def _below(sizes: Sizes) -> dict[str, list[set[tuple[int, int]]]]:
+    """The sizes of each module's tensors, level by level: its own, those of its parts, of their parts."""
+    found: dict[str, list[set[tuple[int, int]]]] = {}
     for name, pairs in sizes.items():
-        if name.startswith(prefix):
-            depth = sum(not part.isdigit() for part in name.removeprefix(prefix).split(".")[:-1])
-            if depth <= _DEEPEST:
-                levels[depth].update(pairs)
-    return levels
+        path, depth = name.rpartition(".")[0], 0
+        while depth <= _DEEPEST:
+            found.setdefault(path, [set() for _ in range(_DEEPEST + 1)])[depth].update(pairs)
+            if not path:
+                break
+            path, _, last = path.rpartition(".")
+            depth += not last.isdigit()
+    return found
 
 
 def _new_size(below: list[set[tuple[int, int]]], value: int) -> tuple[int, set[int]]:
