@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -76,8 +76,17 @@ def _nothing(request: Request) -> str:
     if request.budgets:
         named = " and ".join(f"{name}={value}" for name, value in request.budgets.items())
         return f"nothing leaves: the model is within {named} as it is; a budget says what may stay, 0.5 or '50%' for half"
+    asked = "each of the ratios" if isinstance(request.ratio, Mapping) else f"ratio={request.ratio}"
+    cap, least = request.options["max_ratio"], request.options["min_channels"]
+    if cap in (0, 0.0):
+        return f"nothing leaves: max_ratio={cap} lets nothing leave; pass a larger one"
+    if least > 1:
+        return (
+            f"nothing leaves: min_channels={least} keeps every group as it is, or {asked} is less than half a "
+            "step of it; pass a smaller min_channels, or a larger ratio"
+        )
     return (
-        f"nothing leaves: ratio={request.ratio} is less than half a step of every group; pass a larger ratio, or round_to=1 "
+        f"nothing leaves: {asked} is less than half a step of every group; pass a larger ratio, or round_to=1 "
         "if blocks of channels are the reason"
     )
 

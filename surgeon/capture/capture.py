@@ -26,6 +26,7 @@ from surgeon.capture.sizes.dependencies import SizeMode
 from surgeon.capture.sizes.tracing import looking_inside_functional
 from surgeon.errors import CaptureError, SurgeonError
 from surgeon.graph.graph import Decision, Graph
+from surgeon.graph.messages import raised
 from surgeon.graph.module_tree import modules_of, named_modules
 from surgeon.graph.tensors import tensor_leaves
 
@@ -129,7 +130,7 @@ def _recorded(
                 for path, t in tensor_leaves((args, kwargs))
             )
             raise CaptureError(
-                f"the model does not run on the example inputs: {type(error).__name__}: {error}",
+                f"the model does not run on the example inputs: {raised(error)}",
                 where=recorder.place(),
                 why=f"inputs were: {shapes or 'no tensors'}" + (f" ({assumed})" if assumed else ""),
                 fix="pass example_inputs=... with which model(...) runs in eval mode",

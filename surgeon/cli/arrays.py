@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from surgeon.errors import InputError
 
-_COMPRESSED = 8 << 30  # bytes that compressed arrays may have in all
+_SMALL, _LARGE = 256 << 20, 8 << 30  # bytes that compressed arrays may have in all, whatever the file's size
+_TIMES = 50  # as many as the file has, in between
 _MEMBERS = 1000
 _DTYPES = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128".split()
@@ -48,21 +49,23 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             if file.read(2) != b"PK":
                 return {"": _array(file, path.stat().st_size)}
             with zipfile.ZipFile(file) as members:
-                return dict(_members(members))
+                return dict(_members(members, path.stat().st_size))
     except _DAMAGED as error:
         fix = "pass a file written by numpy.save (one input) or numpy.savez (inputs by name), with rows along dim 0"
         why = str(error)[:300] or type(error).__name__
         raise InputError("cannot read the data", where=str(path), why=why, fix=fix) from error
 
 
-def _members(members: zipfile.ZipFile) -> Iterator[tuple[str, NDArray[Any]]]:
+def _members(members: zipfile.ZipFile, size: int) -> Iterator[tuple[str, NDArray[Any]]]:
     found = members.infolist()
     if not found or len(found) > _MEMBERS:
         raise ValueError(f"it holds {len(found)} arrays; 1 to {_MEMBERS} are read")
-    packed = sum(item.file_size for item in found if item.compress_type != zipfile.ZIP_STORED)
-    if packed > _COMPRESSED:
+    if sum(item.compress_size for item in found) > size:
+        raise ValueError("its arrays take more bytes than it has: they lie over each other")
+    whole, most = sum(item.file_size for item in found), max(_SMALL, min(_LARGE, _TIMES * size))
+    if whole > max(size, most):
         raise ValueError(
-            f"its arrays have {packed:,} bytes; at most {_COMPRESSED:,} are read of compressed ones"
+            f"its arrays have {whole:,} bytes; of a file of {size:,} bytes at most {most:,} are read"
         )
     for item in found:
         if item.flag_bits & 1:
@@ -88,5 +91,5 @@ def _array(file: IO[bytes], size: int) -> NDArray[Any]:
         raise ValueError(f"an array of shape {shape} takes {needed:,} bytes; the file has {size - start:,}")
     data = io.BytesIO(file.read(needed)).getbuffer()
     flat = np.frombuffer(data, dtype, math.prod(shape))
-    flat = flat.astype(dtype.newbyteorder("="))
+    flat = flat.astype(dtype.newbyteorder("="), copy=False)
     return flat.reshape(shape[::-1]).T if columns_first else flat.reshape(shape)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgeon import __version__
-from surgeon.cli.reported import reported
+from surgeon.cli.reported import reported, run
 from surgeon.selection.options import BUDGETS, OPTIONS, Option
 
 _EXAMPLES = """Examples:
@@ -26,7 +26,9 @@ _EXAMPLES = """Examples:
     surgeon inspect timm/mobilenetv2_100
     surgeon quantize surgeon-out/model.onnx int8.onnx --data inputs.npy
 """
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)  # plain help comes at once
+app = typer.Typer(  # plain help comes at once, and so do plain errors
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 _Dtype = Literal["float32", "int64"]
 _Model = Annotated[
@@ -42,14 +44,18 @@ _InputDtype = Annotated[_Dtype, typer.Option(help="Dtype of --input")]
 _Weights = Annotated[
     Path | None, typer.Option(help="A safetensors file with all the weights; else they are random")
 ]
-_Seed = Annotated[int, typer.Option(help="Of random weights, random inputs and criterion random")]
+_LARGEST_SEED = (1 << 63) - 1
+_Seed = Annotated[
+    int, typer.Option(min=0, max=_LARGEST_SEED, help="Of random weights, random inputs and criterion random")
+]
 _File = Annotated[Path, typer.Argument(help="An ONNX file, as surgeon.export writes it", show_default=False)]
+_DIGITS = 10  # of a number; longer ones are none of channels
 _NOT_OFFERED = ("data", "loss", "seed")  # the shell has options of its own for these, or cannot say them
 
 
 def main() -> None:
     """Entry point of the `surgeon` command."""
-    app()
+    run(app)
 
 
 def _version(asked: bool) -> None:
@@ -102,7 +108,7 @@ def _said(options: dict[str, Any]) -> dict[str, Any]:
     block = str(options["round_to"])
     return {
         **options,
-        "round_to": int(block) if block.isdigit() else block,
+        "round_to": int(block) if block.isascii() and block.isdecimal() and len(block) < _DIGITS else block,
         "ignore": options["ignore"] or (),
         "ignore_inputs": options["ignore_inputs"] or (),
     }

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import InputError, MissingExtraError
+from surgeon.graph.messages import raised
 
 
 def build(name: str) -> nn.Module:
@@ -62,11 +63,13 @@ def _from_file(name: str) -> nn.Module:
     try:
         spec.loader.exec_module(module)
         made = getattr(module, factory)()
-    except Exception as error:  # the user's own code: anything may come out of it, and all of it is reported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code: anything may come out of it, `sys.exit` too
         raise InputError(
             "the model cannot be made",
             where=name,
-            why=f"{type(error).__name__}: {error}",
+            why=raised(error),
             fix="the factory is called without arguments and returns the module",
         ) from error
     finally:

@@ -17,13 +17,14 @@ from torch import nn
 from surgeon import criteria
 from surgeon.api.pipeline import check, inspect, prove
 from surgeon.api.surgery import Surgery
-from surgeon.cli.files import batches_in
+from surgeon.cli.files import batches_in, in_dtype_of
 from surgeon.cli.models import build
+from surgeon.cli.reported import note
 from surgeon.cut.carried import publish
 from surgeon.cut.plan import Plan
 from surgeon.cut.store import WEIGHTS, write
 from surgeon.errors import ExportError, FileError, InputError
-from surgeon.files import draft_folder, load_weights
+from surgeon.files import draft_folder, load_weights, regular_target
 from surgeon.onnx.export import export
 from surgeon.onnx.file import is_weights_of
 from surgeon.recovery.options import DEFAULT
@@ -33,6 +34,7 @@ from surgeon.timing.bench import bench
 from surgeon.timing.table import Table
 
 ONNX = "model.onnx"
+_LARGEST_INPUT = 1 << 30  # entries
 _WIDTH = 130  # of tables that go to a file or a pipe
 
 
@@ -84,16 +86,24 @@ def cut(source: Source, ratio: float | None, options: dict[str, Any], wanted: Wa
         SurgeonError: of any stage; nothing is written then.
     """
     check(ratio, **options)  # refuses bad arguments before anything runs
+    shown, wanted = (
+        wanted.out,
+        dataclasses.replace(wanted, out=wanted.out.absolute()),
+    )  # the factory may change the folder
+    with _writing(wanted.out):
+        for name in (WEIGHTS, "plan.json", ONNX):  # before the work is done, not after it
+            regular_target(wanted.out / name)
     batches = _batches(options["criterion"], wanted)
     net, inputs = _load(source)
     if batches is not None:
+        batches = in_dtype_of(net, batches)
         inputs = _first_row(batches[0]) if inputs is None else inputs
         options["data"] = batches if criteria.looks_at_data(options["criterion"]) else None
     with _draft_folder(wanted.out) as draft:
         with _stage("record"):
             surgery = inspect(net, inputs, outputs=wanted.outputs)
         for remark in surgery.remarks:
-            _say(f"note: {remark}")
+            note(remark)
         with _stage("choose and cut", quiet=batches is not None):
             small, plan = surgery.cut(ratio, **options)
         with _stage("prove"):
@@ -106,7 +116,7 @@ def cut(source: Source, ratio: float | None, options: dict[str, Any], wanted: Wa
     if found is not None:
         typer.echo(str(found))
     names = [WEIGHTS, "plan.json"] + [ONNX] * wanted.onnx
-    typer.echo(f"written: {', '.join(names)} in {wanted.out}")
+    typer.echo(f"written: {', '.join(names)} in {shown}")
 
 
 def _batches(criterion: str, wanted: Wanted) -> list[Any] | None:
@@ -144,10 +154,6 @@ def _written(net: nn.Module, small: nn.Module, surgery: Surgery, draft: Path, wa
 def _stage(name: str, *, quiet: bool = False) -> contextlib.AbstractContextManager[Any]:
     """A spinner, on terminals only; quiet where a bar of its own shows how it goes on."""
     return contextlib.nullcontext() if quiet else Console(stderr=True).status(name)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _print_result(model: nn.Module, small: nn.Module, plan: Plan, timed: Table | None) -> None:
@@ -236,7 +242,7 @@ def _export(model: nn.Module, path: Path, inputs: Any, fused: bool) -> None:
         export(model, path, inputs, fuse=fused)
     except ExportError as error:
         export(model, path, inputs, dynamic_batch=False, fuse=fused)
-        _say(f"note: {path.name} has a fixed batch size: {error.what}")
+        note(f"{path.name} has a fixed batch size: {error.what}")
 
 
 def _inputs_of(surgery: Surgery) -> Any:
@@ -249,13 +255,16 @@ def _inputs_of(surgery: Surgery) -> Any:
 def _load(source: Source) -> tuple[nn.Module, Any]:
     """The model in eval mode with its weights, and example inputs (None: to be found)."""
     sizes = _sizes(source.shape)
+    weights = (
+        None if source.weights is None else source.weights.absolute()
+    )  # the factory may change the folder
     torch.manual_seed(source.seed)
     with _stage("load"):
         net = build(source.model).eval()
-    if source.weights is None:
-        _say("note: no --weights were given, so the weights are random")
+    if weights is None:
+        note("no --weights were given, so the weights are random")
     else:
-        load_weights(net, source.weights)
+        load_weights(net, weights)
     if sizes is None:
         return net, None
     if source.dtype == "float32":
@@ -275,9 +284,10 @@ def _sizes(shape: str | None) -> list[int] | None:
         sizes = [int(part) for part in shape.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
+    if min(sizes) < 1 or math.prod(sizes) > _LARGEST_INPUT:
         raise InputError(
             f"--input {shape!r} is not a shape",
-            fix="pass positive whole numbers, such as --input 1,3,224,224",
+            why=f"it takes positive whole numbers, and at most {_LARGEST_INPUT:,} entries in all",
+            fix="pass a shape such as --input 1,3,224,224",
         )
     return sizes

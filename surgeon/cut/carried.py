@@ -107,13 +107,13 @@ def publish(draft: Path, folder: Path, stale: Callable[[str], bool] = lambda nam
     names = [f.relative_to(draft) for f in draft.rglob("*") if f.is_file() and f.name[:8] != ".surgeon"]
     weights = sorted(name for name in names if name.suffix == ".safetensors")
     others = sorted(set(names).difference(weights), reverse=True)
-    for name in weights:
-        regular_target(folder / name)
     with locked(folder):
         try:
-            for file in [*folder.iterdir()]:
-                if _TEXTS.fullmatch(file.name) or stale(file.name):
-                    file.unlink()
+            old = [f for f in folder.iterdir() if _TEXTS.fullmatch(f.name) or stale(f.name)]
+            for file in (*(folder / name for name in names), *old):  # all of them before the first one goes
+                regular_target(file)
+            for file in old:
+                file.unlink()
             for parent in {name.parent for name in names}:
                 (folder / parent).mkdir(parents=True, exist_ok=True)
             sync(folder)

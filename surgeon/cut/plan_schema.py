@@ -25,6 +25,7 @@ _COUNT = 1 << 62
 _NAME = 1000  # characters
 _DEPTH = 8  # of the request
 _COUNTS = ("macs", "params", "macs_before", "params_before", "size", "memory")
+_LISTS = ("outputs", "rescaled")  # of texts, in the request
 _ANEW = "make the plan anew with surgery.plan(...), or pass a file written by plan.save(...)"
 
 
@@ -221,6 +222,9 @@ class _Reader:
             self._text(f"{place}.{name}", value[name])
         for name in ("old", "new"):
             self._whole(f"{place}.{name}", value[name], -_COUNT, _COUNT)
+        old, new = value["old"], value["new"]
+        if abs(new) > abs(old) or old * new < 0:
+            self.refuse(place, f"a cut makes no number larger, but {old} becomes {new}")
         try:
             return Edit(**value)
         except PlanError as error:
@@ -237,15 +241,28 @@ class _Reader:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
                 self._request(f"{place}[{_short(key)}]", item, depth - 1)
-        if depth == _DEPTH and "outputs" in value:
-            self._names(f"{place}.outputs", value["outputs"])
+        for name in _LISTS if depth == _DEPTH else ():
+            if name in value:
+                self._names(f"{place}.{name}", value[name])
+        if depth == _DEPTH and "missed" in value:
+            self._missed(f"{place}.missed", value["missed"])
         return value
+
+    def _missed(self, place: str, value: Any) -> None:
+        for group in value if isinstance(value, list) else [value]:
+            self._keys(place, group, {"group", "width", "asked", "reached"})
+            self._text(place, group["group"])
+            self._whole(place, group["width"], 1, _INDEX)
+            for name in ("asked", "reached"):
+                if type(group[name]) not in (int, float) or not 0 <= group[name] <= 1:
+                    self.refuse(place, f"a share from 0 to 1 is expected, not {_short(group[name])}")
 
     def _names(self, place: str, value: Any) -> None:
         if not isinstance(value, list):
             self.refuse(place, f"a list of names is expected, not {_short(value)}")
         for name in value:
-            self._text(place, name)
+            if not isinstance(name, str):
+                self.refuse(place, f"a list of texts is expected, not {_short(name)}")
 
 
 _KNOWN_DIMS = frozenset(map(str, range(_DIMS)))

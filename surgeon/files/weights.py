@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from surgeon.errors import InputError
@@ -44,6 +45,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     fill(model, read_weights(path)[1], path)
 
 
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
+
+
 def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path, fix: str = _FIX) -> None:
     """Copy tensors of a file into a model, as `load_weights` does.
 
@@ -53,12 +58,24 @@ def fill(model: nn.Module, loaded: Mapping[str, Tensor], path: Path, fix: str = 
     Raises:
         InputError: they do not fit.
     """
+    own = model.state_dict(keep_vars=True)
+    odd = [
+        f"{name} is {tensor.dtype} in the file and {own[name].dtype} in the model"
+        for name, tensor in loaded.items()
+        if name in own and isinstance(own[name], Tensor) and _kind(tensor.dtype) != _kind(own[name].dtype)
+    ]
+    if odd:
+        raise InputError(
+            "the weights are of another kind than the model's",
+            where=str(path),
+            why="; ".join(odd[:3]) + (f"; and {len(odd) - 3} more" if len(odd) > 3 else ""),
+            fix="pass weights as the model has them: codes of quantised ones mean nothing without their scales",
+        )
     try:
         missing, unexpected = model.load_state_dict(loaded, strict=False)
     except RuntimeError as error:
         missing, unexpected, wrong = [], [], [line.strip() for line in str(error).splitlines()[1:]]
     else:
-        own = model.state_dict(keep_vars=True)
         filled = {own[name].data_ptr() for name in loaded if name in own}
         wrong = [f"no {name} in the file" for name in missing if own[name].data_ptr() not in filled]
         wrong += [f"no {name} in the model" for name in unexpected]

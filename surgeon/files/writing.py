@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
+import uuid
 from pathlib import Path
 
 from surgeon.errors import FileError
@@ -62,12 +62,26 @@ def put(source: Path, target: Path) -> None:
     """
     try:
         sync(source)
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(source, stat.S_IMODE(target.stat().st_mode))
+        try:
+            mode = target.stat().st_mode
+        except FileNotFoundError:
+            mode = _mode_of_new_files(source.parent)
+        os.chmod(source, stat.S_IMODE(mode))
         os.replace(source, target)
         sync(target.parent)
     except OSError as error:
         raise unwritable(target, error) from error
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """What the process's umask leaves of 0666, seen at a file: libraries write theirs for the owner alone."""
+    probe = folder / f".surgeon-mode-{uuid.uuid4().hex}"
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        return os.fstat(handle).st_mode
+    finally:
+        os.close(handle)
+        probe.unlink()
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,14 @@ import os
 from torch import fx
 
 
+def raised(error: BaseException) -> str:
+    """`Kind: text` of an error of a user's code, whose text may be code that fails as well."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  # whatever `__str__` does
+        return type(error).__name__
+
+
 def where(node: fx.Node) -> str:
     """`op` in `module path` at `file:line: code`, for messages."""
     name = (

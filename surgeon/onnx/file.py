@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str], weights: bool = False) -> Any:
     path = Path(path)
     _check_there(path)
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         why = "it is truncated or something else: " + head(str(error))
         raise FileError("this is not an ONNX file", where=str(path), why=why, fix=_WRITE_ANEW) from error

@@ -90,8 +90,20 @@ def any_of_groups(mask: Mask, dim: int, groups: int, size: int) -> Mask:
     return tidy([*(f for f in mask if f.shape[dim] == 1), found])
 
 
+def known_zeroed(data: Tensor) -> Tensor:
+    """Say of a tensor object that it holds 0 in every absent entry."""
+    data.absent_is_zero = True  # type: ignore[attr-defined]
+    return data
+
+
+def is_zeroed(data: Any) -> bool:
+    return getattr(data, "absent_is_zero", False)
+
+
 def zeroed(data: Tensor, mask: Mask) -> Tensor:
     """The value with 0 in every absent entry."""
+    if is_zeroed(data):
+        return data
     for factor in mask:
         data = torch.where(factor, data, torch.zeros((), dtype=data.dtype, device=data.device))
     return data

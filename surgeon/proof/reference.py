@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.recording.aliasing import getitem
 from surgeon.capture.value_dependent import DRAWN, draws, replay
 from surgeon.cut.plan import Plan
@@ -18,7 +21,7 @@ from surgeon.graph.graph import Graph, Read
 from surgeon.graph.messages import source_line
 from surgeon.graph.tensors import as_real, named_tensors, tensor_leaves
 from surgeon.ops import masks
-from surgeon.ops.masked_op import MaskedOp, leak, nest, wide
+from surgeon.ops.masked_op import MaskedOp, is_narrow, leak, nest, wide
 from surgeon.ops.masks import Mask
 from surgeon.ops.sums import fed_by_inputs, follows, scales, sum_of, summed_operands
 from surgeon.ops.table import Family, Trait, absent_of, family, has, op_name
@@ -139,13 +142,14 @@ class Reference:
 
     def _slot(self, name: str) -> Value:
         tensor = self.tensors[name].detach()
-        data = wide(tensor.clone())
+        data = wide(tensor) if is_narrow(tensor) else tensor.clone()
         mask = []
         for dim, kept in self.plan.kept.get(name, {}).items():
             present = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
             present[list(kept)] = True
             mask.append(present.reshape([-1 if d == dim else 1 for d in range(tensor.dim())]))
-        return data, masks.tidy(mask)
+            data.index_fill_(dim, (~present).nonzero()[:, 0], 0)
+        return masks.known_zeroed(data), masks.tidy(mask)
 
     def _call(self, node: fx.Node) -> Any:
         given = arguments(node)
@@ -163,7 +167,12 @@ class Reference:
             taken = replay(node, [nest(a, call.data) for a in given.args], given.kwargs)
             if taken is not None:
                 return call.outputs(taken, ())
-        result = absent_of(node)(call)
+        with contextlib.nullcontext() if _is_pure(node.target) else Isolation(seed=0):
+            result = absent_of(node)(call)
+        if has(name, Trait.RESHAPES) or has(name, Trait.PERMUTES):
+            (moved,) = node.all_input_nodes
+            if masks.is_zeroed(self.values[moved][0]):
+                masks.known_zeroed(result[0])
         if self.leaking and has(name, Trait.SATURATES) and result[0].is_floating_point():
             result = result[0] + leak(call.data(next(iter(given.values())))), result[1]
         return (torch.full_like(result[0], DRAWN), result[1]) if draws(name) else result
@@ -177,6 +186,17 @@ class Reference:
         data, mask = self.values[number]
         self.values[number] = torch.full_like(data, after), mask
         return given
+
+
+@functools.cache
+def _is_pure(target: Any) -> bool:
+    """Whether an op is one of torch's that neither writes nor draws, so that its run needs no isolation."""
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace in ("aten", "prims")
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
 
 
 def said(read: Read) -> str:

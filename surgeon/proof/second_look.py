@@ -73,9 +73,11 @@ def _only_added(node: fx.Node) -> bool:
 
 def _empty(tensor: Tensor) -> Tensor:
     """Where a tensor holds nothing: throughout, or in columns."""
+    zeros, count = tensor.numel() - int(torch.count_nonzero(tensor)), tensor.numel()
+    if zeros == count or zeros < min((count // size for size in tensor.shape[1:]), default=count):
+        whole = bool(zeros) and zeros == count  # fewer zeros are no column
+        return torch.full((1,) * tensor.dim(), whole, device=tensor.device).expand(tensor.shape)
     zero = tensor == 0
-    if bool(zero.all()):
-        return zero
     rows = zero.flatten(1).all(1).reshape(-1, *(1,) * (tensor.dim() - 1)) if tensor.dim() > 1 else zero
     result = torch.zeros_like(zero)
     for dim in range(1, tensor.dim()):
@@ -121,8 +123,9 @@ def _any_finite(data: Tensor, dims: Iterable[int]) -> Tensor:
 
 def empty_along(data: Tensor, mask: Mask, dim: int) -> Tensor:
     """Which of the present entries of a dim are zero throughout."""
-    zero = _all(data == 0, [d for d in range(data.dim()) if d != dim])
-    return zero & masks.full(masks.any_along(mask, [d for d in range(data.dim()) if d != dim]), zero.shape)
+    others = [d for d in range(data.dim()) if d != dim]
+    zero = ~(data.any(others, keepdim=True) if others else data.bool())
+    return zero & masks.full(masks.any_along(mask, others), zero.shape)
 
 
 def shown(graph: Graph, compared: Collection[fx.Node]) -> set[str]:

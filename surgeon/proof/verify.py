@@ -24,7 +24,6 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, fx, nn
 
-from surgeon.capture.isolation.mode import Isolation
 from surgeon.capture.runs import further_runs, record_runs
 from surgeon.cut.plan import PLAN, Plan, check_fit, check_roles
 from surgeon.errors import ProofError
@@ -189,7 +188,7 @@ def _compared(
     """
     args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
     outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, kept_of(model, plan, fill or {}))
-    with torch.no_grad(), Isolation(seed=0):
+    with torch.no_grad():
         steps = line_up(graph, trace)
         rescaled = changed_constants(graph, steps)
         results = {n: step.result for n, step in steps.items() if step.result is not None}
@@ -200,7 +199,7 @@ def _compared(
             "the small model returns other outputs than the original",
             why=f"{[p for p, _ in outputs]} instead of {[p for p, _ in reference]}",
         )
-    with torch.no_grad(), Isolation(seed=0):
+    with torch.no_grad():
         check_finite(
             reference,
             plan,
@@ -224,7 +223,7 @@ def _compared(
             return Reference(model, graph, plan, rescaled, results, run.exact, leaking, tensors)
 
         own = {n: t for n, t in {**dict(named_tensors(model)), **(fill or {})}.items() if n in graph.owned}
-        with torch.no_grad(), Isolation(seed=0):
+        with torch.no_grad():
             allowed = limits(again, TOLERANCE, [*results], own, args, kwargs)
     if not _within(allowed, run.errors, errors):
         raise _differs(allowed, run.errors, errors)

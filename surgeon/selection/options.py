@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Ratio = float | Mapping[str, float]
 Budget = float | str
 BUDGETS = ("macs", "params", "size", "memory", "latency")
+RUNTIMES = ("onnxruntime", "torch")
 SCOPES = ("uniform", "global", "isomorphic", "knapsack")
 HEADS = {  # what may not leave
     "both": (),

@@ -16,6 +16,7 @@ from surgeon.selection.options import (
     BUDGETS,
     HEADS,
     OPTIONS,
+    RUNTIMES,
     SCOPES,
     TARGETS,
     Budget,
@@ -24,6 +25,8 @@ from surgeon.selection.options import (
     check_names,
 )
 
+_LARGEST = 1 << 31  # more than any tensor has channels
+_MOST_THREADS = 1024
 _UNSAID = ("criterion", "data", "loss", "ignore", "ignore_inputs", "runtime", "threads", "seed")
 
 
@@ -101,7 +104,9 @@ class Request:
         self._check_words()
         for name in ("min_channels", "threads"):
             if not _whole(self.options[name]):
-                raise InputError(f"{name} must be a positive whole number, got {self.options[name]!r}")
+                raise InputError(f"{name} must be a positive whole number, got {_short(self.options[name])}")
+        if self.options["threads"] > _MOST_THREADS:
+            raise InputError(f"threads is {self.options['threads']}", fix=f"pass at most {_MOST_THREADS}")
 
     def _check_amounts(self) -> None:
         refuse_as_ratio(self.ratio)
@@ -129,6 +134,7 @@ class Request:
         for name, word, known in (
             ("scope", self.scope, SCOPES),
             ("heads", self.options["heads"], tuple(HEADS)),
+            ("runtime", self.options["runtime"], RUNTIMES),
         ):
             if word not in known:
                 raise InputError(f"unknown {name} {word!r}", fix=f"use one of {', '.join(known)}")
@@ -136,7 +142,9 @@ class Request:
         if isinstance(asked, str) and asked != "auto" and asked not in TARGETS:
             raise InputError(f"unknown round_to {asked!r}", fix=f"use a number, auto, {', '.join(TARGETS)}")
         if not isinstance(asked, str) and not _whole(asked):
-            raise InputError(f"round_to must be a positive whole number, auto or a target, got {asked!r}")
+            raise InputError(
+                f"round_to must be a positive whole number, auto or a target, got {_short(asked)}"
+            )
 
 
 def refuse_as_ratio(value: Any) -> None:
@@ -169,7 +177,16 @@ def refuse_as_ratio(value: Any) -> None:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST
+
+
+def _short(value: Any) -> str:
+    """A value for messages; Python refuses to write numbers of thousands of digits."""
+    return (
+        f"one of {value.bit_length()} bits"
+        if isinstance(value, int) and abs(value) > _LARGEST
+        else repr(value)
+    )
 
 
 def _name(criterion: Any) -> str:

@@ -34,6 +34,7 @@ from surgeon.timing.table import Row, Table
 
 __all__ = ["Row", "Table", "bench", "cpu_name"]
 
+_MOST, _MOST_THREADS = 1 << 31, 1024
 _NOISY = 0.1  # spread of one entry's times from which the machine counts as noisy
 
 
@@ -132,8 +133,9 @@ def _check_numbers(models: Any, **numbers: Any) -> None:
             name in ("threads", "batch_size") and isinstance(given, Sequence) and not isinstance(given, str)
         )
         for value in given if listed else [given]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise BenchError(f"{name} is {value!r}", fix=f"pass a whole number of at least {least}")
+            most = _MOST_THREADS if name == "threads" else _MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise BenchError(f"{name} is {value!r}", fix=f"pass a whole number from {least} to {most}")
         if listed and not given:
             raise BenchError(f"{name} is empty", fix="pass a number, or a list of some")
 

@@ -53,8 +53,10 @@ def doctor(
     if before is not None:
         check_given("surgeon.doctor(path, before)", before=(before, PATH))
     for name, value in (("threads", threads), ("runs", runs)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} is {value!r}", fix="pass a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[name]:
+            raise InputError(f"{name} is {value!r}", fix=f"pass a whole number from 1 to {_MOST[name]}")
+    if before is not None:
+        _check_alike(Path(before), Path(path))
     block = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
     was = None if before is None else _examined(Path(before), example_inputs, threads, runs, block, {})
     known: dict[str, float] = {}
@@ -63,6 +65,26 @@ def doctor(
     ms, layers = _examined(Path(path), example_inputs, threads, runs, block, known)
     diagnosis = Diagnosis(Path(path), ms, None if was is None else was[0], block, layers, ())
     return dataclasses.replace(diagnosis, advice=tuple(advice_on(diagnosis)))
+
+
+def _check_alike(before: Path, after: Path) -> None:
+    """Refuse to compare the times of models that take other inputs.
+
+    Raises:
+        InputError: an input has another fixed size in one of the files.
+    """
+    was, now = ({item.name: _sizes(item) for item in read(path).graph.input} for path in (before, after))
+    for name in was.keys() & now.keys():
+        a, b = was[name], now[name]
+        if len(a) != len(b) or any(x != y for x, y in zip(a, b, strict=True) if x and y):
+            raise InputError(
+                f"input '{name}' is {a} in the one file and {b} in the other (0: open)", where=f"{before}, {after}",
+                why="times of inputs of other sizes say nothing about the cut", fix="export both with the same inputs",
+            )  # fmt: skip
+
+
+def _sizes(item: Any) -> list[int]:
+    return [dim.dim_value for dim in item.type.tensor_type.shape.dim]
 
 
 def _examined(
@@ -104,6 +126,7 @@ def _examined(
     return float(np.median(times[2:])), tuple(sorted(layers, key=lambda layer: -layer.ms))
 
 
+_MOST = {"threads": 1024, "runs": 100_000}
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64,
           "tensor(int32)": np.int32, "tensor(bool)": np.bool_}  # fmt: skip
 

@@ -5,6 +5,7 @@ float file.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,15 @@ class _Gaps:
 
     def add(self, first: Sequence[Any], second: Sequence[Any]) -> None:
         for sums, a, b in zip(self._sums.values(), first, second, strict=True):
-            exact = np.asarray(a, np.float64)
-            sums[0] += float(((np.asarray(b, np.float64) - exact) ** 2).sum())
-            sums[1] += float((exact**2).sum())
+            exact, other = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            with np.errstate(invalid="ignore"):  # masks hold the same infinities in both
+                gap = np.where(exact == other, 0.0, other - exact)
+            sums[0] += float((gap**2).sum())
+            sums[1] += float((exact[np.isfinite(exact)] ** 2).sum())
 
     def __call__(self) -> dict[str, float]:
         return {
-            name: (gap / scale) ** 0.5 if scale else float(gap > 0)
+            name: (gap / (scale or 1.0)) ** 0.5 if scale or not math.isfinite(gap) else float(gap > 0)
             for name, (gap, scale) in self._sums.items()
         }
 

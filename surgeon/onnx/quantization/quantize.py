@@ -10,10 +10,14 @@ compute exact int8 products, so that the numbers are the same on every CPU.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from surgeon.capture.inputs import normalize
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
@@ -145,6 +149,8 @@ def quantize(
         _check_runs(draft, checks[0], source)
         after = _Runner(draft, "the quantised file")
         gap, layers = output_error(before.session, after.session, checks), layer_losses(source, draft, checks)
+        if not math.isfinite(gap):
+            raise _no_number(before, checks, layers, method, source)
         scores = (None, None) if evaluate is None else (evaluate(before), evaluate(after))
         del after  # it holds the file open
         name_by_content(draft)
@@ -246,6 +252,26 @@ def _check_runs(draft: Path, fed: dict[str, Array], source: Path) -> None:
         raise QuantizeError(
             "ONNX Runtime cannot run the quantised file", where=where, why=error.why, fix=fix
         ) from error
+
+
+def _no_number(
+    before: _Runner, checks: list[dict[str, Array]], layers: Sequence[LayerLoss], method: str, source: Path
+) -> QuantizeError:
+    """What to raise where an output of one of the two files is infinite or no number, and that of the other is not."""
+    outputs = itertools.chain.from_iterable(before.session.run(None, fed) for fed in checks)
+    if any(np.isnan(np.asarray(output, np.float64)).any() for output in outputs):
+        return QuantizeError(
+            "the float file gives NaN on these inputs, so that nothing can be compared", where=str(source),
+            fix="pass inputs on which it gives numbers",
+        )  # fmt: skip
+    guilty = [
+        layer.name or f"a {layer.op} without a name" for layer in layers if not math.isfinite(layer.error)
+    ]
+    return QuantizeError(
+        f"the quantised file ({method}) gives no finite numbers where the float one does", where=str(source),
+        why=f"first at {guilty[0]}" if guilty else "numbers overflow",
+        fix="leave those nodes as they are, ignore=[...], or use another method",
+    )  # fmt: skip
 
 
 def _describe(proto: Any, small: Any, draft: Path, method: str) -> None:
