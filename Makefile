@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+bench: $(STAMP)  # half an hour on a quiet machine; it needs torchvision and torch-pruning in .venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.guard
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -120,10 +120,10 @@ def timed(tool: str, model: nn.Module, image: Tensor) -> tuple[float, nn.Module]
 
 
 def times_of(
-    model: nn.Module, image: Tensor
+    model: nn.Module, image: Tensor, floors: list[float]
 ) -> tuple[dict[str, list[float]], dict[str, str], dict[str, float]]:
     """For each tool: seconds by round, or why it failed (it is not run again then), and the share of params
-    left.
+    left. The floor of each round is added to `floors`.
     """
     seconds: dict[str, list[float]] = {tool: [] for tool in TOOLS}
     failed: dict[str, str] = {}
@@ -141,6 +141,8 @@ def times_of(
                 failed[tool] = f"{'hangs' if isinstance(error, TooLong) else 'fails'}: {first_line(error)}"
                 continue
             seconds[tool].append(took)
+            if tool == "surgeon":
+                floors.append(floor(model, image, small))
             left[tool] = count(small) / count(model)
     return seconds, failed, left
 
@@ -148,6 +150,16 @@ def times_of(
 def count(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def floor(model: nn.Module, image: Tensor, small: nn.Module) -> float:
+    """CPU seconds of what no surgery can do without: one forward pass, and one copy of the weights that stay."""
+    start = time.process_time()
+    with torch.no_grad():
+        model(image)
+    for parameter in small.parameters():
+        parameter.detach().clone()
+    return time.process_time() - start
 
 
 def proof_time(model: nn.Module, image: Tensor) -> float:
@@ -241,10 +253,13 @@ def chain_rows() -> list[list[str]]:
     return rows
 
 
-def row_of(name: str, ratios: list[float]) -> list[str]:
-    """A row; the ratio of the times is added to `ratios` where both tools ran."""
+def row_of(name: str, ratios: list[float], above: dict[str, list[float]]) -> list[str]:
+    """A row; the ratio of the times is added to `ratios` where both tools ran, surgeon's time as a multiple of the
+    floor, and the proof's as one of surgeon's, to `above`.
+    """
     model, image = sample(name)
-    seconds, failed, left = times_of(model, image)
+    floors: list[float] = []
+    seconds, failed, left = times_of(model, image, floors)
     cells = [name]
     for tool in TOOLS:
         cells.append(failed[tool] if tool in failed else f"{statistics.median(seconds[tool]):.2f}")
@@ -254,12 +269,24 @@ def row_of(name: str, ratios: list[float]) -> list[str]:
         medians = [statistics.median(seconds[tool]) for tool in TOOLS]
         ratios.append(medians[1] / medians[0])
         cells.append(f"{ratios[-1]:.2f}")
-    cells.append("" if "surgeon" in failed else f"{proof_time(model, image):.2f}")
+    own, lowest, proof = (
+        statistics.median(seconds["surgeon"]),
+        statistics.median(floors),
+        proof_time(model, image),
+    )
+    above["floor"].append(own / lowest)
+    above["proof"].append(proof / own)
+    cells += [f"{lowest:.2f}", f"{own / lowest:.1f}", f"{proof:.2f}"]
     cells += [f"{left[tool]:.1%}" if tool in left else "" for tool in TOOLS]
     for tool in TOOLS:
         peak = None if tool in failed else memory(tool, name)
         cells.append("" if peak is None else f"{peak:.0f}")
     return cells
+
+
+def geometric(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
 def main() -> None:
@@ -284,21 +311,24 @@ def main() -> None:
         ["blocks", "inspect s", "plan s", "apply s", "sum s", "ms per block"], chain_rows()
     )  # on a clean heap
     ratios: list[float] = []
+    above: dict[str, list[float]] = {"floor": [], "proof": []}
     rows = []
     for name in args.models:
-        rows.append(row_of(name, ratios))
+        rows.append(row_of(name, ratios, above))
         print(*rows[-1], sep="  ", flush=True)
     header = [
         "model",
         "surgeon s",
         "torch-pruning s",
         "torch-pruning / surgeon",
+        "floor s",
+        "surgeon / floor",
         "proof s",
         "params: surgeon",
         "params: torch-pruning",
     ]
     header += ["surgeon MiB", "torch-pruning MiB"]
-    mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
+    mean, floors, proofs = (geometric(values) for values in (ratios, above["floor"], above["proof"]))
     worst = f", least {min(ratios):.2f}, most {max(ratios):.2f}" if ratios else ""
     tables = f"{markdown(header, rows)}\n\nA chain of residual blocks, surgeon alone:\n\n{chains}"
     notes = [
@@ -312,6 +342,10 @@ def main() -> None:
             f"torch-pruning {version('torch-pruning')} has none. No auxiliary classifiers for either."
         ),
         f"torch-pruning's run counts if its model still runs and if it ends within {LIMIT} s of CPU time.",
+        (
+            f"Floor: one forward pass and one copy of the weights that stay. surgeon takes {floors:.1f} times as long, and its "
+            f"proof {proofs:.1f} times as long as surgeon (geometric means)."
+        ),
         "MiB: peak resident memory of a run above the loaded model and libraries, in a process of its own.",
         "Chain: width 8, input 8x8.",
     ]
