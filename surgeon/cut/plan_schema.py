@@ -222,13 +222,13 @@ class _Reader:
             self._text(f"{place}.{name}", value[name])
         for name in ("old", "new"):
             self._whole(f"{place}.{name}", value[name], -_COUNT, _COUNT)
-        old, new = value["old"], value["new"]
-        if abs(new) > abs(old) or old * new < 0:
-            self.refuse(place, f"a cut makes no number larger, but {old} becomes {new}")
         try:
-            return Edit(**value)
+            edit = Edit(**value)
         except PlanError as error:
             self.refuse(place, error.why)
+        if abs(edit.new) > abs(edit.old) or edit.old * edit.new < 0:
+            self.refuse(place, f"a cut makes no number larger, but {edit.old} becomes {edit.new}")
+        return edit
 
     def _request(self, place: str, value: Any, depth: int = _DEPTH) -> Any:
         if depth == _DEPTH and not isinstance(value, dict):
