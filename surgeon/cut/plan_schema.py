@@ -226,8 +226,8 @@ class _Reader:
             edit = Edit(**value)
         except PlanError as error:
             self.refuse(place, error.why)
-        if abs(edit.new) > abs(edit.old) or edit.old * edit.new < 0:
-            self.refuse(place, f"a cut makes no number larger, but {edit.old} becomes {edit.new}")
+        if edit.old * edit.new < 0:
+            self.refuse(place, f"a cut changes no sign, but {edit.old} becomes {edit.new}")
         return edit
 
     def _request(self, place: str, value: Any, depth: int = _DEPTH) -> Any:

@@ -71,6 +71,7 @@ def in_source(
         for which, where, value in numbers(method)
         if (path, "source", f"{name}:{which}") not in refused
     ]
+    notes = [note for note in notes if note.want >= 0]  # numbers in source have no sign
     for note in notes:
         file, at = note.source or ("", 0)
         same = [

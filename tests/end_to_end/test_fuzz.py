@@ -142,3 +142,17 @@ def test_random_networks(part: int) -> None:
     assert outcomes["cut"] >= 0.6 * total, outcomes
     assert outcomes["MendError"] <= 0.1 * total, outcomes
     assert outcomes["BudgetError"] <= 0.1 * total, outcomes
+
+
+def test_a_number_in_source_gets_no_sign() -> None:
+    """A pad of attention explains a negative size only with a sign that the source has no place for."""
+    steps = [
+        ("project", "x", 0),
+        ("tokens", "project0", 0),
+        ("attention", "tokens1", 658),
+        ("attention", "attention2", 658),
+    ]
+    wiring = Wiring([(2, 3, 4, 4)], steps, "tensor").finish()
+    assert (
+        outcome(wiring, {"ratio": 0.75, "scope": "isomorphic", "round_to": 1, "seed": 0, "calls": 1}) == "cut"
+    )

@@ -140,8 +140,13 @@ class Notes:
 
 def must_become(note: Note, value: int) -> tuple[int, int] | None:
     """(what a number must become, how many times) where the code passes a multiple of it, or a fraction
-    (width // heads).
+    (width // heads). Its sign stays.
     """
+    found = _multiple(note, value)
+    return found if found is not None and found[0] * value >= 0 else None
+
+
+def _multiple(note: Note, value: int) -> tuple[int, int] | None:
     if note.want == 0 and note.got not in (0, value):  # of anything, none
         return None
     times, rest = divmod(note.got, value)
