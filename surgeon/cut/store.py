@@ -247,7 +247,15 @@ def _check_texts(folder: Path, plans: Iterable[Plan]) -> None:
     """Refuse a `plan.json` that says something else than the weights do: somebody changed or moved one of them."""
     for number, plan in enumerate(plans):
         path = folder / text_name(number)
-        if os.path.exists(path) and Plan.load(path) != plan:
+        if not os.path.exists(path):
+            continue
+        try:
+            same = Plan.load(path) == plan
+        except PlanError:
+            if not os.path.exists(path):  # another writer has just removed it
+                continue
+            raise
+        if not same:
             raise PlanError(
                 "the plan in this folder is not that of the weights", where=str(path),
                 why="they were saved with another one",

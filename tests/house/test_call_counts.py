@@ -1,7 +1,7 @@
 """How much Python a cut runs: calls of functions, which do not depend on the machine, within a committed number.
 
 A change that makes a cut slower by an algorithm shows here before any benchmark is run. If it has to be, measure
-anew with `python tests/house/test_calls.py`, and say in the commit why.
+anew with `python tests/house/test_call_counts.py`, and say in the commit why.
 """
 
 from __future__ import annotations
