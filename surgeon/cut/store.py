@@ -245,20 +245,16 @@ def _plans(metadata: Mapping[str, str], where: Path) -> list[Plan]:
 
 def _check_texts(folder: Path, plans: Iterable[Plan]) -> None:
     """Refuse a `plan.json` that says something else than the weights do: somebody changed or moved one of them."""
-    for number, plan in enumerate(plans):
-        path = folder / text_name(number)
-        if not os.path.exists(path):
-            continue
+    for path, plan in ((folder / text_name(number), plan) for number, plan in enumerate(plans)):
         try:
-            same = Plan.load(path) == plan
+            same = not os.path.exists(path) or Plan.load(path) == plan
         except PlanError:
-            if not os.path.exists(path):  # another writer has just removed it
-                continue
-            raise
+            if os.path.exists(path):
+                raise
+            continue  # another writer has just removed it
         if not same:
             raise PlanError(
-                "the plan in this folder is not that of the weights", where=str(path),
-                why="they were saved with another one",
+                "the plan in this folder is not that of the weights", where=str(path), why="they were saved with another one",
                 fix=f"remove {path.name} (the weights hold their own plan), or save the model anew",
             )  # fmt: skip
 
