@@ -1,8 +1,7 @@
-"""save(small, folder), load(folder, factory): a small model on disk, as the plans that cut it and its
-weights; no pickle.
+"""save(small, folder), load(folder, factory): a small model on disk, as the plans that cut it and its weights.
 
 The class need not know how to build itself smaller: `load` builds the original and replays the plans, so that
-per-layer widths, which no configuration can say, come back as they were.
+per-layer widths, which no configuration can say, come back as they were. There is no pickle.
 
 One file is the truth: `model.safetensors` holds the weights and, in its metadata, the plans and which modules were
 in training mode. It takes its place by one rename, so that a folder is always what one save wrote. `plan.json` is the
