@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.onnx.export import export
-from surgeon.onnx.quantization.methods import products_saturate
+from surgeon.onnx.quantization.saturation import products_saturate
 from surgeon.onnx.quantization.quantize import quantize
 
 
@@ -121,7 +121,7 @@ def test_weights_of_seven_bits(
     largest: int | None,
 ) -> None:
     """Left out, they are for CPUs whose products saturate; the report says so, and where its numbers hold."""
-    monkeypatch.setattr("surgeon.onnx.quantization.methods.products_saturate", lambda: saturates)
+    monkeypatch.setattr("surgeon.onnx.quantization.saturation.products_saturate", lambda: saturates)
     report = quantize(cnn[1], tmp_path / "a.onnx", _batches(), reduce_range=reduce_range)
     found = max(int(np.abs(values.astype(int)).max()) for values in _weights(report.path).values())
     assert found == (largest or (64 if saturates else 127))
@@ -142,6 +142,29 @@ def test_a_cpu_that_saturates_is_known(cnn: tuple[nn.Module, Path], tmp_path: Pa
     safe = quantize(cnn[1], tmp_path / "b.onnx", _batches(), reduce_range=True)
     found = np.concatenate([_run(safe.path, x) for x in _batches()])
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) == pytest.approx(safe.error, rel=1e-3)
+
+
+class Words(nn.Module):
+    """One norm for two places: ONNX Runtime fails where its exact mode changes the norm's weights twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(50, 32), nn.LayerNorm(32)
+        self.mix, self.head = nn.Linear(32, 32), nn.Linear(32, 50)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.words(ids))
+        return self.head(self.norm(x + self.mix(x).relu()))  # type: ignore[no-any-return]  # torch's
+
+
+def test_weights_that_two_nodes_read(tmp_path: Path) -> None:
+    ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    export(Words().eval(), tmp_path / "a.onnx", ids)
+    for per_channel in (True, False):
+        report = quantize(
+            tmp_path / "a.onnx", tmp_path / f"{per_channel}.onnx", [ids], per_channel=per_channel
+        )
+        assert report.error < 0.05
 
 
 def test_ranges_differ(cnn: tuple[nn.Module, Path], tmp_path: Path) -> None:

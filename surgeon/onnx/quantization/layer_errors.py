@@ -17,6 +17,7 @@ from surgeon.errors import QuantizeError
 from surgeon.files import silence
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import head, open_session, read, save
+from surgeon.onnx.quantization import saturation
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -112,7 +113,7 @@ def _watching(path: Path, names: list[str], copy: Path) -> Any:
     save(proto, copy)
     try:
         with silence():
-            return open_session(copy, exact=True)
+            return open_session(copy, exact=saturation.products_saturate())
     except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
         fix = "use another method, or name the node in ignore=[...]"
         raise QuantizeError(

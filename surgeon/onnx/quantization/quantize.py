@@ -27,7 +27,7 @@ from surgeon.onnx import compare as agree
 from surgeon.onnx.child_process import run_in_child
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import draft_of, head, name_by_content, open_session, read, size_on_disk
-from surgeon.onnx.quantization import methods
+from surgeon.onnx.quantization import methods, saturation
 from surgeon.onnx.quantization.float_nodes import check_scales
 from surgeon.onnx.quantization.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
 from surgeon.onnx.quantization.methods import METHODS, RANGES, WRITERS, Request
@@ -156,7 +156,7 @@ def quantize(
         name_by_content(draft)
         sizes = size_on_disk(source, proto), size_on_disk(draft)
     bits = 16 if method == "fp16" else 8 - request.reduce_range
-    saturates = bits == 8 and methods.products_saturate()
+    saturates = bits == 8 and saturation.products_saturate()
     return QuantizeReport(
         target, method, sizes[0], sizes[1], gap, scores[0], scores[1], layers, bits, saturates
     )
@@ -169,7 +169,7 @@ def _request(
         raise InputError(
             "fp16 has no weights of 7 bits", fix='leave out reduce_range, or pass method="static"'
         )
-    reduced = method != "fp16" and (methods.products_saturate() if reduce_range is None else reduce_range)
+    reduced = method != "fp16" and (saturation.products_saturate() if reduce_range is None else reduce_range)
     return Request(ranges, per_channel, reduced, tuple(ignore))
 
 
@@ -203,7 +203,7 @@ class _Runner:
         self.path, self.what = path, what
         try:
             with silence():
-                self.session = open_session(path, exact=True)
+                self.session = open_session(path, exact=saturation.products_saturate())
         except Exception as error:  # ONNX Runtime raises its own classes, straight from Exception
             fix = "write it anew with surgeon.export(model, path)"
             raise QuantizeError(
@@ -245,7 +245,7 @@ def _check_changed(proto: Any, small: Any, source: Path, method: str) -> None:
 def _check_runs(draft: Path, fed: dict[str, Array], source: Path) -> None:
     """Refuse a file that ONNX Runtime cannot run; tried in a child, which it may end."""
     try:
-        run_in_child(draft, [fed], exact=True)
+        run_in_child(draft, [fed], exact=saturation.products_saturate())
     except FileError as error:
         where = error.where.replace(str(draft), str(source))
         fix = "use another method, or keep the float file; ignore=[...] helps if the node alone is to blame"
