@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from surgeon.errors import FileError, InputError, QuantizeError, SurgeonError
 from surgeon.onnx.export import export
-from surgeon.onnx.quantization.saturation import products_saturate
 from surgeon.onnx.quantization.quantize import quantize
+from surgeon.onnx.quantization.saturation import products_saturate
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import INLINE_LIMIT, read, save, size_on_disk
 from surgeon.onnx.quantization.float_nodes import (

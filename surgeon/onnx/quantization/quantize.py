@@ -27,7 +27,7 @@ from surgeon.onnx import compare as agree
 from surgeon.onnx.child_process import run_in_child
 from surgeon.onnx.compare import Array
 from surgeon.onnx.file import draft_of, head, name_by_content, open_session, read, size_on_disk
-from surgeon.onnx.quantization import methods, saturation
+from surgeon.onnx.quantization import saturation
 from surgeon.onnx.quantization.float_nodes import check_scales
 from surgeon.onnx.quantization.layer_errors import PRODUCTS, LayerLoss, layer_losses, output_error
 from surgeon.onnx.quantization.methods import METHODS, RANGES, WRITERS, Request
