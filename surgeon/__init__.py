@@ -9,6 +9,7 @@ from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from surgeon.api.compact import Compaction, compact
     from surgeon.api.iterate import iterate
     from surgeon.api.pipeline import inspect, shrink
     from surgeon.api.surgery import Surgery
@@ -29,11 +30,12 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calls", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "doctor", "export", "finetune", "fuse", "inspect",
-    "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink", "verify",
+    "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "compact", "doctor", "export",
+    "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink", "verify",
 ]  # fmt: skip
 
 _MODULES = {
+    "api.compact": "Compaction compact",
     "api.iterate": "iterate",
     "api.pipeline": "inspect shrink",
     "api.surgery": "Surgery",

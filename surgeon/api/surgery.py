@@ -209,7 +209,8 @@ class Surgery:
             MendError: the model's code holds a size that cannot be changed.
             PlanError: no config says what is left (with `config_expressible`).
         """
-        return self._linking(self._cutter.plan, Request.of(ratio, **options))
+        request = Request.of(ratio, **options)
+        return self._linking(self._cutter.plan, lambda links: select(self, request, links))
 
     @takes_options
     @at_work()
@@ -222,9 +223,21 @@ class Surgery:
         Raises:
             InputError, BudgetError, MendError, PlanError: see `plan`.
         """
-        return self._linking(self._cutter.cut, Request.of(ratio, **options))
+        request = Request.of(ratio, **options)
+        return self._linking(self._cutter.cut, lambda links: select(self, request, links))
 
-    def _linking(self, make: Callable[[Selection], Made], request: Request) -> Made:
+    def cut_chosen(self, chosen: Callable[[list[Link]], Selection]) -> tuple[nn.Module, Plan]:
+        """As `cut`, of what is chosen in another way.
+
+        Args:
+            chosen: pairs of groups that keep the same share, beside those that are known -> what stays.
+
+        Raises:
+            MendError: the model's code holds a size that cannot be changed.
+        """
+        return self._linking(self._cutter.cut, chosen)
+
+    def _linking(self, make: Callable[[Selection], Made], chosen: Callable[[list[Link]], Selection]) -> Made:
         """What is made of a selection. Where one number of the code serves several groups that would get unequal shares, they
         are linked, and the selection is made anew.
 
@@ -234,7 +247,7 @@ class Surgery:
         links: list[Link] = []
         for number in range(_LINKED):
             try:
-                return make(select(self, request, links))
+                return make(chosen(links))
             except MendError as error:
                 known = {frozenset(link) for link in (*self.links, *links)}
                 ties = (*error.ties[number:], *error.ties)  # more of them each time
@@ -243,7 +256,7 @@ class Surgery:
                 if not more:
                     raise
                 links += more
-        return make(select(self, request, links))
+        return make(chosen(links))
 
     def compose(self, plans: Sequence[Plan]) -> Plan:
         """One plan that leaves what several leave, each made for the model that the one before it left; the

@@ -30,13 +30,12 @@ from surgeon.errors import ProofError
 from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
-from surgeon.graph.nests import map_tensors
 from surgeon.graph.process import plain_torch
 from surgeon.graph.queries import read_tensors
 from surgeon.graph.tensors import named_tensors
-from surgeon.ops.masked_op import wide, widened
 from surgeon.ops.sums import scales
 from surgeon.ops.table import Trait, has, op_name
+from surgeon.proof.drawn import drawn
 from surgeon.proof.finite import OverflowsError, check_finite
 from surgeon.proof.kept import check_has_values, check_tensors, kept_of
 from surgeon.proof.line_up import changed_constants, line_up
@@ -186,7 +185,7 @@ def _compared(
         leaking: with activations that leak.
         fill: numbers of the original to take in place of those of some tensors.
     """
-    args, kwargs = _double((graph.args, graph.kwargs), drawn=not _reads_values(graph))
+    args, kwargs = drawn(graph)
     outputs, trace, exact = run_small(small, graph, args, kwargs, leaking, kept_of(model, plan, fill or {}))
     with torch.no_grad():
         steps = line_up(graph, trace)
@@ -269,30 +268,3 @@ def _check_constants(run: Reference) -> None:
             why="it scales no sum over a dim that lost such a share of its entries",
             fix="make it a number of its own, set in __init__, or keep the layer with ignore=[...]",
         )
-
-
-def _reads_values(graph: Graph) -> bool:
-    if graph.reads:
-        return True
-    for node in graph.fx.nodes:
-        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-        if torch.Tag.data_dependent_output in tags:
-            return True
-        if torch.Tag.dynamic_output_shape in tags and op_name(node) != "index":  # most are by whole numbers
-            return True
-    return False
-
-
-def _double(tree: Any, drawn: bool) -> Any:
-    """Inputs in float64; those of floating point drawn at random instead, if asked (the same in each
-    call).
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def fresh(tensor: Tensor) -> Tensor:
-        numbers = tensor.is_floating_point() or tensor.is_complex()
-        if not drawn or not numbers or tensor.layout is not torch.strided:
-            return wide(tensor.detach())
-        return torch.randn(tensor.shape, generator=generator, dtype=widened(tensor.dtype)).to(tensor.device)
-
-    return map_tensors(tree, fresh)

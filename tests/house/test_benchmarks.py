@@ -17,6 +17,7 @@ FOLDER = ROOT / "benchmarks"
 MAY_IMPORT: dict[str, set[str]] = {
     "lib": set(),
     "coverage": {"lib"},
+    "cuts": {"lib"},
     "speed": {"lib"},
     "accuracy": {"lib"},
     "studies": {"lib", "accuracy"},

@@ -1,0 +1,1 @@
+"""Other cuts than channels by score: what each brings, on the zoo."""

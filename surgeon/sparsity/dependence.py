@@ -1,0 +1,214 @@
+"""dependence(call, depends, result) -> which entries of an op's result hang on the model's inputs.
+
+An entry that hangs on no input is a constant, whatever the model is given: a filter of zeros behind a batch norm and an
+activation, say. That a number was the same in some runs shows nothing; so this is read off zeros in weights and off
+how each family of ops makes its results, and is `True` wherever that is not known. An activation that happens to be zero for
+the inputs at hand is no constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.capture.value_dependent import draws
+from surgeon.graph.arguments import arguments
+from surgeon.ops.context import OpContext
+from surgeon.ops.ids import Constraints
+from surgeon.ops.masked_op import MaskedOp
+from surgeon.ops.product import Product
+from surgeon.ops.table import Family, Trait, bound, family, has
+
+Depends = Mapping[fx.Node, Any]  # node -> a boolean tensor of its shape, or a list of them
+
+
+def dependence(call: MaskedOp, depends: Depends, result: Any) -> Any:
+    """A boolean tensor like the result: whether each entry hangs on the inputs; a list of them for several results.
+
+    Args:
+        depends: the same of what the op reads.
+        result: what the op gave.
+    """
+    results = list(result) if isinstance(result, list | tuple) else [result]
+    fed = any(_any(depends[node]) for node in call.node.all_input_nodes)
+    if not fed and not draws(call.name):
+        found = [_all(item, False) for item in results]
+    else:
+        found = _found(call, depends, results)
+    return found if isinstance(result, list | tuple) else found[0]
+
+
+def _found(call: MaskedOp, depends: Depends, results: list[Any]) -> list[Any]:
+    own = family(call.name)
+    rule = {
+        Family.MOVEMENT: _moved,
+        Family.ELEMENTWISE: _elementwise,
+        Family.REDUCTION: _reduced,
+        Family.CONTRACTION: _contracted,
+    }.get(own)
+    first = None if rule is None or draws(call.name) else rule(call, depends, results)
+    if isinstance(first, list):
+        return first
+    if first is None:
+        return [_all(item, True) for item in results]
+    same = [isinstance(item, Tensor) and item.shape == first.shape for item in results]
+    return [first if alike else _all(item, True) for item, alike in zip(results, same, strict=True)]
+
+
+def mixed_dims(node: fx.Node) -> Mapping[fx.Node, set[int]]:
+    """Operand -> the dims that the op sums, orders, normalises or looks through a window along."""
+    return OpContext(node, {}, Constraints()).mixed
+
+
+def some(data: Tensor, dims: Any) -> Tensor:
+    """Whether any entry along some dims is not zero; the dims stay, with size 1."""
+    dims = tuple(dims)
+    return (data != 0).any(dims, keepdim=True) if dims else data != 0
+
+
+def nonzero(call: MaskedOp, depends: Depends, item: fx.Node) -> Tensor:
+    """Which entries of an operand may be other than zero for some input."""
+    found: Tensor = (call.data(item) != 0) | depends[item]
+    return found
+
+
+def _any(held: Any) -> bool:
+    return any(map(_any, held)) if isinstance(held, list | tuple) else held is not None and bool(held.any())
+
+
+def _all(item: Any, answer: bool) -> Tensor | None:
+    return torch.full(item.shape, answer, device=item.device) if isinstance(item, Tensor) else None
+
+
+def _moved(call: MaskedOp, depends: Depends, results: list[Any]) -> Any:
+    """The op on what its operands hang on; None where an index or a condition hangs on the inputs."""
+    if call.get("dtype") is not None:
+        return None
+    for node in call.node.all_input_nodes:
+        data = call.data(node)
+        if not (data.is_floating_point() or data.is_complex()) and _any(depends[node]):
+            return None
+
+    def read(item: Any) -> Any:
+        if not isinstance(item, fx.Node):
+            return item
+        data = call.data(item)
+        return depends[item].to(data.dtype) if data.is_floating_point() or data.is_complex() else data
+
+    moved = call.run(read)
+    if isinstance(moved, list | tuple):
+        return [item != 0 for item in moved]
+    return moved != 0
+
+
+def _elementwise(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor | None:
+    shape = results[0].shape
+    if has(call.name, Trait.BATCH_NORM):
+        return _batch_norm(call, depends)
+    found = torch.zeros(shape, dtype=torch.bool, device=results[0].device)
+    for node in call.node.all_input_nodes:
+        held = depends[node]
+        if not _any(held):
+            continue
+        if held.dim() > len(shape) or torch.broadcast_shapes(held.shape, shape) != shape:
+            return None
+        found |= held
+    if has(call.name, Trait.SCALES):  # zero times anything is zero
+        for node in call.node.all_input_nodes:
+            found = found & nonzero(call, depends, node)
+    return found
+
+
+def _batch_norm(call: MaskedOp, depends: Depends) -> Tensor | None:
+    """A channel that is scaled by zero is a constant."""
+    x, weight = call["input"], call.get("weight")
+    if any(_any(depends[node]) for node in call.node.all_input_nodes if node is not x):
+        return None
+    held: Tensor = depends[x]
+    others = [d for d in range(held.dim()) if d != 1]
+    if call.get("training") is True:
+        held = some(held, others).expand(held.shape)
+    if weight is not None:
+        held = held & (call.data(weight) != 0).reshape(1, -1, *(1,) * (held.dim() - 2))
+    return held
+
+
+def _reduced(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor | None:
+    """All that is mixed hangs on what any of it hangs on."""
+    mixed = mixed_dims(call.node)
+    fed = [node for node in call.node.all_input_nodes if _any(depends[node])]
+    if len(fed) != 1 or fed[0] not in mixed or not isinstance(results[0], Tensor):
+        return None
+    held, shape = some(depends[fed[0]], mixed[fed[0]]), results[0].shape
+    if held.dim() != len(shape):
+        held = held.squeeze(tuple(mixed[fed[0]]))
+    if held.dim() != len(shape) or torch.broadcast_shapes(held.shape, shape) != shape:
+        return None
+    return held.expand(shape)
+
+
+def _contracted(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor | None:
+    products = bound(call.node)
+    if products is None:
+        return None
+    operands = [call[operand.name] for operand in products.operands]
+    numbers = all(call.data(node).is_floating_point() for node in operands)
+    if not numbers or any(_any(depends[call[added.name]]) for added in products.added if added.name):
+        return None
+    if len(products.steps) > 1:
+        return _attended(call, depends, products, results[0])
+    found = torch.zeros(results[0].shape, dtype=torch.bool, device=results[0].device)
+    for node in operands:
+        if _any(depends[node]):
+            found |= _product(call, depends, node, operands) != 0
+    return found
+
+
+def _product(call: MaskedOp, depends: Depends, held: fx.Node, operands: list[fx.Node]) -> Tensor:
+    """How many products of an entry of `held` that hangs on the inputs, and others that are not zero, each result sums."""
+
+    def read(item: Any) -> Any:
+        if not isinstance(item, fx.Node):
+            return item
+        if item is held:
+            return depends[item].double()
+        return (
+            nonzero(call, depends, item).double() if item in operands else torch.zeros_like(call.data(item))
+        )
+
+    counted = call.run(read)
+    found: Tensor = counted[0] if isinstance(counted, list | tuple) else counted
+    return found
+
+
+def _attended(call: MaskedOp, depends: Depends, products: Product, result: Tensor) -> Tensor | None:
+    """Of products of products (attention), what comes last weighs: where it is zero throughout, so is the result."""
+    last = products.steps[-1].operands[-1]
+    value = call[last.name]
+    gone = [i for i, dim in enumerate(last.dims) if products.out.letters.isdisjoint(dim.letters)]
+    held = some(nonzero(call, depends, value), gone)
+    if held.dim() != result.dim():
+        return None
+    unlike = [d for d in range(result.dim()) if held.shape[d] not in (1, result.shape[d])]
+    return some(held, unlike).expand(result.shape)
+
+
+def added_to(node: fx.Node) -> list[Any]:
+    """What a product adds to its result: its bias."""
+    products, given = bound(node), arguments(node)
+    return [given[operand.name] for operand in products.added if operand.name] if products else []
+
+
+def outputs_of(node: fx.Node, value: fx.Node) -> list[int]:
+    """Dims of a product's result along which it has other weights.
+
+    Args:
+        value: the data that is multiplied with them.
+    """
+    products, given = bound(node), arguments(node)
+    assert products is not None
+    weights = [o.letters for o in products.operands if given[o.name] is not value]
+    return products.out.with_any(frozenset().union(*weights))
