@@ -22,10 +22,10 @@ from surgeon.ops.ids import DimIds
 from surgeon.proof.equal import check_equal
 from surgeon.report.text import count
 from surgeon.selection.selection import Selection
-from surgeon.sparsity.fold import Fold, can_take, exact, folds, take_over
-from surgeon.sparsity.masks import check_pruned, masked, plain_name, plan_without, settle, zeros
-from surgeon.sparsity.removable import removable
-from surgeon.sparsity.signals import Signals
+from surgeon.masks.fold import Fold, can_take, exact, folds, take_over
+from surgeon.masks.prune_masks import check_pruned, masked, plain_name, plan_without, settle, zeros
+from surgeon.masks.removable import removable
+from surgeon.masks.signals import Signals
 
 _SHOWN = 8  # lines of a kind that a print-out has
 

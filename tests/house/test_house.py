@@ -15,7 +15,7 @@ ROOT = Path(surgeon.__file__).parent
 
 # Each folder may import those before it. Imports inside functions and under TYPE_CHECKING count.
 FOLDERS = """
-errors files graph ops capture coupling criteria selection mend cut proof sparsity recovery training
+errors files graph ops capture coupling criteria selection mend cut proof masks recovery training
 fusion onnx timing latency report api cli
 """.split()
 

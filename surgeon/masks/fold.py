@@ -15,8 +15,8 @@ from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import named_tensors
 from surgeon.ops.ids import DimIds
 from surgeon.selection.cost import ShapeModel
-from surgeon.sparsity.dependence import added_to, outputs_of
-from surgeon.sparsity.signals import Constants
+from surgeon.masks.dependence import added_to, outputs_of
+from surgeon.masks.signals import Constants
 
 
 @dataclasses.dataclass(frozen=True)

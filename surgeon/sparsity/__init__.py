@@ -1,5 +1,0 @@
-"""Sparsity: a model with masks or zeros -> the channels that change nothing, what their constants leave behind, a small model."""
-
-from surgeon.sparsity.signals import Signals
-
-__all__ = ["Signals"]
