@@ -12,12 +12,15 @@ if _TYPE_CHECKING:
     from surgeon.api.compact import Compaction, compact
     from surgeon.api.iterate import iterate
     from surgeon.api.pipeline import inspect, shrink
+    from surgeon.api.sparsify import sparsify
     from surgeon.api.surgery import Surgery
     from surgeon.capture.inputs import Calls
     from surgeon.cut.broadcast import broadcast_plan
     from surgeon.cut.plan import Plan
     from surgeon.cut.store import load, save
     from surgeon.fusion.fuse import fuse
+    from surgeon.masks.sparsify import finalize
+    from surgeon.masks.table import sparsity
     from surgeon.onnx.export import export
     from surgeon.onnx.quantization.quantize import quantize
     from surgeon.proof.result import Proof
@@ -31,19 +34,23 @@ if _TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "compact", "doctor", "export",
-    "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink", "verify",
+    "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink",
+    "sparsify", "sparsity", "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "api.compact": "Compaction compact",
     "api.iterate": "iterate",
     "api.pipeline": "inspect shrink",
+    "api.sparsify": "sparsify",
     "api.surgery": "Surgery",
     "capture.inputs": "Calls",
     "cut.broadcast": "broadcast_plan",
     "cut.plan": "Plan",
     "cut.store": "load save",
     "fusion.fuse": "fuse",
+    "masks.sparsify": "finalize",
+    "masks.table": "sparsity",
     "onnx.export": "export",
     "onnx.quantization.quantize": "quantize",
     "proof.verify": "Proof verify",

@@ -18,14 +18,14 @@ from surgeon.errors import InputError, NothingRemovedWarning, PathWarning, warn
 from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.graph import Graph
 from surgeon.graph.process import plain_torch
-from surgeon.ops.ids import DimIds
-from surgeon.proof.equal import check_equal
-from surgeon.report.text import count
-from surgeon.selection.selection import Selection
 from surgeon.masks.fold import Fold, can_take, exact, folds, take_over
 from surgeon.masks.prune_masks import check_pruned, masked, plain_name, plan_without, settle, zeros
 from surgeon.masks.removable import removable
 from surgeon.masks.signals import Signals
+from surgeon.ops.ids import DimIds
+from surgeon.proof.equal import check_equal
+from surgeon.report.text import count
+from surgeon.selection.selection import Selection
 
 _SHOWN = 8  # lines of a kind that a print-out has
 

@@ -13,10 +13,10 @@ from surgeon.cut.plan import Plan
 from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.tensors import named_tensors
-from surgeon.ops.ids import DimIds
-from surgeon.selection.cost import ShapeModel
 from surgeon.masks.dependence import added_to, outputs_of
 from surgeon.masks.signals import Constants
+from surgeon.ops.ids import DimIds
+from surgeon.selection.cost import ShapeModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from surgeon.errors import InputError
 from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.tensors import architecture, named_tensors
 
-_ORIG, _MASK = "_orig", "_mask"
+ORIG, MASK = "_orig", "_mask"
 
 
 def pruned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -35,8 +35,8 @@ def check_pruned(model: nn.Module) -> None:
     """
     known = {(path, name) for path, _, name in pruned(model)}
     for path, module in model.named_modules():
-        given = {n.removesuffix(_ORIG) for n in module._parameters if n.endswith(_ORIG)}
-        masks = {n.removesuffix(_MASK) for n in module._buffers if n.endswith(_MASK)}
+        given = {n.removesuffix(ORIG) for n in module._parameters if n.endswith(ORIG)}
+        masks = {n.removesuffix(MASK) for n in module._buffers if n.endswith(MASK)}
         hooked = {name for at, name in known if at == path}
         for name in sorted((given & masks) | hooked):
             if name not in given or name not in masks or name not in hooked:
@@ -47,7 +47,7 @@ def _half(path: str, name: str) -> InputError:
     return InputError(
         "a mask is only half there",
         where=f"{path}.{name}".lstrip("."),
-        why=f"torch.nn.utils.prune keeps {name}{_ORIG}, {name}{_MASK} and a hook that multiplies them; not all of them are there",
+        why=f"torch.nn.utils.prune keeps {name}{ORIG}, {name}{MASK} and a hook that multiplies them; not all of them are there",
         fix=f"prune the module anew, or set {name} as a parameter and delete what is left",
     )
 
@@ -105,7 +105,7 @@ def settle(model: nn.Module, permanent: bool) -> tuple[list[str], list[str]]:
     off: list[str] = []
     stay: list[str] = []
     for path, module, name in list(pruned(model)):
-        spent = permanent or bool((getattr(module, f"{name}{_MASK}") != 0).all())
+        spent = permanent or bool((getattr(module, f"{name}{MASK}") != 0).all())
         (off if spent else stay).append(f"{path}.{name}".lstrip("."))
         if spent:
             _take_off(module, name)
@@ -131,15 +131,15 @@ def plan_without(plan: Plan, model: nn.Module, off: Collection[str]) -> Plan:
     for path, module, name in list(pruned(plain)):
         if f"{path}.{name}".lstrip(".") in off:
             _take_off(module, name)
-    renamed = {f"{name}{_ORIG}": name for name in off}
-    gone = {f"{name}{_MASK}" for name in off}
+    renamed = {f"{name}{ORIG}": name for name in off}
+    gone = {f"{name}{MASK}" for name in off}
     kept = {renamed.get(name, name): dims for name, dims in plan.kept.items() if name not in gone}
     return dataclasses.replace(plan, kept=kept, hash=architecture(plain))
 
 
 def zeros(model: nn.Module) -> tuple[int, int]:
     """How many of the weights (parameters of two or more dims, tied ones once) are zero or masked, and how many there are."""
-    hidden = {id(getattr(m, f"{name}{_ORIG}")): getattr(m, f"{name}{_MASK}") for _, m, name in pruned(model)}
+    hidden = {id(getattr(m, f"{name}{ORIG}")): getattr(m, f"{name}{MASK}") for _, m, name in pruned(model)}
     found = total = 0
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -151,4 +151,4 @@ def zeros(model: nn.Module) -> tuple[int, int]:
 
 def plain_name(name: str) -> str:
     """A tensor or slot as its module names it: `conv.weight[0]` for `conv.weight_orig[0]`."""
-    return re.sub(rf"({_ORIG}|{_MASK})(?=\[|$)", "", name)
+    return re.sub(rf"({ORIG}|{MASK})(?=\[|$)", "", name)

@@ -21,12 +21,12 @@ from surgeon.graph.arguments import arguments
 from surgeon.graph.graph import Graph
 from surgeon.graph.messages import where
 from surgeon.graph.nests import map_tensors
+from surgeon.masks.dependence import added_to, dependence, mixed_dims, nonzero, outputs_of, some
 from surgeon.ops.ids import DimIds
 from surgeon.ops.masked_op import MaskedOp, wide
 from surgeon.ops.sums import summed_operands
 from surgeon.ops.table import Family, family, op_name
 from surgeon.proof.reference import Reference
-from surgeon.masks.dependence import added_to, dependence, mixed_dims, nonzero, outputs_of, some
 
 ROUNDING = 1e-12  # relative: what an op gives for one number may differ in the last bits from place to place
 

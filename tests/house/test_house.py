@@ -131,8 +131,8 @@ def test_functions_take_few_arguments() -> None:
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
         "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "compact", "doctor", "export",
-        "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer",
-        "save", "shrink", "verify",
+        "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer",
+        "save", "shrink", "sparsify", "sparsity", "verify",
     }  # fmt: skip
     for name in surgeon.__all__:
         assert (getattr(surgeon, name).__doc__ or "").strip(), name
