@@ -23,6 +23,7 @@ _EXAMPLES = """Examples:
 \b
     surgeon shrink torchvision/resnet18 --ratio 0.5
     surgeon shrink net.py:make --input 1,3,64,64 --macs 50% --data inputs.npy
+    surgeon compact net.py:make --weights masked.safetensors --input 1,3,64,64
     surgeon inspect timm/mobilenetv2_100
     surgeon quantize surgeon-out/model.onnx int8.onnx --data inputs.npy
 """
@@ -151,7 +152,8 @@ def shrink_command(
 ) -> None:
     """Cut a model, prove the cut, win accuracy back if there are data, and write the small one."""
     with reported():
-        from surgeon.cli.shrink import Source, Wanted, cut
+        from surgeon.cli.shrink import Wanted, cut
+        from surgeon.cli.source import Source
 
         budgets = any(options[name] is not None for name in BUDGETS)
         cut(
@@ -160,6 +162,30 @@ def shrink_command(
             {**_said(options), "seed": seed},
             Wanted(data, batch, distill, out, onnx, measure, fused, outputs),
         )
+
+
+@app.command("compact")
+def compact_command(
+    model: _Model,
+    weights: Annotated[
+        Path,
+        typer.Option(help="A safetensors file with all the weights, zeros among them", show_default=False),
+    ],
+    input_shape: _Input = None,
+    input_dtype: _InputDtype = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors, plan.json and model.onnx")] = Path(
+        "surgeon-out"
+    ),
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx")] = True,
+    fused: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fold batch norms in model.onnx")] = True,
+    seed: _Seed = 0,
+) -> None:
+    """Remove what zeros in the weights have switched off, prove that nothing changed, and write the small model."""
+    with reported():
+        from surgeon.cli.compact import Files, compacted
+        from surgeon.cli.source import Source
+
+        compacted(Source(model, weights, input_shape, input_dtype, seed), Files(out, onnx, fused))
 
 
 @app.command("inspect")
@@ -172,7 +198,8 @@ def inspect_command(
 ) -> None:
     """Print what may leave a model, what is frozen, and why."""
     with reported():
-        from surgeon.cli.shrink import Source, describe
+        from surgeon.cli.shrink import describe
+        from surgeon.cli.source import Source
 
         describe(Source(model, weights, input_shape, input_dtype, seed))
 

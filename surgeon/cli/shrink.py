@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -18,35 +15,20 @@ from surgeon import criteria
 from surgeon.api.pipeline import check, inspect, prove
 from surgeon.api.surgery import Surgery
 from surgeon.cli.files import batches_in, in_dtype_of
-from surgeon.cli.models import build
+from surgeon.cli.folder import ONNX, draft_in, export_any, inputs_of, writing
 from surgeon.cli.reported import note
-from surgeon.cut.carried import publish
+from surgeon.cli.source import Source, load, stage
 from surgeon.cut.plan import Plan
 from surgeon.cut.store import WEIGHTS, write
-from surgeon.errors import ExportError, FileError, InputError
-from surgeon.files import draft_folder, load_weights, regular_target
-from surgeon.onnx.export import export
-from surgeon.onnx.file import is_weights_of
+from surgeon.errors import InputError
+from surgeon.files import regular_target
 from surgeon.recovery.options import DEFAULT
 from surgeon.recovery.recover import Recovery, recover
 from surgeon.report.text import count, table
 from surgeon.timing.bench import bench
 from surgeon.timing.table import Table
 
-ONNX = "model.onnx"
-_LARGEST_INPUT = 1 << 30  # entries
 _WIDTH = 130  # of tables that go to a file or a pipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model of the command line: where it is, its weights, its example input."""
-
-    model: str
-    weights: Path | None
-    shape: str | None
-    dtype: str
-    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +55,8 @@ class Wanted:
 
 def describe(source: Source) -> None:
     """Print what may leave a model."""
-    net, inputs = _load(source)
-    with _stage("record"):
+    net, inputs = load(source)
+    with stage("record"):
         surgery = inspect(net, inputs)
     typer.echo(str(surgery))
 
@@ -90,23 +72,23 @@ def cut(source: Source, ratio: float | None, options: dict[str, Any], wanted: Wa
         wanted.out,
         dataclasses.replace(wanted, out=wanted.out.absolute()),
     )  # the factory may change the folder
-    with _writing(wanted.out):
+    with writing(wanted.out):
         for name in (WEIGHTS, "plan.json", ONNX):  # before the work is done, not after it
             regular_target(wanted.out / name)
     batches = _batches(options["criterion"], wanted)
-    net, inputs = _load(source)
+    net, inputs = load(source)
     if batches is not None:
         batches = in_dtype_of(net, batches)
         inputs = _first_row(batches[0]) if inputs is None else inputs
         options["data"] = batches if criteria.looks_at_data(options["criterion"]) else None
-    with _draft_folder(wanted.out) as draft:
-        with _stage("record"):
+    with draft_in(wanted.out) as draft:
+        with stage("record"):
             surgery = inspect(net, inputs, outputs=wanted.outputs)
         for remark in surgery.remarks:
             note(remark)
-        with _stage("choose and cut", quiet=batches is not None):
+        with stage("choose and cut", quiet=batches is not None):
             small, plan = surgery.cut(ratio, **options)
-        with _stage("prove"):
+        with stage("prove"):
             proof = prove(net, small, plan, surgery)
         found = None if batches is None else _recovered(small, plan, net, batches, wanted, source.seed)
         small = small if found is None else found.model
@@ -137,23 +119,18 @@ def _recovered(
 
 def _written(net: nn.Module, small: nn.Module, surgery: Surgery, draft: Path, wanted: Wanted) -> Table | None:
     """Write all files into the draft folder; the latencies before and after, if they are wanted."""
-    with _stage("export"):
+    with stage("export"):
         files = _write(net, small, surgery, draft, wanted)
     timed = None
     if wanted.measure:
-        with _stage("measure"):
-            timed = bench({"original, torch": net, "small, torch": small, **files}, _inputs_of(surgery))
+        with stage("measure"):
+            timed = bench({"original, torch": net, "small, torch": small, **files}, inputs_of(surgery))
     for file in [*draft.glob("original.onnx*")]:  # only there to be measured
         file.unlink()
     return timed
 
 
 # -- what is printed -----------------------------------------------------------------------------------------
-
-
-def _stage(name: str, *, quiet: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """A spinner, on terminals only; quiet where a bar of its own shows how it goes on."""
-    return contextlib.nullcontext() if quiet else Console(stderr=True).status(name)
 
 
 def _print_result(model: nn.Module, small: nn.Module, plan: Plan, timed: Table | None) -> None:
@@ -196,98 +173,19 @@ def _megabytes(model: nn.Module) -> float:
 # -- what is written -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _draft_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder in `out` whose files take the places of those of an earlier run if all went well; else
-    nothing stays behind.
-
-    Raises:
-        InputError: `out` cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        with _writing(out):
-            draft = stack.enter_context(draft_folder(out))
-        yield draft
-        with _writing(out):
-            publish(draft, out, stale=lambda name: name == ONNX or is_weights_of(name, ONNX))
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileError as error:
-        fix = "choose a folder that can be written"
-        why = f"{error.where}: {error.why}"
-        raise InputError("cannot write to --out", where=str(out), why=why, fix=fix) from error
-
-
 def _write(
     model: nn.Module, small: nn.Module, surgery: Surgery, draft: Path, wanted: Wanted
 ) -> dict[str, Path]:
     """All files into the draft folder; the ONNX files by the names to measure them under."""
     write(small, draft)
     files = {}
-    inputs = _inputs_of(surgery)
+    inputs = inputs_of(surgery)
     for name, file, module in (("original, ONNX", "original.onnx", model), ("small, ONNX", ONNX, small)):
         if wanted.onnx and (wanted.measure or module is small):
             files[name] = draft / file
-            _export(module, draft / file, inputs, wanted.fused)
+            export_any(module, draft / file, inputs, wanted.fused)
     return files
-
-
-def _export(model: nn.Module, path: Path, inputs: Any, fused: bool) -> None:
-    """With any batch size if the model can, else with the one of the inputs."""
-    try:
-        export(model, path, inputs, fuse=fused)
-    except ExportError as error:
-        export(model, path, inputs, dynamic_batch=False, fuse=fused)
-        note(f"{path.name} has a fixed batch size: {error.what}")
-
-
-def _inputs_of(surgery: Surgery) -> Any:
-    return dict(surgery.graph.kwargs) or surgery.graph.args
-
-
-# -- what is read --------------------------------------------------------------------------------------------
-
-
-def _load(source: Source) -> tuple[nn.Module, Any]:
-    """The model in eval mode with its weights, and example inputs (None: to be found)."""
-    sizes = _sizes(source.shape)
-    weights = (
-        None if source.weights is None else source.weights.absolute()
-    )  # the factory may change the folder
-    torch.manual_seed(source.seed)
-    with _stage("load"):
-        net = build(source.model).eval()
-    if weights is None:
-        note("no --weights were given, so the weights are random")
-    else:
-        load_weights(net, weights)
-    if sizes is None:
-        return net, None
-    if source.dtype == "float32":
-        return net, torch.randn(sizes)
-    words = next((m.num_embeddings for m in net.modules() if isinstance(m, nn.Embedding)), 2)
-    return net, (torch.arange(math.prod(sizes)) % words).reshape(sizes)
 
 
 def _first_row(batch: Any) -> Any:
     return {name: rows[:1] for name, rows in batch.items()} if isinstance(batch, dict) else batch[:1]
-
-
-def _sizes(shape: str | None) -> list[int] | None:
-    if shape is None:
-        return None
-    try:
-        sizes = [int(part) for part in shape.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1 or math.prod(sizes) > _LARGEST_INPUT:
-        raise InputError(
-            f"--input {shape!r} is not a shape",
-            why=f"it takes positive whole numbers, and at most {_LARGEST_INPUT:,} entries in all",
-            fix="pass a shape such as --input 1,3,224,224",
-        )
-    return sizes

@@ -285,7 +285,7 @@ def test_a_failure_halfway_leaves_earlier_results_alone(
         raise ProofError("made to fail")
 
     # after model.safetensors and plan.json were written to the draft
-    monkeypatch.setattr(shrinking, "_export", fails)
+    monkeypatch.setattr(shrinking, "export_any", fails)
     done = run("shrink", f"{source}:Net", "--input", "1,3,8,8", "--ratio", "0.25", "--out", out)
     assert done.exit_code == 1
     assert "made to fail" in done.stderr

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import surgeon
 from surgeon.cli import main as cli
-from surgeon.cli.shrink import _draft_folder as draft_folder
+from surgeon.cli.folder import draft_in as draft_folder
 from surgeon.errors import FileError
 from surgeon.latency.predict import LatencyTable
 from surgeon.onnx import file as onnx_file
