@@ -14,6 +14,7 @@ if _TYPE_CHECKING:
     from surgeon.api.pipeline import inspect, shrink
     from surgeon.api.sparsify import sparsify
     from surgeon.api.surgery import Surgery
+    from surgeon.api.vocabulary import Vocabulary, vocabulary
     from surgeon.capture.inputs import Calls
     from surgeon.cut.broadcast import broadcast_plan
     from surgeon.cut.plan import Plan
@@ -33,9 +34,9 @@ if _TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "compact", "doctor", "export",
-    "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer", "save", "shrink",
-    "sparsify", "sparsity", "verify",
+    "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "Vocabulary", "bench", "broadcast_plan", "compact",
+    "doctor", "export", "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer",
+    "save", "shrink", "sparsify", "sparsity", "verify", "vocabulary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -44,6 +45,7 @@ _MODULES = {
     "api.pipeline": "inspect shrink",
     "api.sparsify": "sparsify",
     "api.surgery": "Surgery",
+    "api.vocabulary": "Vocabulary vocabulary",
     "capture.inputs": "Calls",
     "cut.broadcast": "broadcast_plan",
     "cut.plan": "Plan",

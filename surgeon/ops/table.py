@@ -39,6 +39,7 @@ class Trait(enum.Enum):
     BATCH_NORM = "each channel is scaled and shifted by vectors"
     SATURATES = "an activation that gives zero for many inputs"
     SLICES = "takes a range of a dim"
+    LOOKS_UP = "takes rows of a table by whole numbers"
     REPEATS = "gives the same entries several times, along dims that have one"
     COPIES = "gives what it was given: computes nothing"
     INCIDENTAL = "computes nothing, and runs or not by how tensors lie in memory and of which dtype they are"

@@ -130,9 +130,9 @@ def test_functions_take_few_arguments() -> None:
 
 def test_public_names() -> None:
     assert set(surgeon.__all__) == {
-        "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "bench", "broadcast_plan", "compact", "doctor", "export",
-        "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover", "regularizer",
-        "save", "shrink", "sparsify", "sparsity", "verify",
+        "Calls", "Compaction", "Plan", "Proof", "Recovery", "Surgery", "Vocabulary", "bench", "broadcast_plan", "compact",
+        "doctor", "export", "finalize", "finetune", "fuse", "inspect", "iterate", "load", "quantize", "recover",
+        "regularizer", "save", "shrink", "sparsify", "sparsity", "verify", "vocabulary",
     }  # fmt: skip
     for name in surgeon.__all__:
         assert (getattr(surgeon, name).__doc__ or "").strip(), name

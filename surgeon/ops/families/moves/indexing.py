@@ -11,7 +11,7 @@ from surgeon.ops import masks
 from surgeon.ops.context import OpContext, beside, broadcast
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal
-from surgeon.ops.table import Family, op, op_name
+from surgeon.ops.table import Family, Trait, op, op_name
 
 
 def index(ctx: OpContext) -> ValueIds:
@@ -210,6 +210,7 @@ op(
     ids=embedding,
     absent=embedding_absent,
     mixes=_rows,
+    traits={Trait.LOOKS_UP},
 )
 op(
     "_embedding_bag _embedding_bag_forward_only",
@@ -217,4 +218,5 @@ op(
     ids=embedding_bag,
     absent=embedding_absent,
     mixes=_rows,
+    traits={Trait.LOOKS_UP},
 )
