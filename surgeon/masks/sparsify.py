@@ -103,15 +103,18 @@ def put_masks(
     """
     if not sites.found:
         raise InputError("the model has no weights of two or more dims that may be sparse")
-    with Isolation(seed=seed):
-        if structure == "unstructured":
+    if structure == "unstructured":
+        with Isolation(seed=seed):
             _unstructured(amount, scores, scope, sites)
-            return
-        drawn = scores or {name: torch.rand_like(sites.weight(name)) for name in sites.found}
-    if structure == "2:4":
-        _two_of_four(drawn, sites)
     else:
-        _blocks(amount, drawn, scope, sites, block)
+        with Isolation(seed=seed):
+            drawn = scores or {name: torch.rand_like(sites.weight(name)) for name in sites.found}
+        if structure == "2:4":
+            _two_of_four(drawn, sites)
+        else:
+            _blocks(amount, drawn, scope, sites, block)
+    for module, _ in sites.found.values():
+        recompute(module)  # without a gradient, so that the model can be copied
 
 
 def _unstructured(amount: float, scores: Scores | None, scope: str, sites: Sites) -> None:

@@ -67,6 +67,13 @@ def test_masks_are_those_of_torch(method: str, scope: str) -> None:
         assert torch.equal(small(X), expected(X))
 
 
+@pytest.mark.parametrize("structure", ["unstructured", "2:4", "block"])
+def test_it_can_be_copied(structure: str) -> None:
+    small = surgeon.sparsify(make(), 0.5, structure=structure)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(small)(X), small(X))
+
+
 def test_amounts_are_of_all() -> None:
     """A second call goes on from the masks of the first one."""
     first = surgeon.sparsify(make(), 0.5)
