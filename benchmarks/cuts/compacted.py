@@ -19,6 +19,7 @@ AMOUNTS = (0.3, 0.6)
 KINDS = ("filters", "inputs", "scales")
 LABELS = [f"{kind} {amount:.0%}" for kind in KINDS for amount in AMOUNTS]
 HEADER = ("model", *LABELS)
+VISION = ("resnet50", "mobilenet_v2", "vit_b_32", "densenet121")
 TINY = 3  # layers of fewer channels (of images, masks) are not pruned
 
 
@@ -97,7 +98,10 @@ def _cell(cut: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Compact all models and write the table."""
-    from benchmarks.lib.zoo.models import names
+    from benchmarks.lib.zoo.vision import TIMM
+
+    def names() -> list[str]:
+        return [*(f"torchvision/{name}" for name in VISION), *(f"timm/{name}" for name in TIMM)]
 
     rows = sweep_of_models("compacted", f"{__package__}.compacted", __doc__, measured, names, cells)
     if rows is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,30 @@ from torch import Tensor, nn
 
 from surgeon.api.pipeline import check_order, inspect, prove
 from surgeon.api.surgery import Surgery
+from surgeon.coupling.groups import Group
 from surgeon.coupling.links import Link
 from surgeon.cut.plan import Plan, carrying
-from surgeon.errors import InputError, NothingRemovedWarning, PathWarning, warn
+from surgeon.errors import InputError, NothingRemovedWarning, PathWarning, ProofError, SurgeonError, warn
+from surgeon.graph.check_model import check_model
 from surgeon.graph.given import MODEL, check_given
+from surgeon.graph.given import said as kind_of
 from surgeon.graph.graph import Graph
 from surgeon.graph.process import plain_torch
 from surgeon.masks.fold import Fold, can_take, exact, folds, take_over
-from surgeon.masks.prune_masks import check_pruned, masked, plain_name, plan_without, settle, zeros
+from surgeon.masks.prune_masks import (
+    check_pruned,
+    check_values,
+    masked,
+    plain_name,
+    plan_without,
+    settle,
+    zeros,
+)
 from surgeon.masks.removable import removable
 from surgeon.masks.signals import Signals
 from surgeon.ops.ids import DimIds
 from surgeon.proof.equal import check_equal
+from surgeon.proof.other_runs import first_difference, written_state
 from surgeon.report.text import count
 from surgeon.selection.selection import Selection
 
@@ -49,7 +61,8 @@ class Compaction:
 
     Attributes:
         model: of the same class, smaller.
-        plan: what stays. It replays on the masked model; what biases took over is in the small model's weights alone.
+        plan: what stays, for a model with the masks that are left (`masked`) and no other; what biases took over is in the small
+            model's weights alone.
         removed: group -> how many of how many channels left.
         folded: what biases and running means took over from channels that were constants.
         kept: channels that are zero or constant and stay, with the reason.
@@ -130,28 +143,29 @@ def compact(
     """
     check_given("surgeon.compact(model, example_inputs)", model=(model, MODEL))
     check_order(model, example_inputs)
+    if masks is not None and not isinstance(masks, Mapping):
+        raise InputError(
+            f"masks is {kind_of(masks)}", fix="pass masks={name of a tensor: a mask of its shape}"
+        )
+    check_model(model)
+    check_values(model)
     check_pruned(model)
     before = model if masks is None else masked(model, masks)
     surgery = inspect(before, example_inputs)
     if surgery.unseen:
         warn(f"nothing is shown of paths that were not seen: {surgery.unseen[0]}", PathWarning)
     runs = [graph for graph in surgery.runs if not graph.training]
-    looks = [_looked(surgery, graph) for graph in runs]
+    written = written_state(before, runs[0])
+    looks = [_looked(surgery, graph, written) for graph in runs]
     if not any(look.alive for look in looks):
         raise InputError(
             "the outputs hang on no input",
             why="all that leads to them is zero",
             fix="use masks that leave a way through",
         )
-    carries = np.any([look.carries for look in looks], axis=0)
-    small, plan = surgery.cut_chosen(lambda links: _selection(surgery, carries, links))
-    prove(before, small, plan, surgery)
+    small, plan, choice, found, numbers, error = _proved(surgery, looks, runs)
     if not plan.kept:
         _nothing(before, looks)
-    choice = removable(surgery, carries)
-    found = folds(runs[0], surgery.shapes, looks[0].constants, choice)
-    numbers = exact(small, plan, found)
-    error = max(check_equal(before, small, graph, numbers) for graph in runs)
     take_over(small, numbers)
     off, left = settle(small, permanent)
     plan = plan_without(plan, before, off)
@@ -168,9 +182,9 @@ def compact(
     )
 
 
-def _looked(surgery: Surgery, graph: Graph) -> Signals:
+def _looked(surgery: Surgery, graph: Graph, written: Collection[str]) -> Signals:
     """What carries a signal in one run; constants that nothing can take over do."""
-    look = Signals(surgery.model, graph, surgery.propagation, surgery.solution)
+    look = Signals(surgery.model, graph, surgery.propagation, surgery.solution, written)
     look.look()
     for constants in list(look.constants):
         if not can_take(graph, constants):
@@ -178,6 +192,67 @@ def _looked(surgery: Surgery, graph: Graph) -> Signals:
                 constants, "it is a constant, and what reads it has no bias of its own that could take over"
             )
     return look
+
+
+_Made = tuple[nn.Module, Plan, DimIds, list[Fold], dict[str, Tensor], float]
+
+
+def _proved(surgery: Surgery, looks: Sequence[Signals], runs: Sequence[Graph]) -> _Made:
+    """The small model before biases are rounded, its plan, what left, what is folded in which numbers, and the error.
+
+    Where constants turn out to hang on sizes or on what was called before, they stay. Where the cut changes other numbers of
+    the code, groups that are to blame stay.
+
+    Raises:
+        ProofError: the outputs differ even so.
+    """
+    try:
+        made = _cut(surgery, looks, runs)
+        said = first_difference(surgery.model, made[0], runs[0], made[4]) if made[3] else ""
+        if not said:
+            return made
+        _block_constants(looks, f"it is a constant that is another one for {said}")
+    except ProofError:
+        _block_groups(surgery, looks, runs)
+    return _cut(surgery, looks, runs)
+
+
+def _cut(surgery: Surgery, looks: Sequence[Signals], runs: Sequence[Graph]) -> _Made:
+    carries = np.any([look.carries for look in looks], axis=0)
+    small, plan = surgery.cut_chosen(lambda links: _selection(surgery, carries, links))
+    prove(surgery.model, small, plan, surgery)
+    choice = removable(surgery, carries)
+    found = folds(runs[0], surgery.shapes, looks[0].constants, choice)
+    numbers = exact(small, plan, found)
+    error = max(check_equal(surgery.model, small, graph, numbers) for graph in runs)
+    return small, plan, choice, found, numbers, error
+
+
+def _block_constants(looks: Sequence[Signals], why: str) -> None:
+    for look in looks:
+        for constants in look.constants:
+            look.block(constants, why)
+        look.constants.clear()
+
+
+def _block_groups(surgery: Surgery, looks: Sequence[Signals], runs: Sequence[Graph]) -> None:
+    """Keep the groups of which a part cannot leave without effect, found by cutting each alone."""
+    carries = np.any([look.carries for look in looks], axis=0)
+    alone: list[Group] = [group for group in surgery.groups if not carries[group.sets].all()]
+    before = [look.carries.copy() for look in looks]
+    guilty: list[Group] = []
+    for group in alone:
+        for look, kept in zip(looks, before, strict=True):
+            look.carries = np.ones_like(kept)
+            look.carries[group.sets] = kept[group.sets]
+        try:
+            _cut(surgery, looks, runs)
+        except SurgeonError:
+            guilty.append(group)
+    for look, kept in zip(looks, before, strict=True):
+        look.carries = kept
+        for group in guilty:
+            look.keep(group.sets.ravel(), "its removal changes other numbers of the model's code")
 
 
 def _selection(surgery: Surgery, carries: DimIds, links: Sequence[Link]) -> Selection:
@@ -191,7 +266,9 @@ def _nothing(model: nn.Module, looks: Sequence[Signals]) -> None:
     Raises:
         InputError: nothing of the model is zero.
     """
-    if not any(look.stays for look in looks) and not zeros(model)[0]:
+    weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+    dense = all(bool((weight != 0).all()) for weight in weights) and not zeros(model)[0]
+    if dense and not any(look.stays for look in looks):
         raise InputError(
             "nothing of this model is zero",
             why="compact removes what masks or training have set to zero, and chooses nothing itself",

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.api.pipeline import inspect
+from surgeon.capture.batches import check_iterable
 from surgeon.criteria.data.gather import gather
 from surgeon.errors import InputError
+from surgeon.graph.check_model import check_model
 from surgeon.graph.copying.model_copy import copied
 from surgeon.graph.given import MODEL, check_given
 from surgeon.graph.process import plain_torch
-from surgeon.masks.prune_masks import MASK, ORIG, check_pruned
+from surgeon.masks.prune_masks import MASK, ORIG, check_pruned, check_values
 from surgeon.masks.sparsify import SCOPES, STRUCTURES, Sites, check_amount, put_masks
 
 Method = str | Callable[[str, Tensor], Tensor]
@@ -42,7 +44,8 @@ def sparsify(
     masks permanent, `surgeon.sparsity` counts.
 
     Args:
-        model: it is not touched. Weights are its parameters of two or more dims, embeddings and shared ones apart.
+        model: it is not touched. Weights are its parameters of two or more dims; embeddings, shared ones and what is read while
+            its module is not called (lists of parameters, the output layer of nn.MultiheadAttention) stay dense.
         amount: share in (0, 1) that is zero in all afterwards; what is masked already counts, and stays masked.
         method: what leaves first: "l1", the smallest (Han et al., Learning both Weights and Connections, 2015); "random";
             "gradient", where the root of the mean square of the gradient is smallest; "taylor", where |weight * mean gradient| is
@@ -64,13 +67,21 @@ def sparsify(
     _check_choice("scope", scope, SCOPES)
     _check_choice("structure", structure, STRUCTURES)
     _check_method(method, data)
-    if len(block) != 2 or any(
-        isinstance(edge, bool) or not isinstance(edge, int) or edge < 1 for edge in block
+    if (
+        not isinstance(block, tuple | list)
+        or len(block) != 2
+        or any(type(edge) is not int or edge < 1 for edge in block)
     ):
         raise InputError(
             f"block={block!r} must be two positive whole numbers",
             fix="pass (outputs, inputs), such as (4, 4)",
         )
+    if type(seed) is not int:
+        raise InputError(f"seed must be a whole number, got {seed!r}")
+    if data is not None:
+        check_iterable(data, "data")
+    check_model(model)
+    check_values(model)
     check_pruned(model)
     small = copied(model)
     paths = [item if isinstance(item, str) else _path(model, item) for item in _listed(ignore)]
@@ -81,7 +92,7 @@ def sparsify(
 
 
 def _listed(ignore: Any) -> list[Any]:
-    return [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+    return [ignore] if isinstance(ignore, str | nn.Module) else list(ignore or ())
 
 
 def _path(model: nn.Module, module: nn.Module) -> str:

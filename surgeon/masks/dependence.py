@@ -8,7 +8,7 @@ the inputs at hand is no constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,20 +25,46 @@ from surgeon.ops.table import Family, Trait, bound, family, has
 Depends = Mapping[fx.Node, Any]  # node -> a boolean tensor of its shape, or a list of them
 
 
-def dependence(call: MaskedOp, depends: Depends, result: Any) -> Any:
+def dependence(call: MaskedOp, depends: Depends, result: Any, fed: Collection[fx.Node]) -> Any:
     """A boolean tensor like the result: whether each entry hangs on the inputs; a list of them for several results.
 
     Args:
         depends: the same of what the op reads.
         result: what the op gave.
+        fed: the values that are made of inputs.
     """
     results = list(result) if isinstance(result, list | tuple) else [result]
-    fed = any(_any(depends[node]) for node in call.node.all_input_nodes)
-    if not fed and not draws(call.name):
-        found = [_all(item, False) for item in results]
-    else:
+    if _draws(call) or not isinstance(call.node.target, torch._ops.OpOverload):
+        found = [_all(item, True) for item in results]
+    elif any(_any(depends[node]) for node in call.node.all_input_nodes):
         found = _found(call, depends, results)
+    else:
+        found = [_all(item, False) for item in results]
+    if _counts_places(call, fed):
+        found = [
+            held | (item != 0) if isinstance(item, Tensor) and held is not None else held
+            for held, item in zip(found, results, strict=True)
+        ]
     return found if isinstance(result, list | tuple) else found[0]
+
+
+def _draws(call: MaskedOp) -> bool:
+    """Whether an op draws at random; attention with a dropout of 0 does not."""
+    tagged = torch.Tag.nondeterministic_seeded in getattr(call.node.target, "tags", ())
+    return draws(call.name) or (tagged and call.arguments.get("dropout_p") != 0)
+
+
+def _counts_places(call: MaskedOp, fed: Collection[fx.Node]) -> bool:
+    """Whether numbers of the result hang on the sizes of inputs: sums over places, parts and tables as long as an input is.
+
+    Zeros do not: a sum of them is zero however many they are.
+    """
+    own = family(call.name)
+    if own is Family.CONTRACTION:
+        return len(call.node.all_input_nodes) > 1 and all(node in fed for node in call.node.all_input_nodes)
+    if own is Family.REDUCTION:
+        return not has(call.name, Trait.AVERAGES)
+    return own is Family.FACTORY or has(call.name, Trait.SLICES)
 
 
 def _found(call: MaskedOp, depends: Depends, results: list[Any]) -> list[Any]:
@@ -49,7 +75,7 @@ def _found(call: MaskedOp, depends: Depends, results: list[Any]) -> list[Any]:
         Family.REDUCTION: _reduced,
         Family.CONTRACTION: _contracted,
     }.get(own)
-    first = None if rule is None or draws(call.name) else rule(call, depends, results)
+    first = None if rule is None else rule(call, depends, results)
     if isinstance(first, list):
         return first
     if first is None:
@@ -96,7 +122,9 @@ def _moved(call: MaskedOp, depends: Depends, results: list[Any]) -> Any:
         if not isinstance(item, fx.Node):
             return item
         data = call.data(item)
-        return depends[item].to(data.dtype) if data.is_floating_point() or data.is_complex() else data
+        if data.is_complex():  # the real part and the imaginary one
+            return torch.complex(depends[item].double(), depends[item].double()).to(data.dtype)
+        return depends[item].to(data.dtype) if data.is_floating_point() else data
 
     moved = call.run(read)
     if isinstance(moved, list | tuple):
@@ -108,18 +136,24 @@ def _elementwise(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor
     shape = results[0].shape
     if has(call.name, Trait.BATCH_NORM):
         return _batch_norm(call, depends)
+    if "index" in call.arguments or not all(
+        _fits(depends[n].shape, shape) for n in call.node.all_input_nodes
+    ):
+        return None  # entries go to other places
     found = torch.zeros(shape, dtype=torch.bool, device=results[0].device)
     for node in call.node.all_input_nodes:
-        held = depends[node]
-        if not _any(held):
-            continue
-        if held.dim() > len(shape) or torch.broadcast_shapes(held.shape, shape) != shape:
-            return None
-        found |= held
+        found |= depends[node]
     if has(call.name, Trait.SCALES):  # zero times anything is zero
         for node in call.node.all_input_nodes:
             found = found & nonzero(call, depends, node)
     return found
+
+
+def _fits(own: torch.Size, shape: torch.Size) -> bool:
+    """Whether a value is broadcast to a shape, as operands of an op that works entry by entry are."""
+    return len(own) <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(own), reversed(shape), strict=False)
+    )
 
 
 def _batch_norm(call: MaskedOp, depends: Depends) -> Tensor | None:
@@ -140,14 +174,12 @@ def _reduced(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor | N
     """All that is mixed hangs on what any of it hangs on."""
     mixed = mixed_dims(call.node)
     fed = [node for node in call.node.all_input_nodes if _any(depends[node])]
-    if len(fed) != 1 or fed[0] not in mixed or not isinstance(results[0], Tensor):
+    if len(fed) != 1 or set(mixed) != set(fed) or not isinstance(results[0], Tensor):
         return None
     held, shape = some(depends[fed[0]], mixed[fed[0]]), results[0].shape
     if held.dim() != len(shape):
         held = held.squeeze(tuple(mixed[fed[0]]))
-    if held.dim() != len(shape) or torch.broadcast_shapes(held.shape, shape) != shape:
-        return None
-    return held.expand(shape)
+    return held.expand(shape) if held.dim() == len(shape) and _fits(held.shape, shape) else None
 
 
 def _contracted(call: MaskedOp, depends: Depends, results: list[Any]) -> Tensor | None:

@@ -26,6 +26,19 @@ def pruned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield path, module, str(hook._tensor_name)
 
 
+def check_values(model: nn.Module) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        InputError: its weights have no values.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "the weights have no values (meta device)",
+            fix="load the weights, then count, mask or compact them",
+        )
+
+
 def check_pruned(model: nn.Module) -> None:
     """Refuse masks that torch.nn.utils.prune did not finish, or that were taken apart.
 
@@ -75,6 +88,8 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
                 fix="use names as in model.state_dict()",
             )
         tensor = tensors[name]
+        if isinstance(mask, Tensor) and (mask.layout is not torch.strided or mask.is_meta):
+            raise InputError("the mask is sparse or has no values", where=name, fix="pass mask.to_dense()")
         if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise InputError(
@@ -92,7 +107,7 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
                 fix="take the mask out, or give each module a tensor of its own",
             )
         with torch.no_grad():
-            tensor.mul_(mask.to(tensor.device, tensor.dtype))
+            tensor.masked_fill_(mask.to(tensor.device) == 0, 0)
     return small
 
 

@@ -8,12 +8,14 @@ reader's bias can take over (see `fold`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from surgeon.capture.recording.aliasing import getitem
 from surgeon.coupling.propagate import Propagation
 from surgeon.coupling.solution import Solution
 from surgeon.cut.plan import Plan
@@ -26,6 +28,7 @@ from surgeon.ops.ids import DimIds
 from surgeon.ops.masked_op import MaskedOp, wide
 from surgeon.ops.sums import summed_operands
 from surgeon.ops.table import Family, family, op_name
+from surgeon.proof.drawn import reads_numbers
 from surgeon.proof.reference import Reference
 
 ROUNDING = 1e-12  # relative: what an op gives for one number may differ in the last bits from place to place
@@ -79,13 +82,24 @@ class Signals(Reference):
         carries: class -> whether its removal would change what the model computes.
         constants: sums over channels that are constants other than zero.
         stays: class -> why it carries one, for those that are zero or constant where it is needed.
+
+    Args:
+        written: names of tensors that forward writes to: the next call finds other numbers there.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, propagation: Propagation, solution: Solution) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        propagation: Propagation,
+        solution: Solution,
+        written: Collection[str] = (),
+    ) -> None:
         everything = Plan(kept={}, hash=graph.hash, macs=0, params=0, macs_before=0, params_before=0)
         super().__init__(model, graph, everything, {}, {})
         self._axes, self._solution = propagation.axes, solution
         self._depends: dict[fx.Node, Any] = {}
+        self._written = frozenset(written)
         self.carries = np.zeros(len(solution.root), dtype=bool)
         self.constants: list[Constants] = []
         self.stays: dict[int, str] = {}
@@ -105,13 +119,13 @@ class Signals(Reference):
             if used not in self._depends:  # an input, or a tensor of the model
                 data = self.values[used][0]
                 read_outside = used.target not in self.graph.owned and bool(self.graph.reads)
-                free = used.op == "placeholder" or read_outside
+                free = used.op == "placeholder" or read_outside or str(used.target) in self._written
                 self._depends[used] = torch.full(data.shape, free, device=data.device)
         result = super()._call(node)
-        if isinstance(node.target, torch._ops.OpOverload):
+        if node.target is not getitem:
             call = MaskedOp(node, op_name(node), arguments(node), self.values)
             plain = [item[0] for item in result] if isinstance(result, list) else result[0]
-            self._depends[node] = dependence(call, self._depends, plain)
+            self._depends[node] = dependence(call, self._depends, plain, self.fed)
             self._note(call)
         else:  # an item of several results
             self._depends[node] = self._depends[node.args[0]][node.args[1]]  # type: ignore[index]  # a node and a number
@@ -145,10 +159,10 @@ class Signals(Reference):
         ids = self._held(value, dim)
         if ids is None:
             return np.zeros(0, dtype=np.int64)
-        data = call.data(value)
-        read = some(call.data(weight), set(range(call.data(weight).dim())) - {of_weight}).flatten()
-        width = data.shape[dim]
-        read = read if len(read) == width else torch.ones(width, dtype=torch.bool, device=data.device)
+        data, width = call.data(value), call.data(value).shape[dim]
+        if call.data(weight).shape[of_weight] == 1 < width:  # each channel by itself: nothing is mixed
+            return self._atoms(ids)
+        read = _read(call.data(weight), of_weight, width)
         wide_read = read.reshape([-1 if d == dim else 1 for d in range(data.dim())])
         rest = [d for d in range(data.dim()) if d < ids.ndim and ids.shape[d] == 1]
         moves = some(self._depends[value] & wide_read, rest).cpu().numpy()
@@ -190,7 +204,13 @@ class Signals(Reference):
         result = made.added(found * np.random.default_rng(0).uniform(1, 2, len(found)))
         spread = [d for d in range(result.dim()) if d not in own]
         largest = float(result.abs().max())
-        if spread and float((result.amax(spread) - result.amin(spread)).max()) > ROUNDING * largest:
+        padded = any(call.arguments.get("padding") or ()) if "padding" in call.arguments else False
+        if reads_numbers(self.graph):
+            why = f"it is a constant at {place}, and the code reads numbers outside of torch, which may be in it"
+            self._mark(self._atoms(ids.ravel()[found]), why, True)
+        elif padded or (
+            spread and float((result.amax(spread) - result.amin(spread)).max()) > ROUNDING * largest
+        ):
             why = f"it is a constant beside zero padding at {place}, where no bias can take its place"
             self._mark(self._atoms(ids.ravel()[found]), why, True)
         else:
@@ -199,6 +219,10 @@ class Signals(Reference):
     def block(self, constants: Constants, why: str) -> None:
         """Keep the channels of a sum whose constants nothing can take over."""
         self._mark(self._atoms(constants.ids[(constants.numbers != 0).cpu().numpy()]), why, True)
+
+    def keep(self, atoms: DimIds, why: str) -> None:
+        """Keep channels for a reason that this run does not show."""
+        self._mark(atoms, why, True)
 
     def _block(self, operand: fx.Node, ids: DimIds | None, why: str) -> None:
         if ids is None:
@@ -232,3 +256,20 @@ class Signals(Reference):
             for part in axes if isinstance(axes, tuple) else (axes,):
                 found += [self._atoms(ids) for ids in part.values()]
         return np.unique(np.concatenate(found))
+
+
+def _read(weight: Tensor, dim: int, width: int) -> Tensor:
+    """Which of the channels that are summed over a weight reads at all.
+
+    Args:
+        dim: of the weight that numbers the channels of one group. width: channels of all groups.
+    """
+    count = weight.shape[dim]
+    if count == width:
+        return some(weight, set(range(weight.dim())) - {dim}).flatten()
+    if (
+        dim == 1 and width % count == 0 and weight.shape[0] % (width // count) == 0
+    ):  # of a convolution in groups
+        apart = weight.reshape(width // count, -1, *weight.shape[1:])
+        return some(apart, {1, *range(3, apart.dim())}).flatten()
+    return torch.ones(width, dtype=torch.bool, device=weight.device)

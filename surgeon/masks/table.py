@@ -8,8 +8,9 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from surgeon.graph.check_model import check_model
 from surgeon.graph.given import MODEL, check_given
-from surgeon.masks.prune_masks import MASK, ORIG, check_pruned
+from surgeon.masks.prune_masks import MASK, ORIG, check_pruned, check_values
 
 _INDEX = 4  # bytes of an index in a CSR file
 
@@ -77,7 +78,7 @@ class Sparsity:
             for each in self.layers
         ]  # fmt: skip
         last = ("in all", f"{self.zeros:,} of {self.count:,}", f"{self.share:.1%}", "")
-        header = ("weight", "zeros", "share", "", "bytes", "as CSR", "compressed")
+        header = ("weight", "zero", "share", "", "bytes", "as CSR", "compressed")
         lines = [header, *rows, (*last, *(f"{size:,}" for size in total.values()))]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
@@ -94,6 +95,8 @@ def sparsity(model: nn.Module) -> Sparsity:
         InputError: a mask is only half there.
     """
     check_given("surgeon.sparsity(model)", model=(model, MODEL))
+    check_model(model)
+    check_values(model)
     check_pruned(model)
     found: list[LayerSparsity] = []
     seen: set[int] = set()

@@ -49,6 +49,7 @@ class Trait(enum.Enum):
     SCALES = "multiplies one operand by the other, or divides it by the other"
     ADDS = "its result is the sum of its operands, or their difference"
     SUMS = "its result is a sum over dims, a mean of it, or a root: a norm"
+    AVERAGES = "of equal numbers it gives that number, however many there are"
 
 
 @dataclasses.dataclass(frozen=True)

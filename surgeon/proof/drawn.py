@@ -17,7 +17,7 @@ def drawn(graph: Graph) -> Any:
     """(args, kwargs) of a recorded run in float64; those of floating point drawn at random (the same in each call), unless
     the model's control flow reads values.
     """
-    random = not _reads_values(graph)
+    random = not reads_values(graph)
     generator = torch.Generator().manual_seed(0)
 
     def fresh(tensor: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def drawn(graph: Graph) -> Any:
     return map_tensors((graph.args, graph.kwargs), fresh)
 
 
-def _reads_values(graph: Graph) -> bool:
+def reads_values(graph: Graph) -> bool:
     if graph.reads:
         return True
     for node in graph.fx.nodes:
@@ -39,3 +39,9 @@ def _reads_values(graph: Graph) -> bool:
         if torch.Tag.dynamic_output_shape in tags and op_name(node) != "index":  # most are by whole numbers
             return True
     return False
+
+
+def reads_numbers(graph: Graph) -> bool:
+    """Whether the code took numbers out of tensors, as `item()` and NumPy do; they may stand among those of later ops."""
+    tags = (getattr(node.target, "tags", ()) for node in graph.fx.nodes if node.op == "call_function")
+    return bool(graph.reads) or any(torch.Tag.data_dependent_output in found for found in tags)

@@ -222,3 +222,87 @@ def test_bad_input(call: Callable[[nn.Module], object], said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         call(make())
     assert isinstance(caught.value, SurgeonError)
+
+
+def zeros(model: nn.Module) -> dict[str, int]:
+    return {name: int((mask == 0).sum()) for name, mask in masks(model).items()}
+
+
+@pytest.mark.parametrize("method", ["l1", "random"])
+def test_second_calls_add_up_to_the_amount(method: str) -> None:
+    """Whatever structure the first call had."""
+    blocks = surgeon.sparsify(make(), 0.5, structure="block", block=(2, 4), method=method)
+    assert surgeon.sparsity(
+        surgeon.sparsify(blocks, 0.5, structure="block", block=(2, 4), method=method, seed=3)
+    ).zeros == sum(zeros(blocks).values())
+    mixed = surgeon.sparsify(
+        surgeon.sparsify(make(), 0.3), 0.5, structure="block", block=(2, 4), method=method, scope="global"
+    )
+    assert surgeon.sparsity(mixed).share == pytest.approx(0.5, abs=36 / 432)
+    first = surgeon.sparsify(make(), 0.5, structure="2:4", method=method)
+    pattern = surgeon.sparsify(first, 0.5, structure="2:4", method=method, seed=5)
+    for mask in masks(pattern).values():
+        assert bool((mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all())
+
+
+def test_ties_and_large_blocks() -> None:
+    """Equal scores leave no more than was asked for, and no tensor is emptied."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    assert surgeon.sparsity(surgeon.sparsify(model, 0.5, structure="block")).share == 0.5
+    whole = surgeon.sparsify(model, 0.9, structure="block", block=(64, 64))
+    assert surgeon.sparsity(whole).zeros == 0
+
+
+def test_transposed_convolutions_read_along_their_first_dim() -> None:
+    layer = nn.ConvTranspose2d(8, 6, 3)
+    mask: Any = surgeon.sparsify(nn.Sequential(layer), 0.5, structure="2:4")[0].weight_mask  # type: ignore[index]  # a layer
+    assert bool((mask.movedim(0, -1).reshape(-1, 4).sum(1) == 2).all())
+    blocks: Any = surgeon.sparsify(nn.Sequential(layer), 0.5, structure="block", block=(1, 8))[0].weight_mask  # type: ignore[index]
+    assert bool((blocks == blocks[:1, :, :1, :1]).all())  # a block is all inputs of one output
+
+
+def test_what_no_mask_would_hold_stays_dense() -> None:
+    """The output layer of torch's attention is read, not called; magnitudes of weight_norm are no weights."""
+    torch.manual_seed(0)
+    layer: Any = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    small: Any = surgeon.sparsify(layer, 0.5)
+    assert "self_attn.out_proj.weight_mask" not in masks(small) and "self_attn.in_proj_weight_mask" in masks(
+        small
+    )
+    x = torch.randn(2, 5, 8)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        small(x).square().sum().backward()
+        optimizer.step()
+    plain = surgeon.finalize(small)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x), small.eval()(x), atol=1e-6)
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    assert masks(surgeon.sparsify(nn.Sequential(normed), 0.9)).keys() == {
+        "0.parametrizations.weight.original1_mask"
+    }
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: surgeon.sparsify(m, 0.5, structure="block", block=4),
+        lambda m: surgeon.sparsify(m, 0.5, seed=None),
+        lambda m: surgeon.sparsify(m, 0.5, method="taylor", data=X),
+        lambda m: surgeon.sparsify(nn.LazyLinear(4), 0.5),
+        lambda m: surgeon.sparsity(nn.LazyLinear(4)),
+        lambda m: surgeon.finalize(nn.LazyLinear(4)),
+        lambda m: surgeon.sparsify(nn.Linear(4, 4, device="meta"), 0.5),
+        lambda m: surgeon.sparsity(nn.Linear(4, 4, device="meta")),
+        lambda m: surgeon.compact(nn.Linear(4, 4, device="meta"), torch.randn(2, 4)),
+        lambda m: surgeon.compact(m, X, masks=[torch.ones(3)]),
+        lambda m: surgeon.sparsity(torch.jit.script(nn.Linear(4, 4))),
+    ],
+)
+def test_odd_input_has_an_error_of_the_family(call: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(SurgeonError):
+        call(make())
+    assert surgeon.sparsify(make(), 0.5, ignore=None) is not None  # type: ignore[arg-type]  # on purpose

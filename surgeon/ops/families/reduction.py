@@ -224,8 +224,9 @@ def euclidean_in_float64(x1: Tensor, x2: Tensor) -> Tensor:
 
 defaults(Family.REDUCTION, absent=passed)
 
+op("mean", Family.REDUCTION, ids=reduction, absent=reduced, mixes=along, traits={Trait.SUMS, Trait.AVERAGES})
 op(
-    "mean sum norm linalg_vector_norm",
+    "sum norm linalg_vector_norm",
     Family.REDUCTION,
     ids=reduction,
     absent=reduced,
@@ -233,16 +234,25 @@ op(
     traits={Trait.SUMS},
 )
 op(
-    "nansum amax amin var std var_mean std_mean logsumexp any all prod",
+    "amax amin any all",
+    Family.REDUCTION,
+    ids=reduction,
+    absent=reduced,
+    mixes=along,
+    traits={Trait.AVERAGES},
+)
+op(
+    "nansum var std var_mean std_mean logsumexp prod",
     Family.REDUCTION,
     ids=reduction,
     absent=reduced,
     mixes=along,
 )
 op(
-    "max min argmax argmin median nanmedian kthvalue mode", Family.REDUCTION,
-    ids=selection, absent=picked, mixes=_compared_along,
+    "max min median nanmedian kthvalue mode", Family.REDUCTION,
+    ids=selection, absent=picked, mixes=_compared_along, traits={Trait.AVERAGES},
 )  # fmt: skip
+op("argmax argmin", Family.REDUCTION, ids=selection, absent=picked, mixes=_compared_along)
 op("cumsum cumprod cummax cummin logcumsumexp sort topk", Family.REDUCTION, ids=ordered, mixes=along)
 op("_fft_r2c _fft_c2c _fft_c2r", Family.REDUCTION, ids=fourier, mixes=along)
 op(

@@ -14,7 +14,7 @@ from surgeon.ops import masks
 from surgeon.ops.context import OpContext, broadcast
 from surgeon.ops.ids import ValueIds
 from surgeon.ops.masked_op import MaskedOp, refusal
-from surgeon.ops.table import Family, op, op_name
+from surgeon.ops.table import Family, Trait, op, op_name
 
 
 def pooling(ctx: OpContext, dims: int) -> Any:
@@ -136,7 +136,10 @@ def sampled_absent(call: MaskedOp) -> Any:
 def windows(names: str, dims: int) -> None:
     """Declare ops that slide windows over the last `dims` dims."""
     ids, absent = functools.partial(pooling, dims=dims), functools.partial(pooling_absent, dims=dims)
-    op(names, Family.REDUCTION, ids=ids, absent=absent, mixes=lambda c: {"self|input": range(-dims, 0)})
+    op(
+        names, Family.REDUCTION, ids=ids, absent=absent, mixes=lambda c: {"self|input": range(-dims, 0)},
+        traits={Trait.AVERAGES},
+    )  # fmt: skip
 
 
 windows(
