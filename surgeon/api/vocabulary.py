@@ -16,6 +16,7 @@ from surgeon.api.pipeline import check_order, inspect
 from surgeon.api.surgery import Surgery
 from surgeon.api.token_tables import lookups, token_tables
 from surgeon.cut.plan import Plan, carrying
+from surgeon.cut.pretrained import CONFIG_SAYS
 from surgeon.cut.slice import shrink_module
 from surgeon.errors import InputError, MendError, ProofError
 from surgeon.files import write_atomically
@@ -101,10 +102,11 @@ def vocabulary(
     edits = special_ids(model, graph, named, rows, new)
     selection = _selection(surgery, named, rows, ids)
     small, made, error = _mended(model, graph, selection, named, rows, new, edits)
+    said = {CONFIG_SAYS: True} if any(edit.name.endswith(".vocab_size") for edit in made) else {}
     plan = Plan(
         kept=selection.kept, hash=graph.hash, macs=selection.cost.macs, params=selection.cost.params, size=selection.cost.size,
         memory=selection.cost.memory, macs_before=surgery.macs, params_before=surgery.params, edits=tuple(made),
-        request=dict(selection.request),
+        request={**selection.request, **said},
     )  # fmt: skip
     after = dict(named_tensors(small))
     sizes = {name: (tuple(graph.tensors[name].shape), tuple(after[name].shape)) for name in selection.kept}

@@ -155,3 +155,47 @@ def test_several_tables_are_named() -> None:
 def test_bad_input(call: Callable[[nn.Module], object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         call(make(padding=5))
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 120,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 2}),
+    "llama": ("LlamaForCausalLM", {**SMALL, "num_key_value_heads": 2}),
+    "bert": ("BertForMaskedLM", SMALL),
+    "bart": ("BartForConditionalGeneration", {"vocab_size": 120, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}),
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 120, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1,
+           "num_heads": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_transformers(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    name, sizes = KINDS[kind]
+    config = transformers.AutoConfig.for_model(kind, **sizes, pad_token_id=1, eos_token_id=2, bos_token_id=0)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    ids = torch.randint(3, 120, (2, 7))
+    several = {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+    inputs = several if config.is_encoder_decoder else {"input_ids": ids}
+    keep = [0, 1, 2, *range(5, 120, 2)]
+    found = surgeon.vocabulary(model, keep, inputs)
+    small: Any = found.model
+    assert small.config.vocab_size == small.get_input_embeddings().num_embeddings == len(keep)
+    assert small.config.pad_token_id == 1 and small.config.eos_token_id == 2
+    places = torch.randint(0, len(keep), (2, 6))
+    fed = dict.fromkeys(inputs, places)
+    with torch.no_grad():
+        want = model(**{key: torch.tensor(keep)[places] for key in inputs}).logits[..., keep]
+        assert torch.allclose(small(**fed).logits, want, atol=1e-5)
+    small.save_pretrained(tmp_path / "hub")
+    again = type(model).from_pretrained(tmp_path / "hub")
+    with torch.no_grad():
+        assert torch.allclose(again.eval()(**fed).logits, want, atol=1e-5)
