@@ -35,7 +35,7 @@ from surgeon.masks.removable import removable
 from surgeon.masks.signals import Signals
 from surgeon.ops.ids import DimIds
 from surgeon.proof.equal import check_equal
-from surgeon.proof.other_runs import first_difference, written_state
+from surgeon.proof.other_runs import answers_inputs, first_difference, written_state
 from surgeon.report.text import count
 from surgeon.selection.selection import Selection
 
@@ -157,7 +157,7 @@ def compact(
     runs = [graph for graph in surgery.runs if not graph.training]
     written = written_state(before, runs[0])
     looks = [_looked(surgery, graph, written) for graph in runs]
-    if not any(look.alive for look in looks):
+    if not any(look.alive for look in looks) or not answers_inputs(before, runs[0]):
         raise InputError(
             "the outputs hang on no input",
             why="all that leads to them is zero",

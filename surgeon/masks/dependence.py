@@ -8,7 +8,7 @@ the inputs at hand is no constant.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ def dependence(call: MaskedOp, depends: Depends, result: Any, fed: Collection[fx
     results = list(result) if isinstance(result, list | tuple) else [result]
     if _draws(call) or not isinstance(call.node.target, torch._ops.OpOverload):
         found = [_all(item, True) for item in results]
+    elif _pads(call):
+        found = _found(call, _Unlike(call, depends), results)
     elif any(_any(depends[node]) for node in call.node.all_input_nodes):
         found = _found(call, depends, results)
     else:
@@ -46,6 +48,34 @@ def dependence(call: MaskedOp, depends: Depends, result: Any, fed: Collection[fx
             for held, item in zip(found, results, strict=True)
         ]
     return found if isinstance(result, list | tuple) else found[0]
+
+
+def _pads(call: MaskedOp) -> bool:
+    """Whether an op puts zeros around places: what is made of a constant there differs from place to place, by the size.
+
+    Padding of a maximum, and what repeats places, give equal numbers of equal ones.
+    """
+    sums = family(call.name) is not Family.REDUCTION or "count_include_pad" in call.arguments
+    given = call.arguments.get("padding", call.arguments.get("pad"))
+    return sums and isinstance(given, list | tuple) and any(isinstance(size, int) and size for size in given)
+
+
+class _Unlike(Mapping[fx.Node, Any]):
+    """What operands hang on, where places differ: data other than zero count as hanging on the inputs; weights do not."""
+
+    def __init__(self, call: MaskedOp, depends: Depends) -> None:
+        self._depends = depends
+        self._data = call.get("input|self"), call.data(call.get("input|self"))
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        found = self._depends[node]
+        return found | (self._data[1] != 0) if node is self._data[0] else found
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._depends)
+
+    def __len__(self) -> int:
+        return len(self._depends)
 
 
 def _draws(call: MaskedOp) -> bool:
