@@ -10,6 +10,7 @@ Kinds: "filters" prunes dim 0 of every convolution and linear layer but the last
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from benchmarks.lib.isolated import Row, sweep_of_models
@@ -20,6 +21,7 @@ KINDS = ("filters", "inputs", "scales")
 LABELS = [f"{kind} {amount:.0%}" for kind in KINDS for amount in AMOUNTS]
 HEADER = ("model", *LABELS)
 VISION = ("resnet50", "mobilenet_v2", "vit_b_32", "densenet121")
+FAMILIES = 19  # of timm in the table; all of them are there for --filter
 TINY = 3  # layers of fewer channels (of images, masks) are not pruned
 
 
@@ -101,7 +103,8 @@ def main() -> None:
     from benchmarks.lib.zoo.vision import TIMM
 
     def names() -> list[str]:
-        return [*(f"torchvision/{name}" for name in VISION), *(f"timm/{name}" for name in TIMM)]
+        chosen = TIMM if "--filter" in sys.argv else TIMM[:: len(TIMM) // FAMILIES]
+        return [*(f"torchvision/{name}" for name in VISION), *(f"timm/{name}" for name in chosen)]
 
     rows = sweep_of_models("compacted", f"{__package__}.compacted", __doc__, measured, names, cells)
     if rows is None:
