@@ -74,6 +74,11 @@ def _twin(model: nn.Module, exact: Mapping[str, Tensor]) -> nn.Module:
     with torch.no_grad():
         twin: nn.Module = copied(model)._apply(wide)
         tensors = dict(named_tensors(twin))
+        for name, tensor in tensors.items():  # weights that hooks make, which are no parameters
+            owner, _, attribute = name.rpartition(".")
+            held = twin.get_submodule(owner).__dict__
+            if attribute in held:
+                held[attribute] = wide(tensor)
         for name, tensor in exact.items():
             tensors[name].copy_(tensor)
     return twin

@@ -413,3 +413,16 @@ def _swapped() -> None:
 def test_bad_input(wrong: Callable[[], None], said: str) -> None:
     with pytest.raises(InputError, match=said):
         wrong()
+
+
+def test_masks_on_what_torchs_attention_reads() -> None:
+    """Its output layer is read, not called, so that torch's hook never runs: the weight that it left is what counts."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True).eval()
+    for part in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
+        prune.ln_structured(part, "weight", 0.5, n=2, dim=0)
+    x = torch.randn(2, 5, 16)
+    found = surgeon.compact(layer, x)
+    assert found.model.linear1.out_features == 12  # type: ignore[union-attr]  # a layer
+    with torch.no_grad():
+        assert torch.allclose(found.model(x), layer(x), atol=1e-5)
