@@ -16,6 +16,7 @@ from surgeon.graph.tensors import named_tensors, tensor_leaves
 from surgeon.ops.masked_op import wide
 from surgeon.proof.reference import TOLERANCE, distance
 
+_ROUNDED = 1e-4  # relative difference that is allowed in float32
 _LARGEST = 1 << 22  # entries of an input that is made larger
 
 
@@ -38,11 +39,10 @@ def answers_inputs(model: nn.Module, graph: Graph) -> bool:
     given = (graph.args, dict(graph.kwargs))
     if not any(tensor.is_floating_point() for _, tensor in tensor_leaves(given)):
         return True
-    recorded = map_tensors(given, lambda t: wide(t.detach()))
-    drawn = map_tensors(given, lambda t: 10 * _drawn(wide(t.detach())) if t.is_floating_point() else t)
+    drawn = map_tensors(given, lambda t: 10 * _drawn(t.detach()) if t.is_floating_point() else t)
     results = []
-    for args, kwargs in (recorded, drawn):
-        twin = _twin(model, {})
+    for args, kwargs in (given, drawn):
+        twin = copied(model)
         with torch.no_grad(), quiet_run(twin, seed=0, isolated=False):
             results.append(list(tensor_leaves(output_of(twin, args, kwargs))))
     return any(
@@ -58,33 +58,48 @@ def first_difference(model: nn.Module, small: nn.Module, graph: Graph, exact: Ma
         exact: numbers to take in place of those of some of the small model's tensors, which are rounded.
     """
     given = (graph.args, dict(graph.kwargs))
-    twins = _twin(model, {}), _twin(small, exact)
+    to, tolerance = _precision(model, given)
+    twins = _twin(model, {}, to), _twin(small, exact, to)
     for number in range(2):
-        if _differ(*twins, *map_tensors(given, lambda t: wide(t.detach()))):
+        if _differ(*twins, map_tensors(given, lambda t: to(t.detach())), tolerance):
             return "a second call" if number else "the recorded call"
     for made, said in _resized(given):
-        inputs = map_tensors(given, made)
-        if _differ(*twins, *inputs):
+        if _differ(*twins, map_tensors(map_tensors(given, made), to), tolerance):
             return said
     return ""
 
 
-def _twin(model: nn.Module, exact: Mapping[str, Tensor]) -> nn.Module:
-    """A copy in float64."""
+def _precision(model: nn.Module, given: Any) -> tuple[Callable[[Tensor], Tensor], float]:
+    """How tensors are converted, and the relative difference that is allowed: float64, or as they are where the model's code
+    makes tensors of another dtype that do not fit.
+    """
+    args, kwargs = map_tensors(given, lambda t: wide(t.detach()))
+    twin = _twin(model, {}, wide)
+    try:
+        with torch.no_grad(), quiet_run(twin, seed=0, isolated=False):
+            output_of(twin, args, kwargs)
+    except Exception:  # noqa: BLE001  # the model's code, which may raise anything about dtypes
+        return (lambda tensor: tensor), _ROUNDED
+    return wide, TOLERANCE
+
+
+def _twin(model: nn.Module, exact: Mapping[str, Tensor], to: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy whose tensors are converted."""
     with torch.no_grad():
-        twin: nn.Module = copied(model)._apply(wide)
+        twin: nn.Module = copied(model)._apply(to)
         tensors = dict(named_tensors(twin))
         for name, tensor in tensors.items():  # weights that hooks make, which are no parameters
             owner, _, attribute = name.rpartition(".")
             held = twin.get_submodule(owner).__dict__
             if attribute in held:
-                held[attribute] = wide(tensor)
+                held[attribute] = to(tensor)
         for name, tensor in exact.items():
             tensors[name].copy_(tensor)
     return twin
 
 
-def _differ(model: nn.Module, small: nn.Module, args: Any, kwargs: Any) -> bool:
+def _differ(model: nn.Module, small: nn.Module, inputs: Any, tolerance: float) -> bool:
+    args, kwargs = inputs
     outputs = []
     for module in (model, small):
         try:
@@ -96,7 +111,7 @@ def _differ(model: nn.Module, small: nn.Module, args: Any, kwargs: Any) -> bool:
     if [path for path, _ in wanted] != [path for path, _ in got]:
         return True
     return any(
-        a.shape != b.shape or not distance(path, a, (), b) <= TOLERANCE
+        a.shape != b.shape or not distance(path, a, (), b) <= tolerance
         for (path, a), (_, b) in zip(wanted, got, strict=True)
     )
 
@@ -115,7 +130,7 @@ def _resized(given: Any) -> Iterator[tuple[Callable[[Tensor], Tensor], str]]:
                 if dim >= first and tensor.shape[dim] == size:
                     places = torch.arange(new, device=tensor.device) % size
                     tensor = tensor.index_select(dim, places)
-            return _drawn(wide(tensor.detach()))
+            return _drawn(tensor.detach())
 
         if max(resized(t).numel() for t in leaves) <= _LARGEST:
             where = "samples" if not first else "places"

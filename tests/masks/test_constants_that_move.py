@@ -230,3 +230,16 @@ def test_depthwise_filters() -> None:
     assert found.removed == {"up.weight[0]": (3, 8)}
     with torch.no_grad():
         assert torch.allclose(model(x), found.model(x), atol=1e-6)
+
+
+def test_models_that_make_float32_themselves() -> None:
+    """They do not run in float64, and are compared as they are."""
+
+    def cast(self: Any, x: Tensor) -> Tensor:
+        return self.first(x).float().mean((2, 3)) * x.shape[-1]
+
+    model = Net(cast).eval()
+    small = surgeon.compact(model, torch.randn(2, 3, 8, 8)).model
+    y = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.allclose(model(y), small(y), rtol=1e-4, atol=1e-4)
